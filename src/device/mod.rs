@@ -1,0 +1,16 @@
+//! Where the forward pass computes. Each op is defined once; a device is a way to run it.
+
+pub mod cpu;
+
+use crate::units::Dtype;
+
+/// A weight matrix (or vector: one row) where it lies, in its stored type. `data` may start at any address.
+#[derive(Clone, Copy)]
+pub struct WeightView<'a> {
+    pub dtype: Dtype,
+    pub rows: usize,
+    pub cols: usize,
+    /// Bytes from one row to the next.
+    pub row_stride: usize,
+    pub data: &'a [u8],
+}

@@ -1,1 +1,232 @@
+//! The engine as a library: submit, step, cancel. No process-global state; `cli` is one client of it.
+//!
+//! Each [`Engine::step`] is one pass over all units. It carries the next token of every running sequence and chunks of
+//! the prompts that are not in the KV cache yet, as many as the pass may hold, first come first served.
 
+mod memory;
+mod open;
+mod schedule;
+mod sequence;
+mod source;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
+pub use open::{EngineOptions, OpenProgress};
+pub use sequence::{Event, FinishReason, Job, JobId};
+
+use crate::device::{Device, Kv};
+use crate::error::{Code, Error, Result};
+use crate::model::forward::{Forward, LogitsSink};
+use crate::model::kv::KvPool;
+use crate::model::pass::Pass;
+use crate::paging::{Pager, PagingStats, Plan};
+use crate::spec::ModelSpec;
+use crate::text::Sampler;
+use crate::units::Dtype;
+use schedule::Scheduled;
+use sequence::Sequence;
+use source::Paged;
+
+/// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineStats {
+    pub paging: PagingStats,
+    /// Time in the ops of the forward pass, waits left out.
+    pub compute: Duration,
+    /// Time inside passes.
+    pub pass: Duration,
+    /// Rows (tokens) that went through the layers.
+    pub rows: u64,
+}
+
+impl EngineStats {
+    pub fn since(&self, earlier: &EngineStats) -> EngineStats {
+        EngineStats {
+            paging: self.paging.since(&earlier.paging),
+            compute: self.compute - earlier.compute,
+            pass: self.pass - earlier.pass,
+            rows: self.rows - earlier.rows,
+        }
+    }
+}
+
+/// A model ready to run under its budget. See [`Engine::open`].
+pub struct Engine {
+    spec: ModelSpec,
+    dtype: Dtype,
+    device: Device,
+    forward: Forward,
+    pager: Pager,
+    kv: Kv,
+    pool: KvPool,
+    context: usize,
+    /// Ids below this may be sampled: the tokenizer's vocabulary, which the model's may exceed.
+    sample_limit: usize,
+    max_sequences: usize,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    next_id: u64,
+    pass: Pass,
+    scheduled: Vec<Scheduled>,
+    logits: Vec<f32>,
+    sampler: Sampler,
+    pass_time: Duration,
+    rows: u64,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Engine {
+    /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
+    pub fn submit(&mut self, job: Job) -> Result<JobId> {
+        if job.prompt.is_empty() {
+            return Err(Error::new(
+                Code::Usage,
+                "there is nothing to continue",
+                "the prompt has no tokens",
+                "give a prompt",
+            ));
+        }
+        if job.prompt.len() >= self.context {
+            return Err(Error::new(
+                Code::Usage,
+                format!("the prompt of {} tokens is too long", job.prompt.len()),
+                format!("the context holds {} tokens, and one must be left for the answer", self.context),
+                "shorten the prompt or raise --context (it takes KV memory)",
+            ));
+        }
+        job.sampling.validate()?;
+        let id = JobId(self.next_id);
+        self.next_id += 1;
+        self.waiting.push_back(Sequence::new(id, job));
+        Ok(id)
+    }
+
+    /// Forgets a job at once and gives back its KV. Unknown ids are ignored: it may just have finished.
+    pub fn cancel(&mut self, id: JobId) {
+        self.waiting.retain(|s| s.id != id);
+        if let Some(i) = self.running.iter().position(|s| s.id == id) {
+            let mut gone = self.running.remove(i);
+            self.pool.release(&mut gone.table);
+        }
+    }
+
+    /// Jobs that are not finished.
+    pub fn pending(&self) -> usize {
+        self.waiting.len() + self.running.len()
+    }
+
+    /// One pass. Appends what happened to `events`. Does nothing when no job is pending.
+    pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        if self.cancel.load(Relaxed) {
+            return Err(crate::paging::interrupted());
+        }
+        self.schedule()?;
+        if self.pass.rows() == 0 {
+            return Ok(());
+        }
+        let vocab = self.spec.vocab;
+        let mut logits = std::mem::take(&mut self.logits);
+        let ran = self.run_pass(&mut |first, n, block| {
+            for (row, values) in block.chunks_exact(n).enumerate() {
+                logits[row * vocab + first..][..n].copy_from_slice(values);
+            }
+            Ok(())
+        });
+        self.logits = logits;
+        ran?;
+        self.choose(events)
+    }
+
+    /// Runs `self.pass`, streaming its logits into `sink`.
+    fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
+        let started = Instant::now();
+        self.pager.begin_pass()?;
+        let mut source = Paged(&mut self.pager);
+        self.forward
+            .run(&self.device, &mut self.kv, &mut source, &self.pass, sink)?;
+        self.pass_time += started.elapsed();
+        self.rows += self.pass.rows() as u64;
+        Ok(())
+    }
+
+    /// Logits at every position of `tokens`, in passes of as many rows as the engine was opened for.
+    /// `sink(first row, rows, first id, ids, values [rows, ids])`. Nothing may be pending.
+    pub fn score(
+        &mut self,
+        tokens: &[u32],
+        sink: &mut dyn FnMut(usize, usize, usize, usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let chunk = self.forward.max_tokens().min(self.forward.max_wanted());
+        let mut table = crate::model::kv::KvTable::default();
+        let mut done = 0;
+        while done < tokens.len() {
+            if self.cancel.load(Relaxed) {
+                return Err(crate::paging::interrupted());
+            }
+            let part = &tokens[done..(done + chunk).min(tokens.len())];
+            if let Err(room) = self.pool.extend(&mut table, part.len()) {
+                return Err(no_kv_room(room.missing));
+            }
+            self.pass.clear();
+            self.pass
+                .push_text(part, done, table.blocks(), part.len());
+            let rows = part.len();
+            self.run_pass(&mut |first, n, block| sink(done, rows, first, n, block))?;
+            done += rows;
+        }
+        self.pool.release(&mut table);
+        Ok(())
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            paging: self.pager.stats(),
+            compute: self.forward.computed(),
+            pass: self.pass_time,
+            rows: self.rows,
+        }
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The weights' type; float32 where types are mixed.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn plan(&self) -> &Plan {
+        self.pager.plan()
+    }
+
+    pub fn pager(&self) -> &Pager {
+        &self.pager
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Rows a pass may hold.
+    pub fn max_pass_tokens(&self) -> usize {
+        self.forward.max_tokens()
+    }
+}
+
+fn no_kv_room(missing: usize) -> Error {
+    Error::new(
+        Code::Memory,
+        "the KV cache is full",
+        format!("{missing} more blocks of 16 tokens are needed"),
+        "raise --context or --cpu-memory, or shorten the input",
+    )
+}

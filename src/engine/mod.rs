@@ -64,8 +64,6 @@ pub struct Engine {
     kv: Kv,
     pool: KvPool,
     context: usize,
-    /// Ids below this may be sampled: the tokenizer's vocabulary, which the model's may exceed.
-    sample_limit: usize,
     max_sequences: usize,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,

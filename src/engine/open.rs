@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::memory::{Charges, HostMemory, SLACK_BYTES};
 use super::{Engine, no_kv_room};
-use crate::device::{Device, Kv, KvShape};
+use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::Forward;
 use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
@@ -107,8 +107,7 @@ impl Engine {
         let charges = |tokens: usize| Charges {
             base: host.peak,
             kv: kv_bytes,
-            scratch: Forward::scratch_bytes(&spec, dtype, tokens, wanted)
-                + device.reserve_bytes(tokens, &spec),
+            scratch: Forward::scratch_bytes(&spec, tokens, wanted),
             logits: if options.keep_logits {
                 (wanted * spec.vocab * 4) as u64
             } else {
@@ -125,17 +124,14 @@ impl Engine {
             .iter()
             .map(|u| (u.id, u.kind, u.places.first().map_or(0, |p| p.rows)))
             .collect();
-        let forward = Forward::new(&device, &spec, &units, dtype, pass_tokens, wanted)?;
-        let kv = Kv::new(
-            &device,
-            &KvShape {
-                layers: spec.layers,
-                blocks: kv_blocks,
-                kv_heads: spec.kv_heads,
-                head_size: spec.head_size,
-                dtype,
-            },
-        );
+        let forward = Forward::new(&device, &spec, &units, head_dtype(store), pass_tokens, wanted)?;
+        let kv = device.kv(&KvShape {
+            layers: spec.layers,
+            blocks: kv_blocks,
+            kv_heads: spec.kv_heads,
+            head_size: spec.head_size,
+            dtype,
+        });
         let pager = Pager::start(
             store,
             layouts,
@@ -147,14 +143,14 @@ impl Engine {
         if KvPool::blocks_for(2) > kv_blocks {
             return Err(no_kv_room(1));
         }
+        let sample_limit = options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab);
         Ok(Engine {
-            sample_limit: options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab),
             logits: if options.keep_logits {
                 vec![0.0; wanted * spec.vocab]
             } else {
                 Vec::new()
             },
-            sampler: Sampler::new(spec.vocab),
+            sampler: Sampler::new(sample_limit),
             pool: KvPool::new(kv_blocks),
             context: context.min(kv_blocks * BLOCK_TOKENS),
             max_sequences: options.max_sequences,
@@ -255,4 +251,13 @@ fn compute_dtype(store: &Store) -> Dtype {
     } else {
         Dtype::F32
     }
+}
+
+fn head_dtype(store: &Store) -> Dtype {
+    store
+        .units
+        .iter()
+        .find(|u| matches!(u.kind, UnitKind::Head(_)))
+        .and_then(|u| u.places.first())
+        .map_or(Dtype::F32, |p| p.dtype)
 }

@@ -3,6 +3,7 @@
 use super::sequence::{Event, FinishReason};
 use super::{Engine, no_kv_room};
 use crate::error::Result;
+use crate::text::{Draw, History};
 
 /// A running sequence in the pass that is about to run.
 pub(super) struct Scheduled {
@@ -121,12 +122,18 @@ impl Engine {
                 continue;
             }
             let s = &mut self.running[scheduled.running];
-            let logits = &mut self.logits[row * vocab..][..self.sample_limit];
+            let logits = &self.logits[row * vocab..][..vocab];
             row += 1;
-            let position = s.tokens.len() as u64;
-            let token =
-                self.sampler
-                    .sample(logits, &s.job.sampling, &s.tokens, position)?;
+            let (prompt, generated) = s.tokens.split_at(s.job.prompt.len());
+            let draw = Draw {
+                seed: s.job.sampling.seed,
+                choice: s.job.choice,
+                position: s.tokens.len() as u64,
+            };
+            let history = History { prompt, generated };
+            let token = self
+                .sampler
+                .sample(logits, &s.job.sampling, history, draw)?;
             if s.job.stop_tokens.contains(&token) {
                 finished.push((s.id, FinishReason::Stop));
                 continue;

@@ -9,6 +9,8 @@ pub struct Job {
     pub prompt: Vec<u32>,
     pub max_tokens: usize,
     pub sampling: SamplingParams,
+    /// Which of a request's answers this is; part of the key of every draw.
+    pub choice: u32,
     /// Generation ends before one of these (the end-of-text tokens, unless they are to be ignored).
     pub stop_tokens: Vec<u32>,
 }

@@ -26,6 +26,7 @@ pub struct Forward {
     norm: UnitId,
     /// Head units with their first vocabulary id and their rows.
     heads: Vec<(UnitId, usize, usize)>,
+    head_dtype: Dtype,
     scratch: Scratch,
     max_tokens: usize,
     max_wanted: usize,
@@ -33,13 +34,13 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// `units`: id, kind and rows of the first tensor of each unit, in the order of the pass. `dtype`: the weights' type,
-    /// float32 where types are mixed (each product then rounds its inputs to its own weight's type).
+    /// `units`: id, kind and rows of the first tensor of each unit, in the order of the pass. `head_dtype`: the type of the
+    /// head's weights. Layers may mix types: each product's inputs are rounded to its own weight's.
     pub fn new(
         device: &Device,
         spec: &ModelSpec,
         units: &[(UnitId, UnitKind, usize)],
-        dtype: Dtype,
+        head_dtype: Dtype,
         max_tokens: usize,
         max_wanted: usize,
     ) -> Result<Forward> {
@@ -61,14 +62,14 @@ impl Forward {
                 first += rows;
             }
         }
-        device.reserve(max_tokens, spec);
         Ok(Forward {
             rope: Rope::new(&spec.rope, spec.head_size, spec.max_positions),
             embed: one(UnitKind::Embed)?,
             norm: one(UnitKind::Norm)?,
             layers,
             heads,
-            scratch: Scratch::new(device, spec, dtype, max_tokens, max_wanted),
+            head_dtype,
+            scratch: Scratch::new(device, spec, max_tokens, max_wanted),
             spec: spec.clone(),
             max_tokens,
             max_wanted,
@@ -77,8 +78,8 @@ impl Forward {
     }
 
     /// Host memory [`Forward::new`] takes.
-    pub fn scratch_bytes(spec: &ModelSpec, dtype: Dtype, tokens: usize, wanted: usize) -> u64 {
-        Scratch::bytes(spec, dtype, tokens, wanted)
+    pub fn scratch_bytes(spec: &ModelSpec, tokens: usize, wanted: usize) -> u64 {
+        Scratch::bytes(spec, tokens, wanted)
     }
 
     pub fn max_tokens(&self) -> usize {
@@ -120,7 +121,7 @@ impl Forward {
             let mut inside = Duration::ZERO;
             source.with_unit(self.layers[layer], &mut |unit| {
                 let started = Instant::now();
-                self.attention(device, kv, unit, layer, pass, &spans)?;
+                self.attention(device, kv, unit, layer, pass.rows(), &spans)?;
                 self.mlp(device, unit, pass.rows())?;
                 inside = started.elapsed();
                 Ok(())
@@ -138,7 +139,7 @@ impl Forward {
     ) -> Result<()> {
         let x = &mut self.scratch.x;
         source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
-            device.put_row(row, i, x);
+            device.put_row(row, x, i);
             Ok(())
         })
     }
@@ -150,20 +151,25 @@ impl Forward {
         kv: &mut Kv,
         unit: &UnitView<'_>,
         layer: usize,
-        pass: &Pass,
+        rows: usize,
         spans: &[Span<'_>],
     ) -> Result<()> {
-        let rows = pass.rows();
         let p = &self.spec;
         let s = &mut self.scratch;
-        device.rmsnorm(&s.x, rows, unit.need(Role::InputNorm)?, p.rms_eps, &mut s.normed);
+        let norm = unit.need(Role::InputNorm)?;
+        let mut rounded_to = None;
         for (role, bias, out) in [
             (Role::QProj, Role::QBias, &mut s.q),
             (Role::KProj, Role::KBias, &mut s.k),
             (Role::VProj, Role::VBias, &mut s.v),
         ] {
             let w = unit.need(role)?;
-            device.linear(&mut s.normed, rows, w, bias_of(unit, bias), out, Into::Store);
+            if rounded_to != Some(w.dtype) {
+                rounded_to = Some(w.dtype);
+                s.normed.round_to(w.dtype);
+                device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed);
+            }
+            device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store);
         }
         let half = rows * p.head_size / 2;
         let (cos, sin) = (&s.cos[..half], &s.sin[..half]);
@@ -184,26 +190,38 @@ impl Forward {
             scale: 1.0 / (p.head_size as f32).sqrt(),
             window: p.window[layer],
         };
+        let (w, b) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
+        s.attended.round_to(w.dtype);
         device.attention(&s.q, spans, kv, layer, &shape, &mut s.attended);
-        let (w, b) = (unit.need(Role::OProj)?, bias_of(unit, Role::OBias));
-        device.linear(&mut s.attended, rows, w, b, &mut s.x, Into::Add);
+        device.linear(&s.attended, rows, w, b, &mut s.x, 0, Into::Add);
         Ok(())
     }
 
-    /// x += down(silu(gate(n)) · up(n)), n = RMSNorm(x).
+    /// x += down(silu(gate(n)) · up(n)), n = RMSNorm(x), a tile of rows at a time.
     fn mlp(&mut self, device: &Device, unit: &UnitView<'_>, rows: usize) -> Result<()> {
-        let p = &self.spec;
+        let eps = self.spec.rms_eps;
         let s = &mut self.scratch;
-        device.rmsnorm(&s.x, rows, unit.need(Role::PostNorm)?, p.rms_eps, &mut s.normed);
-        let gate = (unit.need(Role::GateProj)?, bias_of(unit, Role::GateBias));
-        let up = (unit.need(Role::UpProj)?, bias_of(unit, Role::UpBias));
-        let down = (unit.need(Role::DownProj)?, bias_of(unit, Role::DownBias));
+        let norm = unit.need(Role::PostNorm)?;
+        let down = unit.need(Role::DownProj)?;
+        s.mlp.round_to(down.dtype);
         for first in (0..rows).step_by(MLP_TILE_ROWS) {
             let n = MLP_TILE_ROWS.min(rows - first);
-            device.linear_at(&mut s.normed, first, n, gate.0, gate.1, &mut s.gate, 0, Into::Store);
-            device.linear_at(&mut s.normed, first, n, up.0, up.1, &mut s.up, 0, Into::Store);
+            let mut rounded_to = None;
+            for (role, bias, out) in [
+                (Role::GateProj, Role::GateBias, &mut s.gate),
+                (Role::UpProj, Role::UpBias, &mut s.up),
+            ] {
+                let w = unit.need(role)?;
+                if rounded_to != Some(w.dtype) {
+                    rounded_to = Some(w.dtype);
+                    s.normed.round_to(w.dtype);
+                    device.rmsnorm(&s.x, first, n, norm, eps, &mut s.normed);
+                }
+                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store);
+            }
             device.swiglu(&s.gate, &s.up, n, &mut s.mlp);
-            device.linear_at(&mut s.mlp, 0, n, down.0, down.1, &mut s.x, first, Into::Add);
+            let bias = unit.get(Role::DownBias);
+            device.linear(&s.mlp, n, down, bias, &mut s.x, first, Into::Add);
         }
         Ok(())
     }
@@ -222,8 +240,10 @@ impl Forward {
         for (i, row) in pass.wanted_rows().enumerate() {
             device.copy_row(&s.x, row, &mut s.picked, i);
         }
+        s.last.round_to(self.head_dtype);
         source.with_unit(self.norm, &mut |unit| {
-            device.rmsnorm(&s.picked, wanted, unit.need(Role::FinalNorm)?, eps, &mut s.last);
+            let w = unit.need(Role::FinalNorm)?;
+            device.rmsnorm(&s.picked, 0, wanted, w, eps, &mut s.last);
             Ok(())
         })?;
         let mut computed = Duration::ZERO;
@@ -236,8 +256,9 @@ impl Forward {
                     for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
                         let n = HEAD_TILE_ROWS.min(rows - tile);
                         let part = rows_of(w, tile, n);
-                        device.linear(&mut s.last, wanted, &part, None, &mut s.logits, Into::Store);
-                        sink(first + tile, n, device.read_rows(&s.logits, wanted, n))?;
+                        device.reshape(&mut s.logits, n);
+                        device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store);
+                        sink(first + tile, n, device.read(&s.logits, wanted * n))?;
                     }
                 }
                 computed += started.elapsed();
@@ -247,10 +268,6 @@ impl Forward {
         self.computed += computed;
         Ok(())
     }
-}
-
-fn bias_of<'a, 'b>(unit: &'b UnitView<'a>, role: Role) -> Option<&'b WeightView<'a>> {
-    unit.get(role)
 }
 
 /// Rows `first .. first + rows` of a weight.

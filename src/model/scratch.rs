@@ -28,49 +28,27 @@ pub(super) struct Scratch {
     pub sin: Vec<f32>,
 }
 
-/// Columns of each part, for the sizes in bytes and for the allocation: one list, so that they cannot differ.
-struct Sizes {
-    f32_per_token: usize,
-    act_per_token: usize,
-    f32_per_tile: usize,
-    act_per_tile: usize,
-    f32_per_wanted: usize,
-    act_per_wanted: usize,
-}
-
-fn sizes(spec: &ModelSpec) -> Sizes {
-    let q = spec.heads * spec.head_size;
-    let kv = spec.kv_heads * spec.head_size;
-    Sizes {
-        f32_per_token: spec.hidden + q + 2 * kv + spec.head_size,
-        act_per_token: spec.hidden + q,
-        f32_per_tile: 2 * spec.intermediate,
-        act_per_tile: spec.intermediate,
-        f32_per_wanted: spec.hidden + HEAD_TILE_ROWS.min(spec.vocab),
-        act_per_wanted: spec.hidden,
-    }
-}
-
 impl Scratch {
     /// Bytes of host memory for passes of up to `tokens` rows with `wanted` rows of logits.
-    pub fn bytes(spec: &ModelSpec, dtype: Dtype, tokens: usize, wanted: usize) -> u64 {
-        let s = sizes(spec);
+    pub fn bytes(spec: &ModelSpec, tokens: usize, wanted: usize) -> u64 {
         let tile = tokens.min(MLP_TILE_ROWS);
-        let f32s = s.f32_per_token * tokens + s.f32_per_tile * tile + s.f32_per_wanted * wanted;
-        let acts = s.act_per_token * tokens + s.act_per_tile * tile + s.act_per_wanted * wanted;
-        (f32s * 4 + acts * dtype.bytes()) as u64
-    }
-
-    pub fn new(
-        device: &Device,
-        spec: &ModelSpec,
-        dtype: Dtype,
-        tokens: usize,
-        wanted: usize,
-    ) -> Scratch {
         let q = spec.heads * spec.head_size;
         let kv = spec.kv_heads * spec.head_size;
+        let per_token = spec.hidden + q + 2 * kv + spec.head_size;
+        let per_wanted = spec.hidden + HEAD_TILE_ROWS.min(spec.vocab);
+        let rows = per_token * tokens + 2 * spec.intermediate * tile + per_wanted * wanted;
+        rows as u64 * 4
+            + Device::acts_bytes(tokens, spec.hidden)
+            + Device::acts_bytes(tokens, q)
+            + Device::acts_bytes(tile, spec.intermediate)
+            + Device::acts_bytes(wanted, spec.hidden)
+    }
+
+    pub fn new(device: &Device, spec: &ModelSpec, tokens: usize, wanted: usize) -> Scratch {
         let tile = tokens.min(MLP_TILE_ROWS);
+        let q = spec.heads * spec.head_size;
+        let kv = spec.kv_heads * spec.head_size;
+        let acts = |rows, cols| device.acts(rows, cols, Dtype::F32);
         Scratch {
             x: device.rows(tokens, spec.hidden),
             q: device.rows(tokens, q),
@@ -80,10 +58,10 @@ impl Scratch {
             up: device.rows(tile, spec.intermediate),
             picked: device.rows(wanted, spec.hidden),
             logits: device.rows(wanted, HEAD_TILE_ROWS.min(spec.vocab)),
-            normed: device.acts(tokens, spec.hidden, dtype),
-            attended: device.acts(tokens, q, dtype),
-            mlp: device.acts(tile, spec.intermediate, dtype),
-            last: device.acts(wanted, spec.hidden, dtype),
+            normed: acts(tokens, spec.hidden),
+            attended: acts(tokens, q),
+            mlp: acts(tile, spec.intermediate),
+            last: acts(wanted, spec.hidden),
             cos: vec![0.0; tokens * spec.head_size / 2],
             sin: vec![0.0; tokens * spec.head_size / 2],
         }

@@ -1,1 +1,4 @@
+//! What a run tells about itself: progress while it works, figures at its end.
 
+pub mod progress;
+pub mod summary;

@@ -13,6 +13,7 @@ mod repl;
 mod run;
 mod score;
 mod signals;
+mod synthetic;
 mod verify;
 
 use std::ffi::OsString;

@@ -6,6 +6,7 @@
 mod memory;
 mod open;
 mod schedule;
+mod score;
 mod sequence;
 mod source;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
 pub use open::{EngineOptions, OpenProgress};
+pub use score::ScoreBlock;
 pub use sequence::{Event, FinishReason, Job, JobId};
 
 use crate::device::{Device, Kv};
@@ -148,35 +150,6 @@ impl Engine {
             .run(&self.device, &mut self.kv, &mut source, &self.pass, sink)?;
         self.pass_time += started.elapsed();
         self.rows += self.pass.rows() as u64;
-        Ok(())
-    }
-
-    /// Logits at every position of `tokens`, in passes of as many rows as the engine was opened for.
-    /// `sink(first row, rows, first id, ids, values [rows, ids])`. Nothing may be pending.
-    pub fn score(
-        &mut self,
-        tokens: &[u32],
-        sink: &mut dyn FnMut(usize, usize, usize, usize, &[f32]) -> Result<()>,
-    ) -> Result<()> {
-        let chunk = self.forward.max_tokens().min(self.forward.max_wanted());
-        let mut table = crate::model::kv::KvTable::default();
-        let mut done = 0;
-        while done < tokens.len() {
-            if self.cancel.load(Relaxed) {
-                return Err(crate::paging::interrupted());
-            }
-            let part = &tokens[done..(done + chunk).min(tokens.len())];
-            if let Err(room) = self.pool.extend(&mut table, part.len()) {
-                return Err(no_kv_room(room.missing));
-            }
-            self.pass.clear();
-            self.pass
-                .push_text(part, done, table.blocks(), part.len());
-            let rows = part.len();
-            self.run_pass(&mut |first, n, block| sink(done, rows, first, n, block))?;
-            done += rows;
-        }
-        self.pool.release(&mut table);
         Ok(())
     }
 

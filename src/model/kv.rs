@@ -69,6 +69,11 @@ impl KvPool {
         self.free.len()
     }
 
+    /// Tokens `table` could be extended by now, the room in its last block included.
+    pub fn room_for(&self, table: &KvTable) -> usize {
+        (table.blocks.len() + self.free.len()) * BLOCK_TOKENS - table.len
+    }
+
     /// Makes room for `tokens` more tokens at the end of `table`. All or nothing: on [`NoRoom`] the table is as before.
     pub fn extend(
         &mut self,

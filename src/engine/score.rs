@@ -1,0 +1,121 @@
+//! Logits at every position of given tokens: several inputs share a pass, long ones take several.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::{Engine, no_kv_room};
+use crate::error::{Code, Error, Result};
+use crate::model::kv::KvTable;
+
+/// Part of the logits of one input: `values` is `[rows, ids]`, row-major, float32.
+pub struct ScoreBlock<'a> {
+    /// Index of the input, in the order given.
+    pub input: usize,
+    pub first_row: usize,
+    pub rows: usize,
+    pub first_id: usize,
+    pub ids: usize,
+    pub values: &'a [f32],
+}
+
+struct Scoring<'t> {
+    input: usize,
+    tokens: &'t [u32],
+    table: KvTable,
+}
+
+impl Engine {
+    /// Streams the logits of all `inputs` into `sink`. Blocks of one input come in order of rows, and within the rows of
+    /// a pass in order of ids; blocks of inputs that share a pass interleave. No job may be pending.
+    pub fn score(
+        &mut self,
+        inputs: &[Vec<u32>],
+        sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let most = self.forward.max_tokens().min(self.forward.max_wanted());
+        let mut next = 0;
+        let mut open: Vec<Scoring<'_>> = Vec::new();
+        // (input, first row in the input, rows) of each segment of the pass
+        let mut parts: Vec<(usize, usize, usize)> = Vec::new();
+        while next < inputs.len() || !open.is_empty() {
+            if self.cancel.load(Relaxed) {
+                return Err(crate::paging::interrupted());
+            }
+            self.pass.clear();
+            parts.clear();
+            for s in &mut open {
+                self.push_part(s, most, &mut parts);
+            }
+            while next < inputs.len() && self.pass.rows() < most {
+                self.check_input(next, &inputs[next])?;
+                let mut s = Scoring {
+                    input: next,
+                    tokens: &inputs[next],
+                    table: KvTable::default(),
+                };
+                if !self.push_part(&mut s, most, &mut parts) {
+                    break;
+                }
+                open.push(s);
+                next += 1;
+            }
+            if parts.is_empty() {
+                return Err(no_kv_room(1));
+            }
+            self.run_pass(&mut |first_id, ids, block| {
+                let mut at = 0;
+                for &(input, first_row, rows) in &parts {
+                    sink(&ScoreBlock {
+                        input,
+                        first_row,
+                        rows,
+                        first_id,
+                        ids,
+                        values: &block[at * ids..(at + rows) * ids],
+                    })?;
+                    at += rows;
+                }
+                Ok(())
+            })?;
+            for s in &mut open {
+                if s.table.len() == s.tokens.len() {
+                    self.pool.release(&mut s.table);
+                }
+            }
+            open.retain(|s| !s.table.is_empty());
+        }
+        Ok(())
+    }
+
+    /// Puts as many of the input's next tokens into the pass as fit. False when none did.
+    fn push_part(
+        &mut self,
+        s: &mut Scoring<'_>,
+        most: usize,
+        parts: &mut Vec<(usize, usize, usize)>,
+    ) -> bool {
+        let done = s.table.len();
+        let mut rows = (s.tokens.len() - done).min(most - self.pass.rows());
+        // What the free blocks and the room in the last one hold.
+        let room = self.pool.room_for(&s.table);
+        rows = rows.min(room);
+        if rows == 0 || self.pool.extend(&mut s.table, rows).is_err() {
+            return false;
+        }
+        let part = &s.tokens[done..done + rows];
+        self.pass.push_text(part, done, s.table.blocks(), rows);
+        parts.push((s.input, done, rows));
+        true
+    }
+
+    fn check_input(&self, index: usize, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() || tokens.len() > self.context {
+            return Err(Error::new(
+                Code::Usage,
+                format!("input {index} has {} tokens", tokens.len()),
+                format!("an input has 1 to {} tokens under this context", self.context),
+                "split it, or raise --context",
+            ));
+        }
+        Ok(())
+    }
+}

@@ -9,7 +9,7 @@ use super::pass::Pass;
 use super::rope::Rope;
 use super::scratch::{HEAD_TILE_ROWS, MLP_TILE_ROWS, Scratch};
 use super::{UnitSource, UnitView};
-use crate::device::{AttnShape, Device, Into, Kv, Span, WeightView};
+use crate::device::{AttnShape, Device, Into, Kv, Span};
 use crate::error::{Error, Result};
 use crate::spec::{ModelSpec, Role, UnitKind};
 use crate::units::{Dtype, UnitId};
@@ -63,7 +63,7 @@ impl Forward {
             }
         }
         Ok(Forward {
-            rope: Rope::new(&spec.rope, spec.head_size, spec.max_positions),
+            rope: Rope::new(&spec.rope, spec.head_size),
             embed: one(UnitKind::Embed)?,
             norm: one(UnitKind::Norm)?,
             layers,
@@ -255,7 +255,7 @@ impl Forward {
                     let w = unit.need(Role::Head)?;
                     for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
                         let n = HEAD_TILE_ROWS.min(rows - tile);
-                        let part = rows_of(w, tile, n);
+                        let part = w.slice_rows(tile, n);
                         device.reshape(&mut s.logits, n);
                         device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store);
                         sink(first + tile, n, device.read(&s.logits, wanted * n))?;
@@ -270,15 +270,6 @@ impl Forward {
     }
 }
 
-/// Rows `first .. first + rows` of a weight.
-fn rows_of<'a>(w: &WeightView<'a>, first: usize, rows: usize) -> WeightView<'a> {
-    WeightView {
-        rows,
-        data: &w.data[first * w.row_stride..],
-        ..*w
-    }
-}
-
 fn spans(pass: &Pass) -> Vec<Span<'_>> {
     let mut first = 0;
     pass.segments
@@ -287,7 +278,7 @@ fn spans(pass: &Pass) -> Vec<Span<'_>> {
             let span = Span {
                 first_row: first,
                 rows: s.len as usize,
-                start: s.start as usize,
+                start_pos: s.start as usize,
                 table: &s.table,
             };
             first += s.len as usize;

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! `config.json` → [`ModelSpec`]. Reads the flat style of the hub (`rope_theta`, `rope_scaling`, `torch_dtype`) and the
 //! style transformers 5 writes (`rope_parameters`, `dtype`, `text_config`).
 //!
@@ -303,6 +302,4 @@ fn windows_by_type(
 
 #[cfg(test)]
 mod tests;
-=======
 
->>>>>>> io

@@ -53,10 +53,13 @@ fn child() {
     println!("all bytes read");
 }
 
+/// What the child does to itself before it starts.
+type Confine = fn() -> std::io::Result<()>;
+
 /// The child's output; `None`, with the reason printed, where the sandbox itself cannot be made.
-fn run(confine: fn() -> std::io::Result<()>) -> Option<String> {
+fn run(confine: Confine) -> Option<String> {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "child", "--ignored", "--nocapture"]);
+    command.args(["--exact", "sandboxed::child", "--ignored", "--nocapture"]);
     // SAFETY: `confine` makes system calls only; it neither allocates nor takes locks between fork and exec.
     unsafe { command.pre_exec(confine) };
     match command.output() {
@@ -140,7 +143,7 @@ fn lock_no_memory() -> std::io::Result<()> {
 
 #[test]
 fn without_io_uring_threads_read_and_say_why() {
-    let sandboxes: [(&str, fn() -> std::io::Result<()>); 2] = [
+    let sandboxes: [(&str, Confine); 2] = [
         ("ENOSYS", || refuse_io_uring(libc::ENOSYS)),
         ("EPERM", || refuse_io_uring(libc::EPERM)),
     ];

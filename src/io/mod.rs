@@ -16,6 +16,7 @@ mod threads;
 mod uring;
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 pub use arena::{Arena, Frame, Region, SEGMENT_BYTES, Segment};
@@ -174,7 +175,13 @@ pub fn open_reader(
     })
 }
 
-/// `3 of 4 files direct`: part of each reader's description.
+/// Drops the file's pages from the page cache, so that a measurement through it meets the disk. Pages not yet written back stay.
+pub fn drop_page_cache(path: &Path) -> Result<()> {
+    mmap::drop_cache(OpenFile::open(path, false)?.file());
+    Ok(())
+}
+
+/// `O_DIRECT on 3 of 4 files`: part of each reader's description.
 fn describe_files(files: &[OpenFile]) -> String {
     let direct = files.iter().filter(|file| file.direct()).count();
     match direct {

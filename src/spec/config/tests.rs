@@ -358,11 +358,11 @@ fn sliding_windows() {
             "layer_types",
         ),
         (
-            with(mistral(), "/layer_types", json!(["full_attention"; 5])),
+            with(mistral(), "/layer_types", json!(vec!["full_attention"; 5])),
             "layer_types",
         ),
         (
-            with(llama(), "/layer_types", json!(["sliding_attention"; 5])),
+            with(llama(), "/layer_types", json!(vec!["sliding_attention"; 5])),
             "layer_types",
         ),
         (

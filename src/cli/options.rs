@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::error::Result;
+use crate::text::{GenerationConfig, SamplingParams};
 use crate::units::parse_size;
 
 /// A size flag: `8GiB`, `512MiB`, `25.6k`.
-pub fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> std::result::Result<u64, String> {
     parse_size(text).map_err(|e| format!("{}; {}", e.cause(), e.fix()))
 }
 
@@ -27,14 +29,14 @@ impl<T: Copy> OrAuto<T> {
     }
 }
 
-fn size_or_auto(text: &str) -> Result<OrAuto<u64>, String> {
+fn size_or_auto(text: &str) -> std::result::Result<OrAuto<u64>, String> {
     match text {
         "auto" => Ok(OrAuto::Auto),
         _ => size(text).map(OrAuto::Is),
     }
 }
 
-fn page_or_auto(text: &str) -> Result<OrAuto<u64>, String> {
+fn page_or_auto(text: &str) -> std::result::Result<OrAuto<u64>, String> {
     let page = size_or_auto(text)?;
     match page {
         OrAuto::Is(b) if !b.is_power_of_two() || !(64 << 10..=1 << 30).contains(&b) => {
@@ -44,7 +46,7 @@ fn page_or_auto(text: &str) -> Result<OrAuto<u64>, String> {
     }
 }
 
-fn count_or_auto(text: &str) -> Result<OrAuto<usize>, String> {
+fn count_or_auto(text: &str) -> std::result::Result<OrAuto<usize>, String> {
     match text {
         "auto" => Ok(OrAuto::Auto),
         _ => text
@@ -164,4 +166,36 @@ pub struct SamplingOptions {
     /// Go on past the end-of-text token
     #[arg(long, env = "TENSORPAGER_IGNORE_EOS", help_heading = "Sampling")]
     pub ignore_eos: bool,
+}
+
+impl SamplingOptions {
+    /// The model's recommendation, with what the user says laid over it. A sampling flag without a temperature means that
+    /// the user wants to sample.
+    pub fn over(&self, generation: &GenerationConfig) -> Result<SamplingParams> {
+        let mut params = generation.sampling();
+        if params.is_greedy() && (self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some()) {
+            params.temperature = 1.0;
+        }
+        if let Some(t) = self.temperature {
+            params.temperature = t;
+        }
+        if let Some(k) = self.top_k {
+            params.top_k = k;
+        }
+        if let Some(p) = self.top_p {
+            params.top_p = p;
+        }
+        if let Some(p) = self.min_p {
+            params.min_p = p;
+        }
+        if let Some(r) = self.repetition_penalty {
+            params.repetition_penalty = r;
+        }
+        if self.greedy {
+            params.temperature = 0.0;
+        }
+        params.seed = self.seed.unwrap_or(0);
+        params.validate()?;
+        Ok(params)
+    }
 }

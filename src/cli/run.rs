@@ -116,7 +116,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    let settings = model.read_settings(&engine, &args.machine);
+    let settings = model.read_settings(&args.machine);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
         pack_s: model.pack_s,
@@ -130,7 +130,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         let report = RunReport {
             model: &model.label,
             device: engine.device().name(),
-            dtype: model.dtype(),
+            dtype: &model.dtype(),
             prompt_tokens: prompt_ids.len(),
             prompt_token_ids: &prompt_ids,
             token_ids: &answer.tokens,

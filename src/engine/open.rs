@@ -105,7 +105,7 @@ impl Engine {
         let device = Device::cpu(options.threads, options.isa.as_deref())?;
         let wanted = options.logits_rows.max(1);
         let charges = |tokens: usize| Charges {
-            base: host.peak,
+            base: host.resident,
             kv: kv_bytes,
             scratch: Forward::scratch_bytes(&spec, tokens, wanted),
             logits: if options.keep_logits {

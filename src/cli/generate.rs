@@ -33,7 +33,7 @@ pub fn generate(
     let started = Instant::now();
     let before = engine.stats();
     let prompt_tokens = job.prompt.len();
-    let mut stream = TokenStream::new(tokenizer, &job.prompt);
+    let mut stream = TokenStream::after(tokenizer, true, &job.prompt)?;
     let mut matcher = StopMatcher::new(stops);
     let id = engine.submit(job)?;
     let mut events = Vec::new();
@@ -48,7 +48,7 @@ pub fn generate(
     };
     let mut at_first: Option<(Instant, EngineStats)> = None;
     let mut last = started;
-    let mut piece = String::new();
+    let (mut fresh, mut piece) = (String::new(), String::new());
     prefill(0, prompt_tokens);
     while engine.pending() > 0 {
         events.clear();
@@ -63,8 +63,10 @@ pub fn generate(
                     last = Instant::now();
                     at_first.get_or_insert_with(|| (last, engine.stats()));
                     answer.tokens.push(*token);
+                    fresh.clear();
+                    stream.push(*token, &mut fresh)?;
                     piece.clear();
-                    let hit = matcher.push(stream.push(*token)?, &mut piece);
+                    let hit = matcher.push(&fresh, &mut piece);
                     answer.text.push_str(&piece);
                     emit(&piece);
                     if hit {
@@ -77,9 +79,10 @@ pub fn generate(
         }
     }
     if matcher.matched().is_none() {
+        fresh.clear();
+        stream.finish(&mut fresh)?;
         piece.clear();
-        let rest = stream.finish()?;
-        matcher.push(rest, &mut piece);
+        matcher.push(&fresh, &mut piece);
         matcher.finish(&mut piece);
         answer.text.push_str(&piece);
         emit(&piece);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::error::{Code, Error, Result};
-use crate::text::{ChatTemplate, Message, Tokenizer};
+use crate::text::{ChatTemplate, Message, RenderOptions, Tokenizer};
 
 /// Most bytes a prompt file or standard input may have: more than any context holds.
 const MAX_PROMPT_BYTES: u64 = 256 << 20;
@@ -99,9 +99,9 @@ pub fn prompt_ids(
         (Prompt::Text(text), Some(template)) => {
             let mut messages = Vec::new();
             if let Some(system) = &options.system {
-                messages.push(Message::text("system", system));
+                messages.push(Message::new("system", system));
             }
-            messages.push(Message::text("user", text));
+            messages.push(Message::new("user", text));
             render(&messages, tokenizer, template)
         }
         (Prompt::Messages(messages), Some(template)) => render(messages, tokenizer, template),
@@ -121,6 +121,12 @@ pub fn render(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
 ) -> Result<Vec<u32>> {
-    let text = template.render(messages, true, tokenizer)?;
+    let text = template.render(
+        messages,
+        &RenderOptions {
+            add_generation_prompt: true,
+            ..RenderOptions::default()
+        },
+    )?;
     tokenizer.encode(&text, false)
 }

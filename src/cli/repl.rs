@@ -28,7 +28,7 @@ pub fn chat(
     let mut editor = DefaultEditor::new().map_err(|e| terminal(&e))?;
     eprintln!("{HELP}");
     let start: Vec<Message> = system
-        .map(|s| Message::text("system", s))
+        .map(|s| Message::new("system", s))
         .into_iter()
         .collect();
     let mut messages = start.clone();
@@ -55,7 +55,7 @@ pub fn chat(
         let _ = editor.add_history_entry(&line);
         let prompt = match template {
             Some(template) => {
-                messages.push(Message::text("user", &line));
+                messages.push(Message::new("user", &line));
                 render(&messages, tokenizer, template)?
             }
             None => tokenizer.encode(&line, true)?,
@@ -70,7 +70,7 @@ pub fn chat(
         });
         println!();
         match answer {
-            Ok(answer) => messages.push(Message::text("assistant", &answer.text)),
+            Ok(answer) => messages.push(Message::new("assistant", &answer.text)),
             // A prompt that outgrew the context is the user's to shorten; the chat goes on.
             Err(e) if e.code() == Code::Usage => {
                 eprintln!("{e}");

@@ -335,8 +335,10 @@ impl Pager {
             let first = next;
             while next < order.len() {
                 let at = start_of(tokens[order[next] as usize]);
-                let blocks = at / BLOCK_BYTES..=(at + row_bytes as u64 - 1) / BLOCK_BYTES;
-                let fresh = blocks.filter(|b| g.blocks.last().is_none_or(|last| b > last));
+                // Rows come in ascending order, so a block is either the last one taken or new.
+                let first_new = g.blocks.last().map_or(0, |last| last + 1);
+                let fresh = first_new.max(at / BLOCK_BYTES)
+                    ..(at + row_bytes as u64).div_ceil(BLOCK_BYTES);
                 if g.blocks.len() + fresh.clone().count() > room {
                     break;
                 }

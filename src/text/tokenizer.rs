@@ -357,4 +357,4 @@ fn missing(dir: &Path) -> Error {
 
 #[cfg(test)]
 #[path = "tokenizer_tests.rs"]
-mod tests;
+pub(super) mod tests;

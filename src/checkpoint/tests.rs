@@ -1,0 +1,3 @@
+mod folders;
+mod headers;
+mod hub;

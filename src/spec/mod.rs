@@ -3,7 +3,6 @@
 mod config;
 mod units;
 
-
 pub use units::{Role, TensorSpec, UnitKind, UnitSpec};
 
 use crate::units::Dtype;

@@ -302,4 +302,3 @@ fn windows_by_type(
 
 #[cfg(test)]
 mod tests;
-

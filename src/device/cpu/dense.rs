@@ -33,8 +33,7 @@ impl CpuDevice {
     pub fn attention_dense(&self, a: &DenseAttention<'_>, out: &mut ActBuf) {
         let rows = a.cu_seqlens.last().copied().unwrap_or(0);
         assert!(
-            a.cu_seqlens.first().is_none_or(|first| *first == 0)
-                && a.cu_seqlens.is_sorted(),
+            a.cu_seqlens.first().is_none_or(|first| *first == 0) && a.cu_seqlens.is_sorted(),
             "cu_seqlens do not ascend from 0"
         );
         super::check_rows(a.q.len(), rows, a.q_stride, a.heads * a.head_size);

@@ -59,10 +59,7 @@ fn erfc_positive<S: Simd>(s: S, x: S::V) -> S::V {
 /// x·Φ(x) = x/2·erfc(-x/√2), the exact GELU: computed from erfc so that the left tail keeps its relative precision.
 #[inline(always)]
 pub(crate) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {
-    let tail = erfc_positive(
-        s,
-        s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2)),
-    );
+    let tail = erfc_positive(s, s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2)));
     let erfc = s.by_sign(x, tail, s.sub(s.splat(2.0), tail));
     s.mul(s.mul(x, s.splat(0.5)), erfc)
 }

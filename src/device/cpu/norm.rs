@@ -57,9 +57,7 @@ impl CpuDevice {
             eps,
             to,
         };
-        self.for_row_ranges(rows, cols, &|range| {
-            self.isa.run(Rows { job: &job, range })
-        });
+        self.for_row_ranges(rows, cols, &|range| self.isa.run(Rows { job: &job, range }));
     }
 
     /// In place, each of the `heads` pieces of `head_size` of each row on its own, with the same weights `w` [head_size]: the q and k

@@ -138,8 +138,7 @@ impl Simd for Avx2 {
             let last = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
             let carry = _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff));
             let rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, carry));
-            let quiet =
-                _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000)));
+            let quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000)));
             let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
             let upper = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32));
             _mm256_and_ps(_mm256_blendv_ps(rounded, quiet, nan), upper)

@@ -4,11 +4,13 @@
 //! Each kernel is written once, generic over `S: Simd`, and entered through [`Isa::run`], which puts the whole inlined
 //! kernel inside one function with the right `#[target_feature]`. Every function below it must be `#[inline(always)]`.
 
-mod portable;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod portable;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]

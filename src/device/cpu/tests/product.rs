@@ -1,0 +1,226 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::device::cpu::Mode;
+
+fn reference(
+    dtype: Dtype,
+    x: &[f32],
+    rows: usize,
+    w: &Weights,
+    bias: Option<&Weights>,
+    old: Option<&[f32]>,
+) -> Vec<f64> {
+    let mut out = Vec::new();
+    for r in 0..rows {
+        for n in 0..w.rows {
+            let mut sum = old.map_or(0.0, |o| f64::from(o[r * w.rows + n]));
+            sum += bias.map_or(0.0, |b| f64::from(b.values[n]));
+            for k in 0..w.cols {
+                sum += f64::from(rounded(dtype, x[r * w.cols + k]))
+                    * f64::from(w.values[n * w.cols + k]);
+            }
+            out.push(sum);
+        }
+    }
+    out
+}
+
+/// Products of random numbers in -1..1: error of a float32 sum of k terms, generously.
+fn tolerance(k: usize) -> f64 {
+    2e-6 * (k as f64).sqrt() + 1e-6
+}
+
+#[test]
+fn products_match_the_reference() {
+    let mut rng = Random(1);
+    for dev in devices(2) {
+        for dtype in DTYPES {
+            for (rows, n, k) in [
+                (1, 1, 1),
+                (1, 5, 172),
+                (2, 9, 500),
+                (3, 4, 512),
+                (4, 66, 513),
+                (5, 131, 64),
+                (7, 17, 1030),
+                (33, 12, 96),
+                (16, 200, 31),
+            ] {
+                let w = Weights::new(&mut rng, dtype, n, k, 1, 6);
+                let bias = Weights::new(&mut rng, Dtype::BF16, 1, n, 1, 0);
+                let x = rng.floats(rows * k);
+                let a = act(&dev, dtype, &x, rows, k);
+                let mut out = vec![f32::NAN; rows * n];
+                dev.linear(&a, rows, &w.view(), None, &mut out, n, Mode::Store);
+                let want = reference(dtype, &x, rows, &w, None, None);
+                close(&out, &want, tolerance(k), 1e-6);
+
+                let old = rng.floats(rows * n);
+                let mut out = old.clone();
+                let b = bias.view();
+                dev.linear(&a, rows, &w.view(), Some(&b), &mut out, n, Mode::Add);
+                let want = reference(dtype, &x, rows, &w, Some(&bias), Some(&old));
+                close(&out, &want, tolerance(k), 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_further_apart_and_untouched_columns() {
+    let mut rng = Random(2);
+    for dev in devices(2) {
+        let (rows, n, k, stride) = (6, 10, 40, 25);
+        let w = Weights::new(&mut rng, Dtype::BF16, n, k, 3, 10);
+        let x = rng.floats(rows * k);
+        let a = act(&dev, Dtype::BF16, &x, rows, k);
+        let mut out = vec![7.0; rows * stride];
+        dev.linear(&a, rows, &w.view(), None, &mut out, stride, Mode::Store);
+        let mut tight = vec![0.0; rows * n];
+        dev.linear(&a, rows, &w.view(), None, &mut tight, n, Mode::Store);
+        for r in 0..rows {
+            assert_eq!(out[r * stride..][..n], tight[r * n..][..n]);
+            assert!(
+                out[r * stride + n..(r + 1) * stride]
+                    .iter()
+                    .all(|x| *x == 7.0)
+            );
+        }
+    }
+}
+
+#[test]
+fn no_rows_and_no_columns() {
+    for dev in devices(1) {
+        let w = Weights::new(&mut Random(3), Dtype::F32, 0, 8, 0, 0);
+        let a = act(&dev, Dtype::F32, &[1.0; 16], 2, 8);
+        dev.linear(&a, 2, &w.view(), None, &mut [], 0, Mode::Store);
+        let w = Weights::new(&mut Random(3), Dtype::F32, 3, 8, 0, 0);
+        dev.linear(&a, 0, &w.view(), None, &mut [], 3, Mode::Store);
+    }
+}
+
+#[test]
+#[should_panic(expected = "columns of activations and weights")]
+fn a_wrong_shape_is_refused() {
+    let dev = CpuDevice::with_isa(1, "portable").unwrap();
+    let w = Weights::new(&mut Random(4), Dtype::F32, 3, 9, 0, 0);
+    let a = act(&dev, Dtype::F32, &[1.0; 8], 1, 8);
+    dev.linear(&a, 1, &w.view(), None, &mut [0.0; 3], 3, Mode::Store);
+}
+
+#[test]
+#[should_panic(expected = "do not hold")]
+fn weights_shorter_than_their_shape_are_refused() {
+    let dev = CpuDevice::with_isa(1, "portable").unwrap();
+    let bytes = [0u8; 3 * 8 * 2 - 1];
+    let w = WeightView::packed(Dtype::BF16, 3, 8, &bytes);
+    let a = act(&dev, Dtype::BF16, &[1.0; 8], 1, 8);
+    dev.linear(&a, 1, &w, None, &mut [0.0; 3], 3, Mode::Store);
+}
+
+/// `vdpbf16ps` in plain Rust: pairs, denormals as zero. The hardware's two additions may be fused or not, hence a tolerance.
+fn pairs_model(a: &[f32], w: &[f32]) -> f64 {
+    let flush = |x: f32| if x.is_subnormal() { 0.0 } else { x };
+    let mut lanes = [0f32; 16];
+    for (step, (a, w)) in a.chunks(32).zip(w.chunks(32)).enumerate() {
+        let _ = step;
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            for j in [2 * i, 2 * i + 1] {
+                if j < a.len() {
+                    *lane = flush(flush(a[j]) * flush(w[j]) + *lane);
+                }
+            }
+        }
+    }
+    lanes.iter().map(|x| f64::from(*x)).sum()
+}
+
+#[test]
+fn bfloat16_pairs_match_their_model() {
+    let Ok(dev) = CpuDevice::with_isa(1, "avx512-bf16") else {
+        eprintln!("skipped: this CPU has no avx512-bf16");
+        return;
+    };
+    let mut rng = Random(5);
+    for k in [1, 2, 31, 32, 33, 172, 500, 512] {
+        let w = Weights::new(&mut rng, Dtype::BF16, 5, k, 1, 2);
+        let x: Vec<f32> = rng
+            .floats(k)
+            .iter()
+            .map(|x| rounded(Dtype::BF16, *x))
+            .collect();
+        let a = act(&dev, Dtype::BF16, &x, 1, k);
+        let mut out = [0.0; 5];
+        dev.linear(&a, 1, &w.view(), None, &mut out, 5, Mode::Store);
+        for n in 0..5 {
+            let want = pairs_model(&x, &w.values[n * k..][..k]);
+            close(&out[n..=n], &[want], tolerance(k), 1e-6);
+        }
+    }
+    // Denormal weights count as nothing.
+    let tiny = half::bf16::from_bits(1);
+    let bytes: Vec<u8> = (0..32).flat_map(|_| tiny.to_le_bytes()).collect();
+    let a = act(&dev, Dtype::BF16, &[1.0; 32], 1, 32);
+    let mut out = [1.0];
+    let w = WeightView::packed(Dtype::BF16, 1, 32, &bytes);
+    dev.linear(&a, 1, &w, None, &mut out, 1, Mode::Store);
+    assert_eq!(out, [0.0]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The promise everything else rests on: a row's bits do not depend on the rows beside it, on threads, on where the weights
+    /// lie in memory, nor on which rows of the matrix are asked for.
+    #[test]
+    fn a_rows_bits_depend_on_nothing_else(
+        rows in 1usize..40,
+        n in 1usize..150,
+        k in prop_oneof![1usize..70, Just(172), Just(500), Just(512), 900usize..1100],
+        dtype in prop_oneof![Just(Dtype::F16), Just(Dtype::BF16), Just(Dtype::F32)],
+        shift in 0usize..5,
+        gap in 0usize..9,
+        threads in 1usize..5,
+        add in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let mut rng = Random(seed);
+        let w = Weights::new(&mut rng, dtype, n, k, shift, gap);
+        let aligned = {
+            let mut again = Random(seed);
+            Weights::new(&mut again, dtype, n, k, 0, 0)
+        };
+        let bias = Weights::new(&mut rng, dtype, 1, n, 1, 0);
+        let x = rng.floats(rows * k);
+        let old = rng.floats(rows * n);
+        let mode = if add { Mode::Add } else { Mode::Store };
+        for name in CpuDevice::isas() {
+            let many = CpuDevice::with_isa(threads, name).unwrap();
+            let one = CpuDevice::with_isa(1, name).unwrap();
+            let mut together = old.clone();
+            let a = act(&many, dtype, &x, rows, k);
+            many.linear(&a, rows, &w.view(), Some(&bias.view()), &mut together, n, mode);
+            for r in 0..rows {
+                let mut alone = old[r * n..][..n].to_vec();
+                let a = act(&one, dtype, &x[r * k..][..k], 1, k);
+                one.linear(&a, 1, &aligned.view(), Some(&bias.view()), &mut alone, n, mode);
+                prop_assert_eq!(bits(&together[r * n..][..n]), bits(&alone), "{} row {}", name, r);
+            }
+            // A slice of the matrix, as the paged head has it.
+            let first = n / 3;
+            let part = w.view().slice_rows(first, n - first);
+            let mut sliced = vec![0.0; rows * (n - first)];
+            let mut whole = vec![0.0; rows * n];
+            many.linear(&a, rows, &part, None, &mut sliced, n - first, Mode::Store);
+            many.linear(&a, rows, &w.view(), None, &mut whole, n, Mode::Store);
+            for r in 0..rows {
+                prop_assert_eq!(
+                    bits(&sliced[r * (n - first)..][..n - first]),
+                    bits(&whole[r * n + first..][..n - first])
+                );
+            }
+        }
+    }
+}

@@ -90,12 +90,21 @@ impl Bed {
             Some(faults) => Box::new(FaultReader::new(bare, faults)),
             None => bare,
         };
-        Some(Bed {
-            flights: Flights::new(reader, paths.to_vec(), limit),
+        Some(Bed::over(reader, paths.to_vec(), region, limit))
+    }
+
+    pub fn over(
+        reader: Box<dyn Reader>,
+        paths: Vec<PathBuf>,
+        region: Region,
+        limit: Duration,
+    ) -> Bed {
+        Bed {
+            out: Vec::with_capacity(reader.capacity()),
+            flights: Flights::new(reader, paths, limit),
             region,
-            out: Vec::with_capacity(depth),
             order: Vec::new(),
-        })
+        }
     }
 
     pub fn send(&mut self, file: u32, offset: u64, len: usize, want: usize, tag: u64) {

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tensorpager::error::Error;
-use tensorpager::io::{Arena, Faults, ReaderKind};
+use tensorpager::io::{Arena, Faults, OpenFile, ReaderKind, open_reader};
 use tensorpager::units::{ALIGN_BYTES, align_up};
 
-use crate::bed::{Bed, KINDS, disk, file, none, reader};
+use crate::bed::{Bed, KINDS, PATIENCE, disk, file, none, reader};
 
 /// Everything a reader must get over by itself.
 fn passing_faults() -> Vec<(&'static str, Option<Faults>)> {
@@ -220,6 +220,31 @@ fn a_slow_disk_takes_its_time() {
         };
         bed.read_file(content.len(), 4096).unwrap();
         assert!(bed.flights.busy() >= Duration::from_millis(50), "{kind}");
+    }
+}
+
+/// What a file system without O_DIRECT gets.
+#[test]
+fn buffered_files_read_the_same() {
+    let dir = disk();
+    let (path, content) = file(dir.path(), "weights", 1_000_001);
+    for kind in KINDS {
+        let room = align_up(content.len() as u64, ALIGN_BYTES);
+        let arena = Arena::new(room).unwrap();
+        let region = arena.take(room).unwrap();
+        let open = OpenFile::open(&path, false).unwrap();
+        assert!(!open.direct());
+        let reader = match open_reader(kind, vec![open], &arena, 8) {
+            Ok(reader) => reader,
+            Err(error) => {
+                println!("skipped {kind}: {}", error.cause());
+                continue;
+            }
+        };
+        assert!(kind == ReaderKind::Mmap || reader.describe().contains("buffered"));
+        let mut bed = Bed::over(reader, vec![path.clone()], region, PATIENCE);
+        bed.read_file(content.len(), 65_536).unwrap();
+        assert!(bed.region.bytes()[..content.len()] == content, "{kind}");
     }
 }
 

@@ -200,7 +200,7 @@ fn hostile_templates_end() {
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}".into(),
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}".into(),
         "{{ 'x' * 10**18 }}".into(),
-        format!("{}1{}", "{{ (".repeat(1) + &"(".repeat(5000), ")".repeat(5001) + " }}"),
+        format!("{}1{}", "{{ ".to_owned() + &"(".repeat(5001), ")".repeat(5001) + " }}"),
         "{{ [1].append(2) }}".into(),
     ] {
         let head: String = source.chars().take(80).collect();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 use tensorpager::error::Code;
-use tensorpager::text::{ChatTemplate, Message, RenderOptions};
+use tensorpager::text::{ChatTemplate, Message, RenderOptions, TokenStream, Tokenizer};
 
 fn cases() -> Vec<Map<String, Value>> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/chat.json");
@@ -50,4 +50,53 @@ fn rendered_as_transformers_renders() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Whole folders: template, special tokens, encoding and streamed decoding agree with transformers.
+#[test]
+fn reference_folders() {
+    let Some(dir) = std::env::var_os("TENSORPAGER_FIXTURES") else {
+        eprintln!("skipped: TENSORPAGER_FIXTURES does not say where the reference folders lie");
+        return;
+    };
+    let mut seen = 0;
+    for entry in std::fs::read_dir(dir).expect("TENSORPAGER_FIXTURES is a folder") {
+        let dir = entry.expect("an entry").path();
+        let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
+        let (Some(golden), Some(_)) = (read("golden.json"), read("tokenizer_config.json")) else {
+            continue;
+        };
+        let golden: Value = serde_json::from_str(&golden).expect("golden.json");
+        let tokenizer = Tokenizer::load(&dir).expect("a tokenizer");
+        let ids = |v: &Value| serde_json::from_value::<Vec<u32>>(v.clone()).expect("token ids");
+        for case in golden["prompts"].as_array().into_iter().flatten() {
+            let text = case["text"].as_str().expect("text");
+            let input = ids(&case["input_ids"]);
+            assert_eq!(tokenizer.encode(text, true).unwrap(), input, "{text:?}");
+            let greedy = ids(&case["greedy_ids"]);
+            let mut stream = TokenStream::new(&tokenizer, false);
+            let mut out = String::new();
+            for id in &greedy {
+                stream.push(*id, &mut out).unwrap();
+            }
+            stream.finish(&mut out).unwrap();
+            assert_eq!(out, tokenizer.decode(&greedy, false).unwrap());
+            seen += 1;
+        }
+        if let Some(chat) = golden.get("chat") {
+            let messages = Message::list(&chat["messages"], "golden.json").unwrap();
+            let template = ChatTemplate::load(&dir).unwrap().expect("a chat template");
+            let options = RenderOptions {
+                add_generation_prompt: true,
+                ..RenderOptions::default()
+            };
+            let text = template.render(&messages, &options).unwrap();
+            assert_eq!(text, chat["rendered"].as_str().unwrap());
+            assert_eq!(
+                tokenizer.encode(&text, false).unwrap(),
+                ids(&chat["input_ids"])
+            );
+        }
+    }
+    assert!(seen > 0, "no golden.json with prompts found");
 }

@@ -69,7 +69,14 @@ fn a_cut_character_shows_only_at_the_end() {
 fn leading_spaces() {
     let t = llama();
     let id = |s: &str| t.token_to_id(s).unwrap();
-    let ids = [id("▁abc"), id("▁"), id("▁a"), id("</s>"), id("▁bc"), id("é")];
+    let ids = [
+        id("▁abc"),
+        id("▁"),
+        id("▁a"),
+        id("</s>"),
+        id("▁bc"),
+        id("é"),
+    ];
     assert_eq!(
         pieces(t, &ids, true),
         ["abc", " ", " a", "", " bc", "é", ""]

@@ -57,6 +57,18 @@ pub(super) fn environment() -> Environment<'static> {
     env.add_filter("join", join);
     env.add_filter("length", length);
     env.add_filter("count", length);
+    env.add_filter("int", int);
+    env.add_filter("float", float);
+    env.add_function("cycler", |items: Rest<Value>| {
+        minijinja_contrib::globals::cycler(items.0)
+    });
+    env.add_function("joiner", |separator: Option<Value>| {
+        minijinja_contrib::globals::joiner(separator)
+    });
+    // Python's booleans are numbers.
+    env.add_test("number", |value: &Value| {
+        matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
+    });
     env.add_test("sequence", |value: &Value| {
         // Python's strings and dicts have a length and can be indexed, which is all that Jinja2 asks.
         matches!(
@@ -129,6 +141,40 @@ fn length(value: &Value) -> Result<usize, Error> {
             format!("a value of type {} has no length", value.kind()),
         )
     })
+}
+
+/// `int(value)`, and `default` (0) for what is no number.
+fn int(value: &Value, default: Option<Value>) -> Value {
+    let number = |x: f64| {
+        let whole = x.trunc();
+        (whole.abs() < 1e18).then(|| Value::from(whole as i64))
+    };
+    let parsed = match value.kind() {
+        ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
+        ValueKind::Number if value.is_integer() => Some(value.clone()),
+        ValueKind::Number => f64::try_from(value.clone()).ok().and_then(number),
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default().trim();
+            let whole = text.parse::<i64>().ok().map(Value::from);
+            whole.or_else(|| text.parse().ok().and_then(number))
+        }
+        _ => None,
+    };
+    parsed.or(default).unwrap_or_else(|| Value::from(0))
+}
+
+/// `float(value)`, and `default` (0.0) for what is no number.
+fn float(value: &Value, default: Option<Value>) -> Value {
+    let parsed = match value.kind() {
+        ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
+        ValueKind::Number => f64::try_from(value.clone()).ok(),
+        ValueKind::String => value.as_str().and_then(|text| text.trim().parse().ok()),
+        _ => None,
+    };
+    parsed
+        .map(Value::from)
+        .or(default)
+        .unwrap_or_else(|| Value::from(0.0))
 }
 
 /// Python's methods: a few that the contrib crate lacks or does its own way, then its own.

@@ -3,6 +3,7 @@
 //! Templates are Jinja, written for transformers, which renders them with Jinja2 in a sandbox. Here minijinja renders them,
 //! with Python's methods, formats and `tojson` where it has its own ways. A template comes with a model from somewhere and is
 //! not trusted: it runs for a bounded number of steps, writes a bounded amount, and can reach nothing but its arguments.
+//! The engine has no bound on the values a template builds on the way: one that doubles a string in a loop can still fill memory.
 
 mod environment;
 mod message;
@@ -17,7 +18,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
 use environment::{Raised, environment};
-use source::Sources;
+use source::{Sources, Tokens};
 
 /// Instructions a template may run: far more than any published one needs for a conversation of that size.
 const FUEL: u64 = 2_000_000;
@@ -46,7 +47,7 @@ pub struct RenderOptions<'a> {
 pub struct ChatTemplate {
     sources: Sources,
     /// `bos_token`, `eos_token`, … as the templates see them.
-    tokens: Vec<(String, String)>,
+    tokens: Tokens,
 }
 
 impl ChatTemplate {

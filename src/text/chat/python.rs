@@ -331,6 +331,17 @@ pub(super) fn string_method(
             let (separator, max): (Option<&str>, Option<i64>) = from_args(args)?;
             split(text, separator, max)?
         }
+        // Of an empty string Python says no to each of these.
+        "isdigit" | "isnumeric" | "isalnum" | "isalpha" | "isspace" if text.is_empty() => {
+            Value::from(false)
+        }
+        "isspace" => Value::from(text.chars().all(is_space)),
+        "islower" => Value::from(
+            text.chars().any(char::is_lowercase) && !text.chars().any(char::is_uppercase),
+        ),
+        "isupper" => Value::from(
+            text.chars().any(char::is_uppercase) && !text.chars().any(char::is_lowercase),
+        ),
         "swapcase" => {
             let swap = |c: char| -> String {
                 if c.is_uppercase() {

@@ -14,6 +14,9 @@ const MAX_CONFIG_BYTES: u64 = 256 << 20;
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
+/// Names and spellings of special tokens: `bos_token`, `<s>`.
+pub(super) type Tokens = Vec<(String, String)>;
+
 /// Named templates and the file they come from.
 #[derive(Clone, Debug)]
 pub(super) struct Sources {
@@ -61,7 +64,7 @@ impl Sources {
 }
 
 /// The templates of a model folder, if any, and the special tokens they may name.
-pub(super) fn load(dir: &Path) -> Result<(Option<Sources>, Vec<(String, String)>)> {
+pub(super) fn load(dir: &Path) -> Result<(Option<Sources>, Tokens)> {
     let object = |name: &str| -> Result<Map<String, Value>> {
         let json = read_json(&dir.join(name), MAX_CONFIG_BYTES)?;
         Ok(match json {

@@ -17,7 +17,10 @@ fn text(source: &str) -> String {
 #[test]
 fn what_a_template_sees() {
     assert_eq!(text("{{ bos_token }}{{ eos_token }}|"), "<s>|");
-    assert_eq!(text("{{ tools is none }}{{ documents is none }}"), "TrueTrue");
+    assert_eq!(
+        text("{{ tools is none }}{{ documents is none }}"),
+        "TrueTrue"
+    );
     assert_eq!(text("{{ add_generation_prompt }}"), "False");
     let mut variables = Map::new();
     variables.insert("enable_thinking".into(), json!(false));
@@ -37,6 +40,85 @@ fn what_a_template_sees() {
     );
 }
 
+/// Expected values: transformers 5.17 with Jinja2, on the same one message.
+#[test]
+fn pythons_ways() {
+    for (source, expected) in PYTHON {
+        assert_eq!(text(source), *expected, "{source}");
+    }
+}
+
+const PYTHON: &[(&str, &str)] = &[
+    ("{{ messages }}", "[{'role': 'user', 'content': 'Hi'}]"),
+    (
+        r#"{{ [1, 'a', "b'c", none, true, 1.0, {'x': 'y'}] }}"#,
+        r#"[1, 'a', "b'c", None, True, 1.0, {'x': 'y'}]"#,
+    ),
+    (
+        r#"{{ ['a\nb', 'é', '\t', '"', "'"] }}"#,
+        r#"['a\nb', 'é', '\t', '"', "'"]"#,
+    ),
+    ("{{ 'a' ~ none ~ true ~ 0.5 ~ nope }}", "aNoneTrue0.5"),
+    (
+        "{{ [1, 2.0, none]|join(', ') }} {{ messages|join('-', attribute='role') }}",
+        "1, 2.0, None user",
+    ),
+    (
+        "{{ 1e-7 }} {{ 1e16 }} {{ 123456.789 }}",
+        "1e-07 1e+16 123456.789",
+    ),
+    (
+        "{{ messages[0]|tojson }}",
+        r#"{"role": "user", "content": "Hi"}"#,
+    ),
+    (
+        "{{ {'b': [1, {}], 'a': none}|tojson(indent=2, sort_keys=true) }}",
+        "{\n  \"a\": null,\n  \"b\": [\n    1,\n    {}\n  ]\n}",
+    ),
+    (
+        "{{ ['é🚀', 1e20]|tojson(ensure_ascii=true) }}{{ [1, {'a': 2}]|tojson(separators=(',', ':')) }}",
+        r#"["\u00e9\ud83d\ude80", 1e+20][1,{"a":2}]"#,
+    ),
+    (r#"{{ '<>&\'"é'|tojson }}{{ []|tojson }}"#, r#""<>&'\"é"[]"#),
+    (
+        "{{ nope|length }} {{ nope|default('d') }} {{ nope is none }} {{ true is number }}",
+        "0 d False True",
+    ),
+    (
+        "{{ 'x' is sequence }} {{ {} is sequence }} {{ 'x' is iterable }} {{ 1 is sequence }}",
+        "True True True False",
+    ),
+    (
+        "{{ '  a b  c '.split() }} {{ 'a,b,,c'.split(',') }} {{ 'a,b,c'.split(',', 1) }} {{ 'a b c d'.rsplit(' ', 1) }} {{ ' a b c '.split(none, 1) }}",
+        "['a', 'b', 'c'] ['a', 'b', '', 'c'] ['a', 'b,c'] ['a b c', 'd'] ['a', 'b c ']",
+    ),
+    (
+        "{{ 'żółw'.find('w') }} {{ ''.isdigit() }} {{ 'aXbX'.replace('X', '-', 1) }} {{ 'abc'.startswith(('x', 'a')) }} {{ 'abc'.removeprefix('a') }} {{ 'a-b-c'.rpartition('-')[0] }}",
+        "3 False a-bX True bc a-b",
+    ),
+    (
+        "{{ 1.5|int }} {{ '3'|int + 1 }} {{ 'x'|int(7) }} {{ 'x'|int }} {{ '2.5'|float }} {{ 7 // 2 }} {{ -7 // 2 }} {{ -7 % 3 }}",
+        "1 4 7 0 2.5 3 -4 2",
+    ),
+    (
+        "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{% set j = joiner(', ') %}{{ j() }}1{{ j() }}2",
+        "aba1, 2",
+    ),
+    (
+        "{% set x = {'items': 1, 'get': 2} %}{% for k, v in x.items() %}{{ k }}={{ v }} {% endfor %}{{ x.get('nope', 5) }}",
+        "items=1 get=2 5",
+    ),
+    (
+        "a  \n  {% if true %}  \n  b\n  {% endif %}  \nc\n\n  {# c #}\nd {# e #} f\n{{ 'x' }}\ng\n",
+        "a  \n  \n  b\n  \nc\n\nd  f\nx\ng",
+    ),
+    ("  {%- if true -%}  \n x \n  {%- endif -%}  \n y", "xy"),
+    (
+        "{{- ' a' -}}  \n  b  {{ 'c' -}}\n\n d {{- 'e' }}",
+        " ab  cde",
+    ),
+];
+
 #[test]
 fn generation_blocks_are_scopes() {
     assert_eq!(
@@ -47,7 +129,10 @@ fn generation_blocks_are_scopes() {
         text("a \n {%- generation -%} b {%- endgeneration -%} \n c"),
         "abc"
     );
-    assert_eq!(text("x\n  {% generation %}\n y\n  {% endgeneration %}\nz"), "x\n y\nz");
+    assert_eq!(
+        text("x\n  {% generation %}\n y\n  {% endgeneration %}\nz"),
+        "x\n y\nz"
+    );
     assert_eq!(
         text("{% raw %}{% generation %}{% endraw %}{# {% generation %} #}{{ 'generation' }}"),
         "{% generation %}generation"
@@ -71,7 +156,10 @@ fn dates() {
         ChatTemplate::from_source(&source, &[])?.render(&hello(), &options)
     };
     assert_eq!(at("%d %b %Y").unwrap(), "07 Mar 2025");
-    assert_eq!(at("%Y-%m-%d %H:%M:%S %j %-d %B").unwrap(), "2025-03-07 04:05:09 066 7 March");
+    assert_eq!(
+        at("%Y-%m-%d %H:%M:%S %j %-d %B").unwrap(),
+        "2025-03-07 04:05:09 066 7 March"
+    );
     assert!(at("%Q").unwrap_err().cause().contains("date format"));
     assert!(at("%z").is_err());
     assert!(text("{{ strftime_now('%Y') }}").parse::<i32>().unwrap() >= 2025);
@@ -79,7 +167,9 @@ fn dates() {
 
 #[test]
 fn what_a_template_refuses() {
-    let e = render("{% macro f() %}{{ raise_exception('roles must ' ~ 'alternate') }}{% endmacro %}{{ f() }}");
+    let e = render(
+        "{% macro f() %}{{ raise_exception('roles must ' ~ 'alternate') }}{% endmacro %}{{ f() }}",
+    );
     let e = e.unwrap_err();
     assert_eq!((e.code(), e.cause()), (Code::Text, "roles must alternate"));
     for (source, word) in [
@@ -110,7 +200,7 @@ fn hostile_templates_end() {
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}".into(),
         "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}".into(),
         "{{ 'x' * 10**18 }}".into(),
-        format!("{}1{}", "{{ (".repeat(1) + &"(".repeat(5000), ")".repeat(5001) + " }}"),
+        format!("{}1{}", "{{ ".to_owned() + &"(".repeat(5001), ")".repeat(5001) + " }}"),
         "{{ [1].append(2) }}".into(),
     ] {
         let head: String = source.chars().take(80).collect();
@@ -153,7 +243,10 @@ fn messages_are_checked() {
         (json!([{"content": "x"}]), "role"),
         (json!([{"role": 1, "content": "x"}]), "role"),
         (json!([{"role": "user", "content": 3}]), "content"),
-        (json!([{"role": "user", "content": "a"}, {"role": "user", "content": ["a"]}]), "message 1"),
+        (
+            json!([{"role": "user", "content": "a"}, {"role": "user", "content": ["a"]}]),
+            "message 1",
+        ),
     ] {
         let e = list(bad).unwrap_err();
         assert_eq!(e.code(), Code::Usage);
@@ -173,27 +266,36 @@ fn where_templates_lie() {
             tools,
             ..RenderOptions::default()
         };
-        ChatTemplate::load(dir.path())
-            .map(|t| t.expect("a template").render(&hello(), &options))
+        ChatTemplate::load(dir.path()).map(|t| t.expect("a template").render(&hello(), &options))
     };
     let tools = [json!({"type": "function"})];
     assert!(ChatTemplate::load(dir.path()).unwrap().is_none());
 
-    write("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}, "bos_token": null}"#);
+    write(
+        "tokenizer_config.json",
+        r#"{"eos_token": {"content": "</s>"}, "bos_token": null}"#,
+    );
     assert!(ChatTemplate::load(dir.path()).unwrap().is_none());
 
     let config = |template: Value| {
         json!({"chat_template": template, "eos_token": {"content": "</s>"}}).to_string()
     };
-    write("tokenizer_config.json", &config(json!("config{{ eos_token }}")));
+    write(
+        "tokenizer_config.json",
+        &config(json!("config{{ eos_token }}")),
+    );
     assert_eq!(shown(None).unwrap().unwrap(), "config</s>");
 
-    let named = json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
+    let named =
+        json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
     write("tokenizer_config.json", &config(named));
     assert_eq!(shown(None).unwrap().unwrap(), "d");
     assert_eq!(shown(Some(&tools)).unwrap().unwrap(), "t");
 
-    write("tokenizer_config.json", &config(json!([{"name": "rag", "template": "r"}])));
+    write(
+        "tokenizer_config.json",
+        &config(json!([{"name": "rag", "template": "r"}])),
+    );
     let e = shown(None).unwrap().unwrap_err();
     assert!(e.cause().contains("rag"), "{e}");
     for bad in [json!(3), json!([3]), json!([{"name": "default"}])] {

@@ -22,14 +22,14 @@ fn reference(logits: &[f32], p: &SamplingParams, h: History<'_>) -> Vec<f64> {
     for &(id, b) in &p.logit_bias {
         s[id as usize] += f64::from(b);
     }
-    for id in 0..s.len() {
-        let n = |x: &[u32]| x.iter().filter(|&&t| t as usize == id).count();
+    for (id, x) in s.iter_mut().enumerate() {
+        let n = |list: &[u32]| list.iter().filter(|&&t| t as usize == id).count();
         if n(h.prompt) + n(h.generated) > 0 {
             let r = f64::from(p.repetition_penalty);
-            s[id] = if s[id] < 0.0 { s[id] * r } else { s[id] / r };
+            *x = if *x < 0.0 { *x * r } else { *x / r };
         }
         if n(h.generated) > 0 {
-            s[id] -= n(h.generated) as f64 * f64::from(p.frequency_penalty)
+            *x -= n(h.generated) as f64 * f64::from(p.frequency_penalty)
                 + f64::from(p.presence_penalty);
         }
     }

@@ -14,8 +14,8 @@ use std::time::Duration;
 use store_common::*;
 use tensorpager::error::{Code, Result};
 use tensorpager::store::{
-    CleanOptions, InPlace, PackOptions, PackProgress, PackState, Prepared, ProblemKind, Step, Store, clean, list_packs,
-    verify,
+    CleanOptions, InPlace, PackOptions, PackProgress, PackState, Prepared, ProblemKind, Step,
+    Store, clean, list_packs, verify,
 };
 use tensorpager::units::Dtype;
 
@@ -27,9 +27,11 @@ fn pack(source: &Path, options: &PackOptions) -> Result<Prepared> {
 fn failing_at(options: &PackOptions, n: usize, errno: i32) -> PackOptions {
     let count = AtomicUsize::new(0);
     PackOptions {
-        fail_point: Some(Arc::new(move |_| match count.fetch_add(1, Ordering::Relaxed) == n {
-            true => Err(io::Error::from_raw_os_error(errno)),
-            false => Ok(()),
+        fail_point: Some(Arc::new(move |_| {
+            match count.fetch_add(1, Ordering::Relaxed) == n {
+                true => Err(io::Error::from_raw_os_error(errno)),
+                false => Ok(()),
+            }
         })),
         ..options.clone()
     }
@@ -103,14 +105,22 @@ fn a_crash_at_any_step_is_seen_and_repaired() {
         crashes += 1;
         let state = list_packs(&offload).unwrap().pop().map(|p| p.state);
         let usable = Store::open_packed(&offload.join("tiny--bf16")).is_ok();
-        assert_eq!(usable, state == Some(PackState::Ready), "step {step}: {state:?}");
+        assert_eq!(
+            usable,
+            state == Some(PackState::Ready),
+            "step {step}: {state:?}"
+        );
         finished_early += usize::from(usable);
         // Whatever is there, the next run ends with a good pack; a finished one is not made again.
         let again = pack(&dir, &PackOptions::new(&offload)).unwrap();
         assert_eq!(again.packed.is_none(), usable, "step {step}");
         assert_holds(&again.store, &tensors);
         let report = verify(&again.store.dir, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
-        assert!(report.problems.is_empty(), "step {step}: {:?}", report.problems);
+        assert!(
+            report.problems.is_empty(),
+            "step {step}: {:?}",
+            report.problems
+        );
     }
     assert!(crashes > 20, "only {crashes} crash points");
     // Only a crash behind the manifest's rename leaves a finished pack.
@@ -184,8 +194,14 @@ fn two_packers_make_one_pack() {
         };
         let error = pack(&dir, &impatient).unwrap_err();
         assert_eq!(error.code(), Code::Locked);
-        assert!(error.cause().contains(&std::process::id().to_string()), "{error}");
-        let state = list_packs(&tmp.path().join("offload")).unwrap().pop().unwrap();
+        assert!(
+            error.cause().contains(&std::process::id().to_string()),
+            "{error}"
+        );
+        let state = list_packs(&tmp.path().join("offload"))
+            .unwrap()
+            .pop()
+            .unwrap();
         assert_eq!(state.state, PackState::Packing);
         assert_eq!(state.holder.unwrap().pid, Some(std::process::id()));
         let mut released = false;
@@ -235,7 +251,10 @@ fn a_changed_source_is_packed_anew_and_another_source_gets_its_own_folder() {
     let mut other = tensors(&config, |_| Dtype::BF16);
     other.get_mut("lm_head.weight").unwrap().bytes[100] ^= 1;
     write_folder(&dir, &config, &other, 1);
-    assert_eq!(list_packs(&offload).unwrap()[0].state, PackState::SourceChanged);
+    assert_eq!(
+        list_packs(&offload).unwrap()[0].state,
+        PackState::SourceChanged
+    );
     let made = pack(&dir, &options).unwrap();
     assert!(made.packed.is_some());
     assert!(made.store.dir.ends_with("tiny--bf16"));
@@ -245,12 +264,25 @@ fn a_changed_source_is_packed_anew_and_another_source_gets_its_own_folder() {
     fs::create_dir(&elsewhere).unwrap();
     let (dir2, tensors2) = source(&elsewhere, false, Dtype::BF16);
     let made2 = pack(&dir2, &options).unwrap();
-    let name = made2.store.dir.file_name().unwrap().to_str().unwrap().to_string();
-    assert!(name.starts_with("tiny--bf16-") && name.len() == 19, "{name}");
+    let name = made2
+        .store
+        .dir
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_string();
+    assert!(
+        name.starts_with("tiny--bf16-") && name.len() == 19,
+        "{name}"
+    );
     assert_holds(&made2.store, &tensors2);
     assert_holds(&made.store, &other);
     drop(made2);
-    assert!(pack(&dir2, &options).unwrap().packed.is_none(), "found again under its second name");
+    assert!(
+        pack(&dir2, &options).unwrap().packed.is_none(),
+        "found again under its second name"
+    );
 }
 
 #[test]
@@ -311,14 +343,14 @@ fn a_new_tokenizer_is_copied_without_packing_again() {
     Store::open_packed(&packed).unwrap();
 }
 
-/// A file system of 1 MiB, unmounted on drop.
+/// A small file system, unmounted on drop.
 struct TinyDisk(PathBuf);
 
 impl TinyDisk {
-    fn mount(at: &Path) -> Option<TinyDisk> {
+    fn mount(at: &Path, size: &str) -> Option<TinyDisk> {
         fs::create_dir_all(at).unwrap();
         let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
             .arg(at)
             .output();
         match status {
@@ -338,7 +370,7 @@ impl Drop for TinyDisk {
 fn a_full_disk_is_met_before_the_first_byte_and_streams_in_place() {
     let tmp = tempfile::tempdir().unwrap();
     let (dir, tensors) = source(tmp.path(), false, Dtype::F32);
-    let Some(disk) = TinyDisk::mount(&tmp.path().join("disk")) else {
+    let Some(disk) = TinyDisk::mount(&tmp.path().join("disk"), "1m") else {
         println!("skipped: mounting a tmpfs needs root");
         return;
     };
@@ -356,16 +388,20 @@ fn a_full_disk_is_met_before_the_first_byte_and_streams_in_place() {
     assert_eq!(fs::read_dir(&disk.0).unwrap().count(), 0);
     options.in_place = InPlace::WhenShort;
     let prepared = Store::prepare(&open(&dir), &options, &mut |_| {}).unwrap();
-    assert!(prepared.store.in_place && prepared.notes[0].contains("free"), "{:?}", prepared.notes);
+    assert!(
+        prepared.store.in_place && prepared.notes[0].contains("free"),
+        "{:?}",
+        prepared.notes
+    );
     assert_holds(&prepared.store, &tensors);
 }
 
 #[test]
 fn a_disk_that_fills_up_on_the_way_is_left_as_it_was() {
     let tmp = tempfile::tempdir().unwrap();
-    // About 620 KB: fits, until somebody else fills the disk.
+    // About 620 KB and some slack: fits, until somebody else fills the disk.
     let (dir, _) = source(tmp.path(), false, Dtype::BF16);
-    let Some(disk) = TinyDisk::mount(&tmp.path().join("disk")) else {
+    let Some(disk) = TinyDisk::mount(&tmp.path().join("disk"), "3m") else {
         println!("skipped: mounting a tmpfs needs root");
         return;
     };
@@ -373,7 +409,7 @@ fn a_disk_that_fills_up_on_the_way_is_left_as_it_was() {
     let mut options = PackOptions::new(disk.0.join("offload"));
     options.fail_point = Some(Arc::new(move |step| {
         if *step == Step::Mark {
-            let _ = fs::write(&other, vec![1; 700 << 10]);
+            let _ = fs::write(&other, vec![1; 2800 << 10]);
         }
         Ok(())
     }));
@@ -382,6 +418,7 @@ fn a_disk_that_fills_up_on_the_way_is_left_as_it_was() {
         Ok(_) => panic!("the disk was not full"),
     };
     assert_eq!(error.code(), Code::Space, "{error}");
+    assert!(error.what().contains("make room"), "{error}");
     assert!(!disk.0.join("offload/tiny--bf16").exists());
 }
 
@@ -406,7 +443,11 @@ fn every_damage_to_a_pack_is_found() {
             assert!(!found, "{name}: {what} passes verify");
             let opened = Store::open_packed(&packed).is_ok();
             // A flip in the weights is found when they are read; everything else at once.
-            assert_eq!(opened, weights && what == "a flipped bit", "{name}: {what} opens");
+            assert_eq!(
+                opened,
+                weights && what == "a flipped bit",
+                "{name}: {what} opens"
+            );
         };
         for at in (0..good.len()).step_by(good.len() / 5 + 1) {
             let mut bad = good.clone();
@@ -440,7 +481,11 @@ fn every_damage_to_a_pack_is_found() {
 fn mismatches_name_unit_file_and_block() {
     let tmp = tempfile::tempdir().unwrap();
     let (dir, _) = source(tmp.path(), true, Dtype::BF16);
-    let packed = pack(&dir, &PackOptions::new(tmp.path().join("offload"))).unwrap().store.dir.clone();
+    let packed = pack(&dir, &PackOptions::new(tmp.path().join("offload")))
+        .unwrap()
+        .store
+        .dir
+        .clone();
     let flip = |name: &str, at: usize| {
         let mut raw = fs::read(packed.join(name)).unwrap();
         raw[at] ^= 1;
@@ -451,10 +496,18 @@ fn mismatches_name_unit_file_and_block() {
     flip("embed.dat", 1000);
     let report = verify(&packed, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
     assert_eq!(report.bad_blocks, 3);
-    let found: Vec<(&str, Option<u64>)> = report.problems.iter().map(|p| (p.file.as_str(), p.block)).collect();
+    let found: Vec<(&str, Option<u64>)> = report
+        .problems
+        .iter()
+        .map(|p| (p.file.as_str(), p.block))
+        .collect();
     assert_eq!(
         found,
-        [("embed.dat", Some(0)), ("layer.001.dat", Some(0)), ("layer.001.dat", Some(1))]
+        [
+            ("embed.dat", Some(0)),
+            ("layer.001.dat", Some(0)),
+            ("layer.001.dat", Some(1))
+        ]
     );
     assert_eq!(report.problems[0].units, ["embedding", "head block 0"]);
     assert_eq!(report.problems[1].units, ["layer 1"]);
@@ -499,7 +552,11 @@ fn the_longest_unused_packs_make_room() {
     fs::remove_dir_all(&sources[0]).unwrap();
     options.offload_limit = Some(one * 2 + one / 2);
     drop(pack(&sources[1], &options).unwrap());
-    let left: Vec<String> = list_packs(&offload).unwrap().into_iter().map(|p| p.name).collect();
+    let left: Vec<String> = list_packs(&offload)
+        .unwrap()
+        .into_iter()
+        .map(|p| p.name)
+        .collect();
     assert_eq!(left, ["model-a--bf16", "model-b--bf16"]);
 }
 
@@ -513,8 +570,17 @@ fn clean_removes_what_is_ours_and_nothing_else() {
     fs::write(offload.join("README.md"), "stays").unwrap();
     // A folder of somebody's with the very names a pack has, but no mark of ours.
     let foreign = offload.join("mine");
-    write_folder(&foreign, &config(true), &tensors(&config(true), |_| Dtype::BF16), 1);
-    fs::write(foreign.join("manifest.json"), "{\"format\": \"other\", \"version\": 1}").unwrap();
+    write_folder(
+        &foreign,
+        &config(true),
+        &tensors(&config(true), |_| Dtype::BF16),
+        1,
+    );
+    fs::write(
+        foreign.join("manifest.json"),
+        "{\"format\": \"other\", \"version\": 1}",
+    )
+    .unwrap();
     // An unfinished pack.
     let unfinished = offload.join("half--bf16");
     fs::create_dir(&unfinished).unwrap();
@@ -540,10 +606,16 @@ fn clean_removes_what_is_ours_and_nothing_else() {
     let cleaned = clean(&offload, &CleanOptions::default()).unwrap();
     let kept: Vec<&str> = cleaned.kept.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(kept, ["mine", "tiny--bf16"]);
-    let left: Vec<_> = fs::read_dir(&packed).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let left: Vec<_> = fs::read_dir(&packed)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
     assert_eq!(left, ["notes.txt"]);
     assert!(foreign.join("config.json").exists() && foreign.join("model.safetensors").exists());
-    assert_eq!(fs::read_to_string(offload.join("README.md")).unwrap(), "stays");
+    assert_eq!(
+        fs::read_to_string(offload.join("README.md")).unwrap(),
+        "stays"
+    );
     // Neither is packed over: the next pack takes another folder.
     let made = pack(&dir, &options).unwrap();
     assert_ne!(made.store.dir, packed);
@@ -562,8 +634,15 @@ fn a_pack_whose_source_is_gone_is_stale_but_still_runs() {
     let tmp = tempfile::tempdir().unwrap();
     let (dir, tensors) = source(tmp.path(), true, Dtype::BF16);
     let offload = tmp.path().join("offload");
-    let packed = pack(&dir, &PackOptions::new(&offload)).unwrap().store.dir.clone();
+    let packed = pack(&dir, &PackOptions::new(&offload))
+        .unwrap()
+        .store
+        .dir
+        .clone();
     fs::remove_dir_all(&dir).unwrap();
-    assert_eq!(list_packs(&offload).unwrap()[0].state, PackState::SourceGone);
+    assert_eq!(
+        list_packs(&offload).unwrap()[0].state,
+        PackState::SourceGone
+    );
     assert_holds(&Store::open_packed(&packed).unwrap(), &tensors);
 }

@@ -8,7 +8,9 @@ use std::path::Path;
 use store_common::*;
 use tensorpager::error::Code;
 use tensorpager::spec::UnitKind;
-use tensorpager::store::{DtypeLabel, DtypePolicy, InPlace, PackOptions, Prepared, Store, describe, verify};
+use tensorpager::store::{
+    DtypeLabel, DtypePolicy, InPlace, PackOptions, Prepared, Store, describe, verify,
+};
 use tensorpager::units::{BLOCK_BYTES, Dtype, FileId};
 
 fn pack(source: &Path, options: &PackOptions) -> Prepared {
@@ -48,7 +50,11 @@ fn accelerate_folders_pack_and_run_in_place() {
     write_accelerate(&dir, &config, &tensors);
     assert_holds(&Store::open_in_place(&open(&dir)).unwrap(), &tensors);
     let info = describe(&open(&dir)).unwrap();
-    assert!(info.notes.iter().any(|n| n.contains("halves")), "{:?}", info.notes);
+    assert!(
+        info.notes.iter().any(|n| n.contains("halves")),
+        "{:?}",
+        info.notes
+    );
     let mut options = PackOptions::new(tmp.path().join("offload"));
     options.dtype = DtypePolicy::One(Dtype::BF16);
     let store = pack(&dir, &options).store;
@@ -85,7 +91,10 @@ fn chunk_sizes_do_not_matter() {
         let store = pack(&dir, &options).store;
         assert_holds(&store, &tensors);
         let files = store.files.iter().map(|f| fs::read(&f.path).unwrap());
-        all.push((files.collect::<Vec<_>>(), fs::read(store.dir.join("checksums.bin")).unwrap()));
+        all.push((
+            files.collect::<Vec<_>>(),
+            fs::read(store.dir.join("checksums.bin")).unwrap(),
+        ));
     }
     assert!(all.windows(2).all(|w| w[0] == w[1]));
 }
@@ -95,7 +104,11 @@ fn a_map_mixes_types_and_the_longest_prefix_wins() {
     let tmp = tempfile::tempdir().unwrap();
     let (dir, tensors) = source(tmp.path(), false, Dtype::BF16);
     let map = tmp.path().join("map.json");
-    fs::write(&map, r#"{"model.layers": "float16", "model.layers.1.mlp": "float32"}"#).unwrap();
+    fs::write(
+        &map,
+        r#"{"model.layers": "float16", "model.layers.1.mlp": "float32"}"#,
+    )
+    .unwrap();
     let mut options = PackOptions::new(tmp.path().join("offload"));
     options.dtype = DtypePolicy::parse(map.to_str().unwrap()).unwrap();
     let store = pack(&dir, &options).store;
@@ -115,7 +128,10 @@ fn a_map_mixes_types_and_the_longest_prefix_wins() {
     options.dtype = DtypePolicy::parse(map.to_str().unwrap()).unwrap();
     let other = pack(&dir, &options).store;
     let name = other.dir.file_name().unwrap().to_str().unwrap().to_string();
-    assert!(name.starts_with("tiny--mixed-") && name.len() == "tiny--mixed-".len() + 8, "{name}");
+    assert!(
+        name.starts_with("tiny--mixed-") && name.len() == "tiny--mixed-".len() + 8,
+        "{name}"
+    );
     assert_holds(&other, &tensors);
 }
 
@@ -130,9 +146,27 @@ fn the_folder_is_laid_out_as_documented() {
             .iter()
             .map(|f| f.path.file_name().unwrap().to_str().unwrap().to_string())
             .collect();
-        assert_eq!(names[..5], ["embed.dat", "layer.000.dat", "layer.001.dat", "layer.002.dat", "norm.dat"]);
-        assert_eq!(names.iter().any(|n| n.starts_with("head.")), !tied, "{names:?}");
-        let layer_bytes = store.units.iter().find(|u| u.kind == UnitKind::Layer(0)).unwrap().bytes;
+        assert_eq!(
+            names[..5],
+            [
+                "embed.dat",
+                "layer.000.dat",
+                "layer.001.dat",
+                "layer.002.dat",
+                "norm.dat"
+            ]
+        );
+        assert_eq!(
+            names.iter().any(|n| n.starts_with("head.")),
+            !tied,
+            "{names:?}"
+        );
+        let layer_bytes = store
+            .units
+            .iter()
+            .find(|u| u.kind == UnitKind::Layer(0))
+            .unwrap()
+            .bytes;
         for unit in &store.units {
             assert_eq!(unit.extents.len(), 1);
             assert!(unit.places.iter().all(|p| p.offset % 256 == 0));
@@ -147,7 +181,10 @@ fn the_folder_is_laid_out_as_documented() {
             assert_eq!(fs::metadata(&file.path).unwrap().len(), file.bytes);
         }
         for copy in ["config.json", "tokenizer.json", "generation_config.json"] {
-            assert_eq!(fs::read(store.dir.join(copy)).unwrap(), fs::read(dir.join(copy)).unwrap());
+            assert_eq!(
+                fs::read(store.dir.join(copy)).unwrap(),
+                fs::read(dir.join(copy)).unwrap()
+            );
         }
         // Padding is zeros.
         let unit = &store.units[1];
@@ -194,13 +231,19 @@ fn checksums_of_a_pack_fit_every_block_and_catch_every_flip() {
         assert_eq!(store.checksums.check(id, 0, &raw), Ok(()));
         for at in (0..raw.len()).step_by(raw.len() / 7 + 1) {
             raw[at] ^= 1 << (at % 8);
-            assert_eq!(store.checksums.check(id, 0, &raw), Err(at as u64 / BLOCK_BYTES));
+            assert_eq!(
+                store.checksums.check(id, 0, &raw),
+                Err(at as u64 / BLOCK_BYTES)
+            );
             raw[at] ^= 1 << (at % 8);
         }
     }
     let report = verify(&store.dir, &Default::default(), &mut |_, _| {}).unwrap();
     assert!(report.is_good() && report.problems.is_empty(), "{report:?}");
-    assert_eq!(report.bytes, store.files.iter().map(|f| f.bytes).sum::<u64>());
+    assert_eq!(
+        report.bytes,
+        store.files.iter().map(|f| f.bytes).sum::<u64>()
+    );
 }
 
 #[test]
@@ -209,10 +252,19 @@ fn in_place_merges_neighbours_and_refuses_casts() {
     let (dir, _) = source(tmp.path(), false, Dtype::BF16);
     let mut options = PackOptions::new(tmp.path().join("offload"));
     options.in_place = InPlace::Always;
-    let store = Store::prepare(&open(&dir), &options, &mut |_| {}).unwrap().store;
+    let store = Store::prepare(&open(&dir), &options, &mut |_| {})
+        .unwrap()
+        .store;
     // One file, tensors by name: a layer's tensors are neighbours.
-    let layers = store.units.iter().filter(|u| matches!(u.kind, UnitKind::Layer(_)));
-    assert!(layers.clone().all(|u| u.extents.len() == 1 && u.places.len() == 12));
+    let layers = store
+        .units
+        .iter()
+        .filter(|u| matches!(u.kind, UnitKind::Layer(_)));
+    assert!(
+        layers
+            .clone()
+            .all(|u| u.extents.len() == 1 && u.places.len() == 12)
+    );
     assert!(!tmp.path().join("offload").exists(), "nothing is written");
     options.dtype = DtypePolicy::One(Dtype::F16);
     let error = Store::prepare(&open(&dir), &options, &mut |_| {}).unwrap_err();
@@ -242,12 +294,20 @@ fn what_float16_cannot_hold_is_counted_and_refused_unless_allowed() {
     assert_eq!(error.code(), Code::Unsupported);
     assert!(error.cause().contains("model.norm.weight (2)"), "{error}");
     assert!(error.cause().contains("lm_head.weight (1)"), "{error}");
-    assert_eq!(fs::read_dir(tmp.path().join("offload")).unwrap().count(), 0, "nothing stays");
+    assert_eq!(
+        fs::read_dir(tmp.path().join("offload")).unwrap().count(),
+        0,
+        "nothing stays"
+    );
     options.allow_overflow = true;
     let made = pack(&dir, &options);
     assert_holds(&made.store, &tensors);
     let report = made.packed.unwrap();
-    let head = report.warnings.iter().find(|w| w.tensor == "lm_head.weight").unwrap();
+    let head = report
+        .warnings
+        .iter()
+        .find(|w| w.tensor == "lm_head.weight")
+        .unwrap();
     assert_eq!((head.nan, head.infinite, head.overflow), (1, 1, 1));
     assert_eq!(made.notes.len(), 2);
     // The same weights kept as they are: only the broken ones are worth a word, and they can be refused.

@@ -103,7 +103,11 @@ fn bf16_bits(value: f32) -> u16 {
     let rounded = x.wrapping_add(0x7fff + ((x >> 16) & 1)) >> 16;
     // Rounding could carry a NaN into infinity: keep its upper bits and make it quiet.
     let quiet = (x >> 16) | 0x40;
-    (if x & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) as u16
+    (if x & 0x7fff_ffff > 0x7f80_0000 {
+        quiet
+    } else {
+        rounded
+    }) as u16
 }
 
 fn nonfinite(source: &[u8], dtype: Dtype) -> Counts {
@@ -139,9 +143,9 @@ fn count16(source: &[u8], is: impl Fn(u16) -> bool) -> u64 {
     values
         .chunks(32 * 1024)
         .map(|piece| {
-            let hits = piece
-                .iter()
-                .fold(0u16, |n, v| n.wrapping_add(u16::from(is(u16::from_le_bytes(*v)))));
+            let hits = piece.iter().fold(0u16, |n, v| {
+                n.wrapping_add(u16::from(is(u16::from_le_bytes(*v))))
+            });
             u64::from(hits)
         })
         .sum()
@@ -171,7 +175,11 @@ mod tests {
         for upper in 0..=0xffffu32 {
             for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let value = f32::from_bits(upper << 16 | lower);
-                assert_eq!(bf16_bits(value), bf16::from_f32(value).to_bits(), "{value:e}");
+                assert_eq!(
+                    bf16_bits(value),
+                    bf16::from_f32(value).to_bits(),
+                    "{value:e}"
+                );
             }
         }
     }
@@ -202,7 +210,17 @@ mod tests {
 
     #[test]
     fn float16_is_rounded_to_nearest_even_and_overflow_is_counted() {
-        let values = [65504.0, 65519.0, 65520.0, -1e30, f32::INFINITY, f32::NAN, 2049.0, 2051.0, 0.0];
+        let values = [
+            65504.0,
+            65519.0,
+            65520.0,
+            -1e30,
+            f32::INFINITY,
+            f32::NAN,
+            2049.0,
+            2051.0,
+            0.0,
+        ];
         let source: Vec<u8> = values.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
         let mut out = vec![0; values.len() * 2];
         let counts = cast(&source, Dtype::F32, &mut out, Dtype::F16);
@@ -212,7 +230,10 @@ mod tests {
             overflow: 2,
         };
         assert_eq!(counts, expected);
-        let back: Vec<f32> = out.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+        let back: Vec<f32> = out
+            .chunks(2)
+            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect();
         assert_eq!(&back[..2], &[65504.0, 65504.0]);
         assert_eq!(back[2], f32::INFINITY);
         assert_eq!(back[3], f32::NEG_INFINITY);

@@ -63,7 +63,11 @@ impl Checksums {
 
     /// The contents of `checksums.bin`: little-endian hashes of each file's blocks, files in order. None when
     /// its length does not fit the files or a hash is missing (zero).
-    pub(crate) fn from_bytes(source: u64, file_bytes: &[u64], raw: &[u8]) -> Result<Option<Checksums>> {
+    pub(crate) fn from_bytes(
+        source: u64,
+        file_bytes: &[u64],
+        raw: &[u8],
+    ) -> Result<Option<Checksums>> {
         let mut sums = Checksums::unseen(source, file_bytes)?;
         let count: usize = sums.files.iter().map(|f| f.blocks.len()).sum();
         if count.checked_mul(8) != Some(raw.len()) {
@@ -241,8 +245,16 @@ mod tests {
         assert_eq!(stored.check(FileId(0), 0, &vec![0; B + 1]), Err(0));
         let wrong_source = Checksums::from_bytes(4, &lengths, &raw).unwrap().unwrap();
         assert_eq!(wrong_source.check(FileId(0), 0, &data), Err(0));
-        assert!(Checksums::from_bytes(3, &lengths, &raw[..8]).unwrap().is_none());
-        assert!(Checksums::from_bytes(3, &lengths, &[0; 16]).unwrap().is_none());
+        assert!(
+            Checksums::from_bytes(3, &lengths, &raw[..8])
+                .unwrap()
+                .is_none()
+        );
+        assert!(
+            Checksums::from_bytes(3, &lengths, &[0; 16])
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]

@@ -51,7 +51,9 @@ pub fn clean(offload_folder: &Path, options: &CleanOptions) -> Result<Cleaned> {
             continue;
         }
         if pack.state == PackState::Foreign {
-            result.kept.push((pack.name, "not made by this engine".to_string()));
+            result
+                .kept
+                .push((pack.name, "not made by this engine".to_string()));
             continue;
         }
         if options.stale && !pack.state.is_stale() {
@@ -147,15 +149,29 @@ pub(crate) fn recognised_bytes(dir: &Path) -> u64 {
 /// Removes the longest unused packs until `needed` more bytes keep all packs together within `limit`.
 ///
 /// Packs in use stay, and so do those whose source is gone: they may be the only copy of their model.
-pub(crate) fn make_room(offload_folder: &Path, limit: u64, needed: u64, own: &Path) -> Result<Vec<String>> {
+pub(crate) fn make_room(
+    offload_folder: &Path,
+    limit: u64,
+    needed: u64,
+    own: &Path,
+) -> Result<Vec<String>> {
     let mut packs = list_packs(offload_folder)?;
     packs.retain(|p| p.dir != own && p.state != PackState::Foreign);
     packs.sort_by_key(|p| p.last_used.unwrap_or(SystemTime::UNIX_EPOCH));
-    let mut total = packs.iter().map(|p| p.bytes).fold(needed, u64::saturating_add);
-    let mut removable: Vec<&PackInfo> = packs.iter().filter(|p| p.state != PackState::SourceGone).collect();
+    let mut total = packs
+        .iter()
+        .map(|p| p.bytes)
+        .fold(needed, u64::saturating_add);
+    let mut removable: Vec<&PackInfo> = packs
+        .iter()
+        .filter(|p| p.state != PackState::SourceGone)
+        .collect();
     // Unfinished and outdated ones first, whatever their age.
     removable.sort_by_key(|p| !p.state.is_stale());
-    let possible = removable.iter().map(|p| p.bytes).fold(0, u64::saturating_add);
+    let possible = removable
+        .iter()
+        .map(|p| p.bytes)
+        .fold(0, u64::saturating_add);
     if total.saturating_sub(possible) > limit {
         return Err(beyond_limit(limit, needed, total - possible));
     }
@@ -184,6 +200,9 @@ fn beyond_limit(limit: u64, needed: u64, total: u64) -> Error {
             human_bytes(needed),
             human_bytes(total)
         ),
-        format!("raise --offload-limit to {} or more, or stream with --in-place", human_bytes(total)),
+        format!(
+            "raise --offload-limit to {} or more, or stream with --in-place",
+            human_bytes(total)
+        ),
     )
 }

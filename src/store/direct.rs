@@ -66,18 +66,22 @@ impl DirectFile {
             Err(e) => return Err(e),
         };
         if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
         }
         Ok(DirectFile { file, direct })
     }
 
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
     /// Reads `want` bytes at `offset` into `buffer`, which has room for them and 8 KiB more. The slice holds the bytes
     /// that are there: fewer than `want` only at the end of the file.
-    pub fn read<'b>(&self, offset: u64, want: usize, buffer: &'b mut AlignedBuf) -> io::Result<&'b [u8]> {
+    pub fn read<'b>(
+        &self,
+        offset: u64,
+        want: usize,
+        buffer: &'b mut AlignedBuf,
+    ) -> io::Result<&'b [u8]> {
         let first = align_down(offset, ALIGN_BYTES);
         let skip = (offset - first) as usize;
         let span = align_up((skip + want) as u64, ALIGN_BYTES) as usize;
@@ -85,7 +89,11 @@ impl DirectFile {
         let mut have = 0usize;
         while have < skip + want {
             // Under O_DIRECT a short read is resumed at the last 4096 boundary, not at the odd byte.
-            let at = if self.direct { have / ALIGN * ALIGN } else { have };
+            let at = if self.direct {
+                have / ALIGN * ALIGN
+            } else {
+                have
+            };
             match self.file.read_at(&mut target[at..], first + at as u64) {
                 Ok(n) if at + n <= have => break,
                 Ok(n) => have = at + n,
@@ -116,7 +124,12 @@ impl DirectFile {
 
     fn forget(&self, offset: u64, bytes: usize) {
         // Advice: where it is not taken, memory is merely used less well.
-        let _ = fadvise(&self.file, offset, NonZeroU64::new(bytes as u64), Advice::DontNeed);
+        let _ = fadvise(
+            &self.file,
+            offset,
+            NonZeroU64::new(bytes as u64),
+            Advice::DontNeed,
+        );
     }
 }
 
@@ -133,7 +146,15 @@ mod tests {
         let file = DirectFile::open(&path).unwrap();
         let mut buffer = AlignedBuf::new(data.len() + 2 * ALIGN);
         assert_eq!(buffer.bytes().as_ptr() as usize % ALIGN, 0);
-        for offset in [0, 1, ALIGN - 1, ALIGN, 2 * ALIGN + 5, data.len() - 1, data.len()] {
+        for offset in [
+            0,
+            1,
+            ALIGN - 1,
+            ALIGN,
+            2 * ALIGN + 5,
+            data.len() - 1,
+            data.len(),
+        ] {
             for want in [0, 1, 100, ALIGN, ALIGN + 1, data.len()] {
                 let expected = &data[offset..data.len().min(offset + want)];
                 let got = file.read(offset as u64, want, &mut buffer).unwrap();

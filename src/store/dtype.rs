@@ -53,11 +53,15 @@ impl DtypePolicy {
             )
         };
         let value: Value = serde_json::from_slice(raw).map_err(|e| bad(e.to_string()))?;
-        let object = value.as_object().ok_or_else(|| bad("it is no JSON object".to_string()))?;
+        let object = value
+            .as_object()
+            .ok_or_else(|| bad("it is no JSON object".to_string()))?;
         let mut map = BTreeMap::new();
         for (key, value) in object {
             let dtype = value.as_str().and_then(Dtype::parse).ok_or_else(|| {
-                bad(format!("`{key}` is mapped to {value}, known are float16, bfloat16, float32"))
+                bad(format!(
+                    "`{key}` is mapped to {value}, known are float16, bfloat16, float32"
+                ))
             })?;
             map.insert(key.clone(), dtype);
         }
@@ -78,7 +82,10 @@ impl DtypePolicy {
     }
 
     /// A map's entries that cover none of these names: most likely misspelt.
-    pub fn check_used<'a>(&self, names: impl Iterator<Item = (&'a str, &'a str)> + Clone) -> Result<()> {
+    pub fn check_used<'a>(
+        &self,
+        names: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+    ) -> Result<()> {
         let DtypePolicy::Map(map) = self else {
             return Ok(());
         };
@@ -160,7 +167,9 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_of_whole_words_wins() {
-        let policy = map(r#"{"": "bfloat16", "model.layers.1": "float32", "model.layers.1.mlp": "float16"}"#);
+        let policy = map(
+            r#"{"": "bfloat16", "model.layers.1": "float32", "model.layers.1.mlp": "float16"}"#,
+        );
         let of = |name: &str| policy.resolve(name, name, Dtype::F32);
         assert_eq!(of("model.embed_tokens.weight"), Dtype::BF16);
         assert_eq!(of("model.layers.1.self_attn.q_proj.weight"), Dtype::F32);
@@ -170,12 +179,23 @@ mod tests {
 
     #[test]
     fn names_of_the_source_and_canonical_names_both_count() {
-        let policy = map(r#"{"model.language_model.layers.0": "float32", "model.visual": "float16"}"#);
+        let policy =
+            map(r#"{"model.language_model.layers.0": "float32", "model.visual": "float16"}"#);
         let at = |name: &str, source: &str| policy.resolve(name, source, Dtype::BF16);
         let layer = "model.layers.0.mlp.up_proj.weight";
-        assert_eq!(at(layer, "model.language_model.layers.0.mlp.up_proj.weight"), Dtype::F32);
-        assert_eq!(at(layer, layer), Dtype::F32, "the key is read as a canonical name as well");
-        assert_eq!(at("visual.merger.ln_q.weight", "visual.merger.ln_q.weight"), Dtype::F16);
+        assert_eq!(
+            at(layer, "model.language_model.layers.0.mlp.up_proj.weight"),
+            Dtype::F32
+        );
+        assert_eq!(
+            at(layer, layer),
+            Dtype::F32,
+            "the key is read as a canonical name as well"
+        );
+        assert_eq!(
+            at("visual.merger.ln_q.weight", "visual.merger.ln_q.weight"),
+            Dtype::F16
+        );
         assert_eq!(at("lm_head.weight", "lm_head.weight"), Dtype::BF16);
     }
 
@@ -183,16 +203,26 @@ mod tests {
     fn mistakes_are_named() {
         let names = ["model.norm.weight", "lm_head.weight"];
         let all = names.iter().map(|n| (*n, *n));
-        map(r#"{"lm_head": "float32"}"#).check_used(all.clone()).unwrap();
-        let error = map(r#"{"lm_haed": "float32"}"#).check_used(all).unwrap_err();
+        map(r#"{"lm_head": "float32"}"#)
+            .check_used(all.clone())
+            .unwrap();
+        let error = map(r#"{"lm_haed": "float32"}"#)
+            .check_used(all)
+            .unwrap_err();
         assert!(error.what().contains("lm_haed"));
         for bad in ["[]", "{\"a\": 1}", "{\"a\": \"int4\"}", "{", ""] {
             let error = DtypePolicy::from_map_text("m.json", bad.as_bytes()).unwrap_err();
             assert_eq!(error.code(), Code::Usage, "{bad}");
         }
         assert_eq!(DtypePolicy::parse("int4").unwrap_err().code(), Code::Usage);
-        assert_eq!(DtypePolicy::parse("absent.json").unwrap_err().code(), Code::Io);
-        assert_eq!(DtypePolicy::parse("bf16").unwrap(), DtypePolicy::One(Dtype::BF16));
+        assert_eq!(
+            DtypePolicy::parse("absent.json").unwrap_err().code(),
+            Code::Io
+        );
+        assert_eq!(
+            DtypePolicy::parse("bf16").unwrap(),
+            DtypePolicy::One(Dtype::BF16)
+        );
     }
 
     #[test]

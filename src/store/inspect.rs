@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -10,7 +11,6 @@ use serde::Serialize;
 use super::layout::UnitLayout;
 use super::lock::{self, Holder, LockMode};
 use super::manifest::{FORMAT_VERSION, Manifest, SourceRecord, claims};
-use super::prepare::mtime_ns;
 use super::{LAST_USED, Store, check_copies, check_files_on_disk, manifest};
 use crate::checkpoint::{Checkpoint, SourceKind};
 use crate::error::{Error, Result};
@@ -40,7 +40,10 @@ pub enum PackState {
 impl PackState {
     /// What `clean --stale` removes.
     pub fn is_stale(&self) -> bool {
-        !matches!(self, PackState::Ready | PackState::Packing | PackState::Foreign)
+        !matches!(
+            self,
+            PackState::Ready | PackState::Packing | PackState::Foreign
+        )
     }
 }
 
@@ -64,14 +67,18 @@ pub struct PackInfo {
     pub holder: Option<Holder>,
 }
 
-fn unix_seconds<S: serde::Serializer>(time: &Option<SystemTime>, s: S) -> std::result::Result<S::Ok, S::Error> {
+fn unix_seconds<S: serde::Serializer>(
+    time: &Option<SystemTime>,
+    s: S,
+) -> std::result::Result<S::Ok, S::Error> {
     let since = time.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
     since.map(|d| d.as_secs()).serialize(s)
 }
 
 /// Every folder in the offload folder, by name. An offload folder that is not there has none.
 pub fn list_packs(offload_folder: &Path) -> Result<Vec<PackInfo>> {
-    let failed = |e: &std::io::Error| Error::io(format!("cannot list {}", offload_folder.display()), e);
+    let failed =
+        |e: &std::io::Error| Error::io(format!("cannot list {}", offload_folder.display()), e);
     let entries = match fs::read_dir(offload_folder) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -82,7 +89,10 @@ pub fn list_packs(offload_folder: &Path) -> Result<Vec<PackInfo>> {
         let entry = entry.map_err(|e| failed(&e))?;
         let dir = entry.path();
         if dir.is_dir() {
-            packs.push(inspect_pack(&dir, entry.file_name().to_string_lossy().into_owned()));
+            packs.push(inspect_pack(
+                &dir,
+                entry.file_name().to_string_lossy().into_owned(),
+            ));
         }
     }
     packs.sort_by(|a, b| a.name.cmp(&b.name));
@@ -92,7 +102,9 @@ pub fn list_packs(offload_folder: &Path) -> Result<Vec<PackInfo>> {
 fn inspect_pack(dir: &Path, name: String) -> PackInfo {
     let (state, manifest) = pack_state(dir);
     let used = [LAST_USED, manifest::MANIFEST, "lock"];
-    let last_used = used.iter().find_map(|f| fs::metadata(dir.join(f)).ok()?.modified().ok());
+    let last_used = used
+        .iter()
+        .find_map(|f| fs::metadata(dir.join(f)).ok()?.modified().ok());
     PackInfo {
         name,
         bytes: super::clean::recognised_bytes(dir),
@@ -143,14 +155,30 @@ fn source_state(source: &SourceRecord) -> PackState {
     if !dir.is_dir() {
         return PackState::SourceGone;
     }
-    let found: Vec<_> = source.files.iter().map(|f| (f, fs::metadata(dir.join(&f.name)).ok())).collect();
+    let found: Vec<_> = source
+        .files
+        .iter()
+        .map(|f| (f, fs::metadata(dir.join(&f.name)).ok()))
+        .collect();
     if found.iter().all(|(_, meta)| meta.is_none()) {
         return PackState::SourceGone;
     }
+    // As in `Identity::hash`: times count only where no commit vouches for the content.
+    let timed = source.revision.is_none();
     let same = found.iter().all(|(f, meta)| {
-        meta.as_ref().is_some_and(|m| m.len() == f.bytes && mtime_ns(m) == f.mtime_ns)
+        let time = |m: &fs::Metadata| {
+            m.mtime()
+                .saturating_mul(1_000_000_000)
+                .saturating_add(m.mtime_nsec())
+        };
+        meta.as_ref()
+            .is_some_and(|m| m.len() == f.bytes && (!timed || time(m) == f.mtime_ns))
     });
-    if same { PackState::Ready } else { PackState::SourceChanged }
+    if same {
+        PackState::Ready
+    } else {
+        PackState::SourceChanged
+    }
 }
 
 /// A unit as `inspect MODEL` lists it.
@@ -218,7 +246,9 @@ pub fn describe(ckpt: &Checkpoint) -> Result<ModelInfo> {
     for unit in &store.units {
         for place in &unit.places {
             let extent = unit.extents[place.extent];
-            if seen.insert((extent.file, extent.offset + place.offset)) && !shares_embedding(&store, place) {
+            if seen.insert((extent.file, extent.offset + place.offset))
+                && !shares_embedding(&store, place)
+            {
                 let elements = place.rows as u64 * place.cols as u64;
                 info.parameters += elements;
                 info.bytes += place.bytes();
@@ -226,7 +256,11 @@ pub fn describe(ckpt: &Checkpoint) -> Result<ModelInfo> {
             }
         }
     }
-    let wide = info.bytes_by_dtype.get(Dtype::F32.name()).copied().unwrap_or(0);
+    let wide = info
+        .bytes_by_dtype
+        .get(Dtype::F32.name())
+        .copied()
+        .unwrap_or(0);
     if store.dtype == super::DtypeLabel::Uniform(Dtype::F32) && !is_meant_wide(ckpt) {
         info.notes.push(format!(
             "the weights are stored as float32, {}: packing with --dtype bfloat16 or float16 halves what is read in each pass",

@@ -105,7 +105,9 @@ pub(crate) fn is_file_name(name: &str) -> bool {
     if matches!(stem, "embed" | "norm" | "vision.embed" | "vision.merger") {
         return true;
     }
-    let number = ["layer.", "head.", "vision."].iter().find_map(|p| stem.strip_prefix(p));
+    let number = ["layer.", "head.", "vision."]
+        .iter()
+        .find_map(|p| stem.strip_prefix(p));
     number.is_some_and(|n| (3..=9).contains(&n.len()) && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
@@ -184,7 +186,10 @@ fn tied_block(
         bytes: checked_bytes(t, dtype)?,
     };
     if extent.end() > piece.end() {
-        return Err(Error::internal(format!("rows of {} beyond the embedding", t.name)));
+        return Err(Error::internal(format!(
+            "rows of {} beyond the embedding",
+            t.name
+        )));
     }
     Ok(Some(UnitLayout {
         id: unit.id,
@@ -242,7 +247,10 @@ fn in_place_unit<'a>(
             bytes: checked_bytes(t, entry.dtype)?,
         };
         if piece.end() > entry.offset + entry.bytes {
-            return Err(Error::internal(format!("rows of {} beyond its bytes", t.name)));
+            return Err(Error::internal(format!(
+                "rows of {} beyond its bytes",
+                t.name
+            )));
         }
         wanted.push((piece, entry.dtype));
     }
@@ -296,10 +304,20 @@ mod tests {
     #[test]
     fn small_gaps_are_merged_large_ones_are_not() {
         let gap = MERGE_GAP_BYTES;
-        let pieces = vec![extent(0, 2000 + gap, 10), extent(0, 1000, 1000), extent(1, 0, 5)];
-        assert_eq!(merged(pieces), [extent(0, 1000, 1010 + gap), extent(1, 0, 5)]);
+        let pieces = vec![
+            extent(0, 2000 + gap, 10),
+            extent(0, 1000, 1000),
+            extent(1, 0, 5),
+        ];
+        assert_eq!(
+            merged(pieces),
+            [extent(0, 1000, 1010 + gap), extent(1, 0, 5)]
+        );
         let pieces = vec![extent(0, 2001 + gap, 10), extent(0, 1000, 1000)];
-        assert_eq!(merged(pieces), [extent(0, 1000, 1000), extent(0, 2001 + gap, 10)]);
+        assert_eq!(
+            merged(pieces),
+            [extent(0, 1000, 1000), extent(0, 2001 + gap, 10)]
+        );
         assert_eq!(merged(Vec::new()), []);
     }
 

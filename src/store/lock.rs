@@ -57,7 +57,6 @@ pub struct LockWait<'a> {
 #[derive(Debug)]
 pub struct Lock {
     _dir: File,
-    pub mode: LockMode,
 }
 
 /// Takes the lock without waiting. `Ok(None)`: somebody else has it.
@@ -83,7 +82,7 @@ pub(crate) fn try_lock(dir: &Path, mode: LockMode) -> Result<Option<Lock>> {
     if (held.dev(), held.ino()) != (named.dev(), named.ino()) {
         return Ok(None);
     }
-    Ok(Some(Lock { _dir: file, mode }))
+    Ok(Some(Lock { _dir: file }))
 }
 
 /// Takes the lock, waiting for whoever has it as `wait` allows.
@@ -149,7 +148,10 @@ fn kernel_holder(dir: &Path) -> Option<u32> {
         (kind == "FLOCK" && id.rsplit(':').next() == Some(inode.as_str()) && pid > 0).then_some(pid)
     });
     let pids: Vec<u32> = pids.collect();
-    pids.iter().copied().find(|&p| p != own).or(pids.first().copied())
+    pids.iter()
+        .copied()
+        .find(|&p| p != own)
+        .or(pids.first().copied())
 }
 
 /// Says in the folder who packs it. Written and synced before the first weight byte: it is also what tells an
@@ -195,7 +197,10 @@ fn host_name() -> Option<String> {
 mod tests {
     use super::*;
 
-    fn now<'a>(cancel: &'a AtomicBool, on_wait: &'a mut dyn FnMut(&Holder, Duration)) -> LockWait<'a> {
+    fn now<'a>(
+        cancel: &'a AtomicBool,
+        on_wait: &'a mut dyn FnMut(&Holder, Duration),
+    ) -> LockWait<'a> {
         LockWait {
             limit: Duration::ZERO,
             cancel,
@@ -210,9 +215,17 @@ mod tests {
         let a = try_lock(dir.path(), LockMode::Shared).unwrap().unwrap();
         let b = try_lock(dir.path(), LockMode::Shared).unwrap().unwrap();
         assert!(try_lock(dir.path(), LockMode::Exclusive).unwrap().is_none());
-        let error = lock(dir.path(), LockMode::Exclusive, &mut now(&never, &mut |_, _| {})).unwrap_err();
+        let error = lock(
+            dir.path(),
+            LockMode::Exclusive,
+            &mut now(&never, &mut |_, _| {}),
+        )
+        .unwrap_err();
         assert_eq!(error.code(), Code::Locked);
-        assert!(error.cause().contains(&std::process::id().to_string()), "{error}");
+        assert!(
+            error.cause().contains(&std::process::id().to_string()),
+            "{error}"
+        );
         drop((a, b));
         let alone = try_lock(dir.path(), LockMode::Exclusive).unwrap().unwrap();
         assert!(try_lock(dir.path(), LockMode::Shared).unwrap().is_none());

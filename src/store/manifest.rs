@@ -75,7 +75,9 @@ pub(crate) struct SourceRecord {
     /// Absolute folder.
     pub path: String,
     pub revision: Option<String>,
-    /// Hash of all below: 16 hex digits.
+    #[serde(with = "hex")]
+    pub config_xxh3: u64,
+    /// Hash of all of these: 16 hex digits.
     #[serde(with = "hex")]
     pub identity: u64,
     pub files: Vec<SourceFileRecord>,
@@ -203,7 +205,9 @@ impl Manifest {
             .and_then(|h| h.strip_suffix("\",\n"))
             .ok_or_else(|| bad("its first line is not the hash of the rest".to_string()))?;
         if hash != format!("{:016x}", hash_bytes(body.as_bytes())) {
-            return Err(bad("its hash does not fit: it was cut short or changed".to_string()));
+            return Err(bad(
+                "its hash does not fit: it was cut short or changed".to_string()
+            ));
         }
         serde_json::from_str(&format!("{{\n{body}")).map_err(|e| bad(e.to_string()))
     }
@@ -220,18 +224,12 @@ impl Manifest {
     /// Writes `dir/manifest.json` in one step, durably.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let text = self.to_text()?;
-        durable::replace(dir, MANIFEST, text.as_bytes())
-            .map_err(|e| Error::io(format!("cannot write the manifest of {}", dir.display()), &e))
-    }
-
-    /// Bytes of all files the pack consists of.
-    pub fn bytes(&self) -> u64 {
-        let files = self.files.iter().map(|f| f.bytes);
-        let copies = self.copies.iter().map(|c| c.bytes);
-        files
-            .chain(copies)
-            .chain([self.checksums.bytes])
-            .fold(0, u64::saturating_add)
+        durable::replace(dir, MANIFEST, text.as_bytes()).map_err(|e| {
+            Error::io(
+                format!("cannot write the manifest of {}", dir.display()),
+                &e,
+            )
+        })
     }
 
     pub fn file_bytes(&self) -> Vec<u64> {
@@ -249,7 +247,10 @@ fn check_version(dir: &Path, text: &str) -> Result<()> {
     let header: Header =
         serde_json::from_str(text).map_err(|e| invalid(dir, format!("not one of ours: {e}")))?;
     if header.format != FORMAT {
-        return Err(invalid(dir, format!("its format is `{}`, not `{FORMAT}`", header.format)));
+        return Err(invalid(
+            dir,
+            format!("its format is `{}`, not `{FORMAT}`", header.format),
+        ));
     }
     if header.version != u64::from(FORMAT_VERSION) {
         return Err(Error::new(
@@ -314,7 +315,9 @@ fn check_alignment(dir: &Path, manifest: &Manifest) -> Result<()> {
     if found != (ALIGN_BYTES, BLOCK_BYTES) {
         return Err(invalid(
             dir,
-            format!("page alignment and checksum block {found:?} are not ({ALIGN_BYTES}, {BLOCK_BYTES})"),
+            format!(
+                "page alignment and checksum block {found:?} are not ({ALIGN_BYTES}, {BLOCK_BYTES})"
+            ),
         ));
     }
     Ok(())

@@ -78,8 +78,9 @@ impl Store {
                 "wait until it has finished",
             ));
         };
-        let manifest = Manifest::load(dir)?
-            .ok_or_else(|| manifest::invalid(dir, "it has no manifest.json: packing did not finish"))?;
+        let manifest = Manifest::load(dir)?.ok_or_else(|| {
+            manifest::invalid(dir, "it has no manifest.json: packing did not finish")
+        })?;
         let opened = manifest::validate(dir, &manifest)?;
         check_files_on_disk(dir, &manifest)?;
         check_copies(dir, &manifest)?;
@@ -105,7 +106,8 @@ impl Store {
             dir: ckpt.dir.clone(),
             label: ckpt.label.clone(),
             spec,
-            dtype: DtypeLabel::of(dtypes).ok_or_else(|| Error::internal("a model without tensors"))?,
+            dtype: DtypeLabel::of(dtypes)
+                .ok_or_else(|| Error::internal("a model without tensors"))?,
             files: ckpt.files.clone(),
             units: layouts,
             text_dir: ckpt.config_dir.clone(),
@@ -178,7 +180,12 @@ fn check_files_on_disk(dir: &Path, manifest: &Manifest) -> Result<()> {
         let cause = match fs::symlink_metadata(dir.join(&file.name)) {
             Ok(meta) if meta.is_file() && meta.len() == file.bytes => continue,
             Ok(meta) if meta.is_file() => {
-                format!("{} has {} bytes instead of {}", file.name, meta.len(), file.bytes)
+                format!(
+                    "{} has {} bytes instead of {}",
+                    file.name,
+                    meta.len(),
+                    file.bytes
+                )
             }
             Ok(_) => format!("{} is no regular file", file.name),
             Err(e) => format!("{}: {e}", file.name),
@@ -193,7 +200,10 @@ fn check_copies(dir: &Path, manifest: &Manifest) -> Result<()> {
     for copy in &manifest.copies {
         let raw = manifest::read_small(dir, &copy.name, copy.bytes)?;
         if !raw.is_some_and(|raw| copy.fits(&raw)) {
-            return Err(manifest::invalid(dir, format!("{} is missing or was changed since", copy.name)));
+            return Err(manifest::invalid(
+                dir,
+                format!("{} is missing or was changed since", copy.name),
+            ));
         }
     }
     Ok(())
@@ -202,7 +212,8 @@ fn check_copies(dir: &Path, manifest: &Manifest) -> Result<()> {
 /// Remembers when the pack was last opened, for `--offload-limit`. A folder that is not ours to write is simply not
 /// remembered.
 fn touch_last_used(dir: &Path) {
-    let touched = fs::File::create(dir.join(LAST_USED)).and_then(|f| f.set_modified(SystemTime::now()));
+    let touched =
+        fs::File::create(dir.join(LAST_USED)).and_then(|f| f.set_modified(SystemTime::now()));
     drop(touched);
 }
 

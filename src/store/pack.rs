@@ -125,7 +125,8 @@ pub(crate) struct Shared<'a> {
     checksums: Checksums,
 }
 
-/// Packs into `dir`, which this process has locked for itself. On any error everything written is removed again.
+/// Packs into `dir`, which this process has locked for itself. On any error everything written is removed again; an
+/// error before the first byte leaves the folder as it was.
 pub(crate) fn pack_into(
     dir: &Path,
     plan: &Plan<'_>,
@@ -138,7 +139,6 @@ pub(crate) fn pack_into(
     if result.is_err() {
         // What cannot be removed stays unfinished and is removed by the next packer or cleaner.
         let _ = clean::remove_contents(dir);
-        let _ = fs::remove_dir(dir);
     }
     result
 }
@@ -150,7 +150,8 @@ fn write_all(
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<PackReport> {
     let start = Instant::now();
-    let failed = |what: &str, e: io::Error| Error::io(format!("cannot {what} in {}", dir.display()), &e);
+    let failed =
+        |what: &str, e: io::Error| Error::io(format!("cannot {what} in {}", dir.display()), &e);
     begin(dir, context).map_err(|e| failed("begin packing", e))?;
     for file in &plan.files {
         context
@@ -158,7 +159,7 @@ fn write_all(
             .and_then(|()| allocate(dir, file))
             .map_err(|e| failed(&format!("make room for {}", file.name), e))?;
     }
-    plan.check_source_unchanged()?;
+    plan.ckpt.check_unchanged()?;
     let (checksums, warnings) = write_weights(dir, plan, context, progress)?;
     progress(PackProgress::Finishing);
     for (name, raw) in &plan.copies {
@@ -174,7 +175,7 @@ fn write_all(
         .step(Step::Checksums)
         .and_then(|()| durable::write_synced(&dir.join(CHECKSUMS), &raw))
         .map_err(|e| failed("write checksums.bin", e))?;
-    plan.check_source_unchanged()?;
+    plan.ckpt.check_unchanged()?;
     if context.cancel.load(Ordering::Relaxed) {
         return Err(interrupted());
     }
@@ -182,7 +183,9 @@ fn write_all(
         .step(Step::SyncFolder)
         .and_then(|()| durable::sync_dir(dir))
         .map_err(|e| failed("sync the folder", e))?;
-    context.step(Step::Manifest).map_err(|e| failed("write the manifest", e))?;
+    context
+        .step(Step::Manifest)
+        .map_err(|e| failed("write the manifest", e))?;
     plan.manifest(CopyRecord::of(CHECKSUMS, &raw))?.save(dir)?;
     // The folder's own name must last as well.
     context
@@ -280,7 +283,10 @@ fn run_worker(shared: &Shared<'_>, chunk_bytes: usize) -> Result<()> {
         if shared.context.cancel.load(Ordering::Relaxed) {
             return Err(interrupted());
         }
-        let Some(&chunk) = shared.chunks.get(shared.next.fetch_add(1, Ordering::Relaxed)) else {
+        let Some(&chunk) = shared
+            .chunks
+            .get(shared.next.fetch_add(1, Ordering::Relaxed))
+        else {
             return Ok(());
         };
         let out = &mut out.bytes_mut()[..chunk.bytes];
@@ -293,7 +299,9 @@ fn run_worker(shared: &Shared<'_>, chunk_bytes: usize) -> Result<()> {
         if !shared.refused.load(Ordering::Relaxed) {
             worker.write(chunk, out)?;
         }
-        shared.done_bytes.fetch_add(chunk.bytes as u64, Ordering::Relaxed);
+        shared
+            .done_bytes
+            .fetch_add(chunk.bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -310,12 +318,19 @@ impl<'a> Shared<'a> {
             let before = chunks.len();
             for offset in (0..f.bytes).step_by(chunk_bytes as usize) {
                 let bytes = chunk_bytes.min(f.bytes - offset) as usize;
-                chunks.push(Chunk { file, offset, bytes });
+                chunks.push(Chunk {
+                    file,
+                    offset,
+                    bytes,
+                });
             }
             left.push(AtomicUsize::new(chunks.len() - before));
         }
         let lengths: Vec<u64> = plan.files.iter().map(|f| f.bytes).collect();
-        let counts = plan.files.iter().map(|f| f.pieces.iter().map(|_| TensorCounts::default()));
+        let counts = plan
+            .files
+            .iter()
+            .map(|f| f.pieces.iter().map(|_| TensorCounts::default()));
         Ok(Shared {
             plan,
             context,
@@ -415,6 +430,10 @@ impl PackReport {
     /// `14.14 GB in 7.1 s, 1.99 GB/s`.
     pub fn summary(&self) -> String {
         let rate = self.bytes as f64 / self.seconds.max(1e-9) / 1e9;
-        format!("{} in {:.1} s, {rate:.2} GB/s", human_bytes(self.bytes), self.seconds)
+        format!(
+            "{} in {:.1} s, {rate:.2} GB/s",
+            human_bytes(self.bytes),
+            self.seconds
+        )
     }
 }

@@ -4,15 +4,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use super::checksums::hash_bytes;
 use super::dtype::{DtypeLabel, DtypePolicy};
 use super::layout::{PackedFile, UnitLayout, plan_packed};
 use super::lock::{self, Holder, Lock, LockMode, LockWait};
 use super::manifest::{
-    COPIES, CopyRecord, ExtentRecord, FORMAT, FORMAT_VERSION, FileRecord, MAX_COPY_BYTES, Manifest, SourceFileRecord,
-    SourceRecord, TensorRecord, UnitRecord, block_shape, kind_name, validate,
+    COPIES, CopyRecord, ExtentRecord, FORMAT, FORMAT_VERSION, FileRecord, MAX_COPY_BYTES, Manifest,
+    SourceFileRecord, SourceRecord, TensorRecord, UnitRecord, block_shape, kind_name, validate,
 };
 use super::pack::{FailPoint, PackContext, PackProgress, PackReport, pack_into};
 use super::{Store, check_copies, check_files_on_disk, clean, durable};
@@ -96,7 +96,11 @@ pub(crate) fn prepare(
         return in_place(&plan, Vec::new());
     }
     match find_or_pack(&plan, options, progress) {
-        Err(e) if e.code() == Code::Space && options.in_place == InPlace::WhenShort && !plan.casts() => {
+        Err(e)
+            if e.code() == Code::Space
+                && options.in_place == InPlace::WhenShort
+                && !plan.casts() =>
+        {
             let note = format!("streaming from the checkpoint's own files: {}", e.cause());
             in_place(&plan, vec![note])
         }
@@ -130,7 +134,10 @@ fn open_given_pack(
     let store = Store::open_packed(&ckpt.dir)?;
     drop(lock);
     if options.in_place == InPlace::Never && options.repack {
-        return Err(already_packed(&store, "it cannot be packed again from itself"));
+        return Err(already_packed(
+            &store,
+            "it cannot be packed again from itself",
+        ));
     }
     for place in store.units.iter().flat_map(|u| &u.places) {
         let wanted = options.dtype.resolve(&place.name, &place.name, place.dtype);
@@ -183,12 +190,15 @@ pub(crate) struct Plan<'c> {
 impl<'c> Plan<'c> {
     pub fn new(ckpt: &'c Checkpoint, policy: &DtypePolicy) -> Result<Plan<'c>> {
         let spec = parse_config(&ckpt.config)?;
-        let names = ckpt.tensors.values().map(|t| (t.name.as_str(), t.source_name.as_str()));
+        let names = ckpt
+            .tensors
+            .values()
+            .map(|t| (t.name.as_str(), t.source_name.as_str()));
         policy.check_used(names)?;
         let dtype_of = |name: &str| {
-            ckpt.tensors
-                .get(name)
-                .map_or(Dtype::F32, |t| policy.resolve(name, &t.source_name, t.dtype))
+            ckpt.tensors.get(name).map_or(Dtype::F32, |t| {
+                policy.resolve(name, &t.source_name, t.dtype)
+            })
         };
         let units = spec.units(&dtype_of);
         ckpt.check(&units)?;
@@ -200,7 +210,9 @@ impl<'c> Plan<'c> {
         let variant = match dtype {
             DtypeLabel::Uniform(_) => identity,
             DtypeLabel::Mixed => {
-                let list: String = places().map(|p| format!("{}={};", p.name, p.dtype)).collect();
+                let list: String = places()
+                    .map(|p| format!("{}={};", p.name, p.dtype))
+                    .collect();
                 identity ^ hash_bytes(list.as_bytes())
             }
         };
@@ -225,7 +237,10 @@ impl<'c> Plan<'c> {
 
     /// Bytes of everything a pack writes, but for the manifest.
     pub fn bytes(&self) -> u64 {
-        let weights = self.files.iter().map(|f| f.bytes + f.bytes.div_ceil(BLOCK_BYTES) * 8);
+        let weights = self
+            .files
+            .iter()
+            .map(|f| f.bytes + f.bytes.div_ceil(BLOCK_BYTES) * 8);
         let copies = self.copies.iter().map(|(_, raw)| raw.len() as u64);
         weights.chain(copies).fold(0, u64::saturating_add)
     }
@@ -249,34 +264,16 @@ impl<'c> Plan<'c> {
         self.first_cast().is_some()
     }
 
-    /// The source's files are those whose headers were read: same length, same time.
-    pub fn check_source_unchanged(&self) -> Result<()> {
-        for file in &self.ckpt.files {
-            let found = fs::metadata(&file.path)
-                .map_err(|e| Error::io(format!("cannot look at {}", file.path.display()), &e))?;
-            let known = self.ckpt.identity.files.iter().find(|f| {
-                let name = Path::new(&f.name).file_name();
-                name.is_some() && name == file.path.file_name()
-            });
-            let same_time = known.is_none_or(|k| k.mtime_ns == mtime_ns(&found));
-            if found.len() != file.bytes || !same_time {
-                return Err(Error::new(
-                    Code::Checkpoint,
-                    format!("{} changed while it was packed", file.path.display()),
-                    "its length or modification time is no longer what it was",
-                    "wait until the checkpoint is complete, then run the command again",
-                ));
-            }
-        }
-        Ok(())
-    }
-
     pub fn manifest(&self, checksums: CopyRecord) -> Result<Manifest> {
         let files = self.files.iter().map(|f| FileRecord {
             name: f.name.clone(),
             bytes: f.bytes,
         });
-        let units = self.units.iter().zip(&self.layouts).map(|(spec, layout)| unit_record(spec, layout));
+        let units = self
+            .units
+            .iter()
+            .zip(&self.layouts)
+            .map(|(spec, layout)| unit_record(spec, layout));
         Ok(Manifest {
             format: FORMAT.to_string(),
             version: FORMAT_VERSION,
@@ -287,7 +284,11 @@ impl<'c> Plan<'c> {
             block_bytes: BLOCK_BYTES,
             spec: self.ckpt.config.clone(),
             source: self.source_record(),
-            copies: self.copies.iter().map(|(name, raw)| CopyRecord::of(name, raw)).collect(),
+            copies: self
+                .copies
+                .iter()
+                .map(|(name, raw)| CopyRecord::of(name, raw))
+                .collect(),
             files: files.collect(),
             checksums,
             units: units.collect(),
@@ -305,14 +306,22 @@ impl<'c> Plan<'c> {
         SourceRecord {
             path: absolute(&self.ckpt.dir),
             revision: identity.revision.clone(),
+            config_xxh3: identity.config_hash,
             identity: self.identity,
             files: files.collect(),
         }
     }
 
     fn has_dtypes_of(&self, units: &[UnitLayout]) -> bool {
-        let mine = self.layouts.iter().flat_map(|u| &u.places).map(|p| (&p.name, p.dtype));
-        mine.eq(units.iter().flat_map(|u| &u.places).map(|p| (&p.name, p.dtype)))
+        let mine = self
+            .layouts
+            .iter()
+            .flat_map(|u| &u.places)
+            .map(|p| (&p.name, p.dtype));
+        mine.eq(units
+            .iter()
+            .flat_map(|u| &u.places)
+            .map(|p| (&p.name, p.dtype)))
     }
 }
 
@@ -325,14 +334,18 @@ fn unit_record(spec: &UnitSpec, layout: &UnitLayout) -> UnitRecord {
         encoding: "raw".to_string(),
     });
     // A packed unit has one extent: offsets in it are offsets in the unit.
-    let tensors = spec.tensors.iter().zip(&layout.places).map(|(t, place)| TensorRecord {
-        name: t.name.clone(),
-        dtype: place.dtype,
-        shape: block_shape(t),
-        parts: 1,
-        offset: place.offset,
-        first_row: t.rows.start,
-    });
+    let tensors = spec
+        .tensors
+        .iter()
+        .zip(&layout.places)
+        .map(|(t, place)| TensorRecord {
+            name: t.name.clone(),
+            dtype: place.dtype,
+            shape: block_shape(t),
+            parts: 1,
+            offset: place.offset,
+            first_row: t.rows.start,
+        });
     UnitRecord {
         id: spec.id.0,
         kind: kind_name(spec.kind).to_string(),
@@ -358,8 +371,8 @@ fn read_copies(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
                 "fetch the checkpoint again",
             ));
         }
-        let raw =
-            fs::read(&path).map_err(|e| Error::io(format!("cannot read {}", path.display()), &e))?;
+        let raw = fs::read(&path)
+            .map_err(|e| Error::io(format!("cannot read {}", path.display()), &e))?;
         copies.push((name.to_string(), raw));
     }
     Ok(copies)
@@ -367,23 +380,28 @@ fn read_copies(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
 
 /// A label as a folder name: no separators, no leading dot, at most 160 bytes.
 fn safe_label(label: &str) -> String {
-    let clean = |c: char| if c.is_alphanumeric() || "-_.+=@".contains(c) { c } else { '-' };
+    let clean = |c: char| {
+        if c.is_alphanumeric() || "-_.+=@".contains(c) {
+            c
+        } else {
+            '-'
+        }
+    };
     let mut name: String = label.replace('/', "--").chars().map(clean).collect();
     while name.len() > 160 {
         name.pop();
     }
     let name = name.trim_start_matches('.');
-    if name.is_empty() { "model".to_string() } else { name.to_string() }
+    if name.is_empty() {
+        "model".to_string()
+    } else {
+        name.to_string()
+    }
 }
 
 fn absolute(dir: &Path) -> String {
     let path = fs::canonicalize(dir).unwrap_or_else(|_| dir.to_path_buf());
     path.to_string_lossy().into_owned()
-}
-
-pub(crate) fn mtime_ns(meta: &fs::Metadata) -> i64 {
-    let since = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-    since.map_or(0, |d| d.as_nanos() as i64)
 }
 
 /// What a folder is to this plan.
@@ -425,10 +443,15 @@ fn assess(dir: &Path, plan: &Plan<'_>) -> Result<Fit> {
     if !plan.has_dtypes_of(&opened.units) {
         return Ok(Fit::Other);
     }
-    if check_files_on_disk(dir, &manifest).is_err() || super::load_checksums(dir, &manifest).is_err() {
+    if check_files_on_disk(dir, &manifest).is_err()
+        || super::load_checksums(dir, &manifest).is_err()
+    {
         return Ok(Fit::Stale);
     }
-    let wanted = plan.copies.iter().map(|(name, raw)| CopyRecord::of(name, raw));
+    let wanted = plan
+        .copies
+        .iter()
+        .map(|(name, raw)| CopyRecord::of(name, raw));
     if !manifest.copies.iter().cloned().eq(wanted) || check_copies(dir, &manifest).is_err() {
         return Ok(Fit::OldCopies(Box::new(manifest)));
     }
@@ -497,7 +520,11 @@ fn not_ours(plan: &Plan<'_>, options: &PackOptions) -> Error {
     let names = plan.folder_names().join(" and ");
     Error::new(
         Code::Store,
-        format!("no place for {} in {}", plan.label, options.offload_folder.display()),
+        format!(
+            "no place for {} in {}",
+            plan.label,
+            options.offload_folder.display()
+        ),
         format!("the folders {names} are there and are not packs of this model"),
         "move them away or choose another --offload-folder",
     )
@@ -529,7 +556,8 @@ fn fill(
     repack: bool,
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<Option<PackReport>> {
-    fs::create_dir_all(dir).map_err(|e| Error::io(format!("cannot create {}", dir.display()), &e))?;
+    fs::create_dir_all(dir)
+        .map_err(|e| Error::io(format!("cannot create {}", dir.display()), &e))?;
     let lock = match lock_waiting(dir, LockMode::Exclusive, options, progress) {
         // Its last user removed it: the next round makes it again.
         Err(_) if !dir.exists() => return Ok(None),
@@ -544,6 +572,21 @@ fn fill(
         }
         _ => {}
     }
+    let result = make_room_and_pack(dir, plan, options, progress);
+    if result.is_err() {
+        // A folder made for nothing goes; one with anything in it (a stale pack that still runs) stays.
+        let _ = fs::remove_dir(dir);
+    }
+    drop(lock);
+    result.map(Some)
+}
+
+fn make_room_and_pack(
+    dir: &Path,
+    plan: &Plan<'_>,
+    options: &PackOptions,
+    progress: &mut dyn FnMut(PackProgress),
+) -> Result<PackReport> {
     let removed = match options.offload_limit {
         Some(limit) => clean::make_room(&options.offload_folder, limit, plan.bytes(), dir)?,
         None => Vec::new(),
@@ -555,15 +598,14 @@ fn fill(
         cancel: &options.cancel,
         fail_point: options.fail_point.as_ref(),
     };
-    let mut report = pack_into(dir, plan, &context, progress)?;
-    report.removed = removed;
-    drop(lock);
-    Ok(Some(report))
+    let report = pack_into(dir, plan, &context, progress)?;
+    Ok(PackReport { removed, ..report })
 }
 
 /// Copies tokenizer and configs again; the weights stay.
 fn renew_copies(dir: &Path, plan: &Plan<'_>, mut manifest: Manifest) -> Result<()> {
-    let failed = |e: std::io::Error| Error::io(format!("cannot renew the copies in {}", dir.display()), &e);
+    let failed =
+        |e: std::io::Error| Error::io(format!("cannot renew the copies in {}", dir.display()), &e);
     for old in &manifest.copies {
         if plan.copies.iter().all(|(name, _)| *name != old.name) {
             durable::remove(&dir.join(&old.name)).map_err(failed)?;
@@ -572,7 +614,11 @@ fn renew_copies(dir: &Path, plan: &Plan<'_>, mut manifest: Manifest) -> Result<(
     for (name, raw) in &plan.copies {
         durable::replace(dir, name, raw).map_err(failed)?;
     }
-    manifest.copies = plan.copies.iter().map(|(name, raw)| CopyRecord::of(name, raw)).collect();
+    manifest.copies = plan
+        .copies
+        .iter()
+        .map(|(name, raw)| CopyRecord::of(name, raw))
+        .collect();
     manifest.save(dir)
 }
 

@@ -7,8 +7,12 @@ use crate::units::human_bytes;
 
 /// Bytes that this process may still write below `path`.
 pub fn free_bytes(path: &Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(path)
-        .map_err(|e| Error::io(format!("cannot ask for free space at {}", path.display()), &e.into()))?;
+    let stat = rustix::fs::statvfs(path).map_err(|e| {
+        Error::io(
+            format!("cannot ask for free space at {}", path.display()),
+            &e.into(),
+        )
+    })?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 

@@ -116,7 +116,10 @@ pub fn verify(
     }
     let bad_blocks = scan.bad_blocks.load(Ordering::Relaxed);
     let bytes = scan.done_bytes.load(Ordering::Relaxed);
-    let mut problems = scan.problems.into_inner().unwrap_or_else(|p| p.into_inner());
+    let mut problems = scan
+        .problems
+        .into_inner()
+        .unwrap_or_else(|p| p.into_inner());
     problems.sort_by(|a, b| (&a.file, a.block).cmp(&(&b.file, b.block)));
     Ok(VerifyReport {
         dir: dir.to_path_buf(),
@@ -196,16 +199,25 @@ impl Scan<'_> {
             match manifest::read_small(self.dir, &copy.name, copy.bytes) {
                 Ok(Some(raw)) if copy.fits(&raw) => {}
                 Ok(None) => self.problem(ProblemKind::Missing, &copy.name, "it is not there"),
-                _ => self.problem(ProblemKind::Changed, &copy.name, "not the bytes that were packed"),
+                _ => self.problem(
+                    ProblemKind::Changed,
+                    &copy.name,
+                    "not the bytes that were packed",
+                ),
             }
         }
     }
 
     fn check_extras(&self) -> Result<()> {
-        let failed = |e: std::io::Error| Error::io(format!("cannot list {}", self.dir.display()), &e);
+        let failed =
+            |e: std::io::Error| Error::io(format!("cannot list {}", self.dir.display()), &e);
         let fixed = [MANIFEST, CHECKSUMS, LAST_USED, "lock", "tune.json"];
         for entry in fs::read_dir(self.dir).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+            let name = entry
+                .map_err(failed)?
+                .file_name()
+                .to_string_lossy()
+                .into_owned();
             let known = fixed.contains(&name.as_str())
                 || self.manifest.files.iter().any(|f| f.name == name)
                 || self.manifest.copies.iter().any(|c| c.name == name);
@@ -219,7 +231,9 @@ impl Scan<'_> {
     fn read_all(&self, progress: &mut dyn FnMut(u64, u64)) {
         let total = self.manifest.files.iter().map(|f| f.bytes).sum();
         std::thread::scope(|scope| {
-            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(|| self.read_chunks())).collect();
+            let readers: Vec<_> = (0..READERS)
+                .map(|_| scope.spawn(|| self.read_chunks()))
+                .collect();
             while readers.iter().any(|r| !r.is_finished()) {
                 progress(self.done_bytes.load(Ordering::Relaxed), total);
                 // Short models end soon, long ones want few calls.
@@ -233,14 +247,20 @@ impl Scan<'_> {
         let mut buffer = AlignedBuf::new((CHUNK_BYTES + 2 * ALIGN_BYTES) as usize);
         let mut open: Option<(usize, DirectFile)> = None;
         while !self.cancel.load(Ordering::Relaxed) {
-            let Some(&(index, offset, bytes)) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
+            let Some(&(index, offset, bytes)) =
+                self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed))
+            else {
                 return;
             };
             if open.as_ref().is_none_or(|(i, _)| *i != index) {
                 let path = self.dir.join(&self.manifest.files[index].name);
                 // A missing or strange file has been reported already, with its units.
                 let regular = fs::symlink_metadata(&path).is_ok_and(|m| m.is_file());
-                let file = if regular { DirectFile::open(&path).ok() } else { None };
+                let file = if regular {
+                    DirectFile::open(&path).ok()
+                } else {
+                    None
+                };
                 open = file.map(|f| (index, f));
             }
             let Some((_, file)) = &open else {
@@ -293,9 +313,15 @@ impl Scan<'_> {
     fn units_at(&self, file: usize, offset: u64, bytes: u64) -> Vec<String> {
         let touches = |u: &&UnitLayout| {
             u.extents.iter().any(|e| {
-                e.file.index() == file && e.offset < offset.saturating_add(bytes) && offset < e.end()
+                e.file.index() == file
+                    && e.offset < offset.saturating_add(bytes)
+                    && offset < e.end()
             })
         };
-        self.units.iter().filter(touches).map(|u| u.kind.to_string()).collect()
+        self.units
+            .iter()
+            .filter(touches)
+            .map(|u| u.kind.to_string())
+            .collect()
     }
 }

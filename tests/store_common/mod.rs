@@ -47,7 +47,11 @@ pub fn tensors(config: &Value, dtype_of: impl Fn(&str) -> Dtype) -> Tensors {
     let spec = parse_config(config).unwrap();
     let mut made = BTreeMap::new();
     let mut state = 0x9e37_79b9u32;
-    for t in spec.units(&|n| dtype_of(n)).into_iter().flat_map(|u| u.tensors) {
+    for t in spec
+        .units(&|n| dtype_of(n))
+        .into_iter()
+        .flat_map(|u| u.tensors)
+    {
         let dtype = dtype_of(&t.name);
         let count: usize = t.shape.iter().product();
         let mut bytes = Vec::with_capacity(count * dtype.bytes());
@@ -63,7 +67,11 @@ pub fn tensors(config: &Value, dtype_of: impl Fn(&str) -> Dtype) -> Tensors {
             }
         }
         let shape = t.shape.clone();
-        made.entry(t.name).or_insert(Made { dtype, shape, bytes });
+        made.entry(t.name).or_insert(Made {
+            dtype,
+            shape,
+            bytes,
+        });
     }
     made
 }
@@ -100,7 +108,11 @@ pub fn safetensors<'a>(tensors: impl Iterator<Item = (&'a String, &'a Made)>) ->
 /// Writes a Hugging Face folder; `shards` above 1 deals the tensors out in turn.
 pub fn write_folder(dir: &Path, config: &Value, tensors: &Tensors, shards: usize) {
     fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join("config.json"), serde_json::to_vec_pretty(config).unwrap()).unwrap();
+    fs::write(
+        dir.join("config.json"),
+        serde_json::to_vec_pretty(config).unwrap(),
+    )
+    .unwrap();
     fs::write(dir.join("tokenizer.json"), "{\"not\": \"read here\"}").unwrap();
     fs::write(dir.join("generation_config.json"), "{\"eos_token_id\": 7}").unwrap();
     if shards == 1 {
@@ -110,7 +122,13 @@ pub fn write_folder(dir: &Path, config: &Value, tensors: &Tensors, shards: usize
     let mut map = serde_json::Map::new();
     for shard in 0..shards {
         let name = format!("model-{:05}-of-{shards:05}.safetensors", shard + 1);
-        let own = || tensors.iter().enumerate().filter(|(i, _)| i % shards == shard).map(|(_, t)| t);
+        let own = || {
+            tensors
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| i % shards == shard)
+                .map(|(_, t)| t)
+        };
         for (tensor, _) in own() {
             map.insert(tensor.clone(), json!(name));
         }
@@ -127,7 +145,10 @@ pub fn write_accelerate(dir: &Path, config: &Value, tensors: &Tensors) {
     let mut index = serde_json::Map::new();
     for (name, t) in tensors {
         fs::write(dir.join(format!("{name}.dat")), &t.bytes).unwrap();
-        index.insert(name.clone(), json!({"dtype": t.dtype.name(), "shape": t.shape}));
+        index.insert(
+            name.clone(),
+            json!({"dtype": t.dtype.name(), "shape": t.shape}),
+        );
     }
     fs::write(dir.join("index.json"), Value::Object(index).to_string()).unwrap();
 }
@@ -152,10 +173,15 @@ pub fn source(parent: &Path, tied: bool, dtype: Dtype) -> (PathBuf, Tensors) {
 /// The bytes of one tensor of one unit, as a reader of extents gets them.
 pub fn read_place(store: &Store, unit: &UnitLayout, place: &Place) -> Vec<u8> {
     let extent = unit.extents[place.extent];
-    assert!(place.offset + place.bytes() <= extent.bytes, "{} leaves its extent", place.name);
+    assert!(
+        place.offset + place.bytes() <= extent.bytes,
+        "{} leaves its extent",
+        place.name
+    );
     let file = fs::File::open(&store.file(extent.file).path).unwrap();
     let mut bytes = vec![0; place.bytes() as usize];
-    file.read_exact_at(&mut bytes, extent.offset + place.offset).unwrap();
+    file.read_exact_at(&mut bytes, extent.offset + place.offset)
+        .unwrap();
     bytes
 }
 
@@ -194,8 +220,12 @@ pub fn cast_plainly(bytes: &[u8], from: Dtype, to: Dtype) -> Vec<u8> {
     let values = floats(bytes, from).into_iter();
     match to {
         Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
-        Dtype::BF16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
-        Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+        Dtype::BF16 => values
+            .flat_map(|v| half::bf16::from_f32(v).to_le_bytes())
+            .collect(),
+        Dtype::F16 => values
+            .flat_map(|v| half::f16::from_f32(v).to_le_bytes())
+            .collect(),
     }
 }
 

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use super::{COPIES, MAX_COPY_BYTES, Manifest, TensorRecord, UnitRecord, check_alignment, invalid, read_small};
+use super::{
+    COPIES, MAX_COPY_BYTES, Manifest, TensorRecord, UnitRecord, check_alignment, invalid,
+    read_small,
+};
 use crate::error::Result;
 use crate::spec::{ModelSpec, TensorSpec, UnitKind, UnitSpec, parse_config};
 use crate::store::dtype::DtypeLabel;
@@ -37,7 +40,10 @@ pub(crate) fn validate(dir: &Path, manifest: &Manifest) -> Result<Opened> {
     let expected = spec.units(&|name| dtypes.get(name).copied().unwrap_or(Dtype::F32));
     if expected.len() != manifest.units.len() {
         let (has, needs) = (manifest.units.len(), expected.len());
-        return Err(invalid(dir, format!("it has {has} units, the model has {needs}")));
+        return Err(invalid(
+            dir,
+            format!("it has {has} units, the model has {needs}"),
+        ));
     }
     let mut units = Vec::with_capacity(expected.len());
     for (spec, record) in expected.iter().zip(&manifest.units) {
@@ -54,20 +60,37 @@ fn check_files(dir: &Path, manifest: &Manifest) -> Result<()> {
     let mut blocks = 0u64;
     for file in &manifest.files {
         if !is_file_name(&file.name) || !seen.insert(&file.name) {
-            return Err(invalid(dir, format!("`{}` is no name of a weight file, or twice there", file.name)));
+            return Err(invalid(
+                dir,
+                format!(
+                    "`{}` is no name of a weight file, or twice there",
+                    file.name
+                ),
+            ));
         }
         if file.bytes == 0 || file.bytes % ALIGN_BYTES != 0 || file.bytes >= 1 << 60 {
-            return Err(invalid(dir, format!("{} has an impossible length", file.name)));
+            return Err(invalid(
+                dir,
+                format!("{} has an impossible length", file.name),
+            ));
         }
         blocks = blocks.saturating_add(file.bytes.div_ceil(BLOCK_BYTES));
     }
-    if manifest.checksums.name != super::CHECKSUMS || Some(manifest.checksums.bytes) != blocks.checked_mul(8) {
+    if manifest.checksums.name != super::CHECKSUMS
+        || Some(manifest.checksums.bytes) != blocks.checked_mul(8)
+    {
         return Err(invalid(dir, "the checksums do not fit the files"));
     }
     let mut seen = HashSet::new();
     for copy in &manifest.copies {
-        if !COPIES.contains(&copy.name.as_str()) || !seen.insert(&copy.name) || copy.bytes > MAX_COPY_BYTES {
-            return Err(invalid(dir, format!("`{}` is no file that belongs into a pack", copy.name)));
+        if !COPIES.contains(&copy.name.as_str())
+            || !seen.insert(&copy.name)
+            || copy.bytes > MAX_COPY_BYTES
+        {
+            return Err(invalid(
+                dir,
+                format!("`{}` is no file that belongs into a pack", copy.name),
+            ));
         }
     }
     Ok(())
@@ -84,7 +107,8 @@ fn read_spec(dir: &Path, manifest: &Manifest) -> Result<ModelSpec> {
     let raw = read_small(dir, "config.json", MAX_COPY_BYTES)?
         .filter(|raw| record.fits(raw))
         .ok_or_else(|| invalid(dir, "config.json is missing or was changed since"))?;
-    let config = serde_json::from_slice(&raw).map_err(|e| invalid(dir, format!("config.json: {e}")))?;
+    let config =
+        serde_json::from_slice(&raw).map_err(|e| invalid(dir, format!("config.json: {e}")))?;
     let spec = parse_config(&config)?;
     if spec.model_type != manifest.model_type {
         return Err(invalid(dir, "its model type is not that of config.json"));
@@ -113,9 +137,16 @@ pub(crate) fn block_shape(t: &TensorSpec) -> Vec<usize> {
     shape
 }
 
-fn check_unit(manifest: &Manifest, spec: &UnitSpec, record: &UnitRecord) -> Result<UnitLayout, String> {
+fn check_unit(
+    manifest: &Manifest,
+    spec: &UnitSpec,
+    record: &UnitRecord,
+) -> Result<UnitLayout, String> {
     if record.id != spec.id.0 || record.kind != kind_name(spec.kind) {
-        return Err(format!("the manifest has {} {} in its place", record.kind, record.id));
+        return Err(format!(
+            "the manifest has {} {} in its place",
+            record.kind, record.id
+        ));
     }
     let mut total = 0u64;
     let mut extents = Vec::with_capacity(record.extents.len());
@@ -123,12 +154,20 @@ fn check_unit(manifest: &Manifest, spec: &UnitSpec, record: &UnitRecord) -> Resu
         if e.encoding != "raw" || e.stored_bytes != e.bytes {
             return Err(format!("encoding `{}` is not known", e.encoding));
         }
-        let file = manifest.files.get(e.file as usize).ok_or("an extent in a file that is not there")?;
-        let end = e.offset.checked_add(e.bytes).ok_or("an extent of impossible length")?;
+        let file = manifest
+            .files
+            .get(e.file as usize)
+            .ok_or("an extent in a file that is not there")?;
+        let end = e
+            .offset
+            .checked_add(e.bytes)
+            .ok_or("an extent of impossible length")?;
         if e.bytes == 0 || end > file.bytes {
             return Err(format!("an extent beyond the end of {}", file.name));
         }
-        total = total.checked_add(e.bytes).ok_or("extents of impossible length")?;
+        total = total
+            .checked_add(e.bytes)
+            .ok_or("extents of impossible length")?;
         extents.push(Extent {
             file: FileId(e.file),
             offset: e.offset,
@@ -139,7 +178,11 @@ fn check_unit(manifest: &Manifest, spec: &UnitSpec, record: &UnitRecord) -> Resu
         return Err("its length is not that of its extents".to_string());
     }
     if record.tensors.len() != spec.tensors.len() {
-        return Err(format!("{} tensors instead of {}", record.tensors.len(), spec.tensors.len()));
+        return Err(format!(
+            "{} tensors instead of {}",
+            record.tensors.len(),
+            spec.tensors.len()
+        ));
     }
     let mut places = Vec::with_capacity(spec.tensors.len());
     let mut end = 0u64;
@@ -165,10 +208,16 @@ fn check_tensor(t: &TensorSpec, r: &TensorRecord, extents: &[Extent]) -> Result<
         return Err(format!("`{}` instead of {}", r.name, t.name));
     }
     if r.shape != block_shape(t) || r.first_row != t.rows.start {
-        return Err(format!("{} has shape {:?} from row {}", t.name, r.shape, r.first_row));
+        return Err(format!(
+            "{} has shape {:?} from row {}",
+            t.name, r.shape, r.first_row
+        ));
     }
     if r.parts != 1 {
-        return Err(format!("{} is split into {} parts, which is not known", t.name, r.parts));
+        return Err(format!(
+            "{} is split into {} parts, which is not known",
+            t.name, r.parts
+        ));
     }
     let elements = (t.rows.len() as u64).checked_mul(t.cols() as u64);
     let end = elements
@@ -204,8 +253,12 @@ fn check_overlaps(expected: &[UnitSpec], units: &[UnitLayout]) -> Result<(), Str
             let extent = unit.extents[place.extent];
             let row_bytes = place.cols as u64 * place.dtype.bytes() as u64;
             let row = spec.tensors[0].rows.start as u64;
-            let exact = row.checked_mul(row_bytes).and_then(|o| o.checked_add(offset));
-            if unit.extents.len() != 1 || (extent.file, Some(extent.offset + place.offset)) != (file, exact) {
+            let exact = row
+                .checked_mul(row_bytes)
+                .and_then(|o| o.checked_add(offset));
+            if unit.extents.len() != 1
+                || (extent.file, Some(extent.offset + place.offset)) != (file, exact)
+            {
                 return Err(format!("{}: not the embedding's rows", unit.kind));
             }
             continue;

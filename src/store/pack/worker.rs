@@ -148,7 +148,10 @@ impl<'a> Worker<'a> {
             return Err(Error::internal("no output file is open"));
         };
         let failed = |what: &str, e: std::io::Error| {
-            Error::io(format!("cannot {what} {}", shared.dir.join(name()).display()), &e)
+            Error::io(
+                format!("cannot {what} {}", shared.dir.join(name()).display()),
+                &e,
+            )
         };
         shared
             .context

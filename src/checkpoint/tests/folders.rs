@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{assert_bytes, check, open, open_external, refused, tensors};
 use crate::checkpoint::testing::{self, Tensor};

@@ -393,7 +393,9 @@ fn reference_checkpoints_open() {
         }
         // An accelerate folder without a config is named after the model it was made from.
         let name = dir.file_name().unwrap().to_str().unwrap();
-        let origin = name.trim_start_matches("accelerate-offload-");
+        let origin = name
+            .trim_start_matches("accelerate-")
+            .trim_start_matches("offload-");
         let config_from = (!has("config.json")).then(|| {
             let near = [origin.to_string(), origin.replace("-f32", "-f16")];
             let near = near.iter().map(|n| Path::new(&root).join(n));

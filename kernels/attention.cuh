@@ -108,6 +108,7 @@ struct DenseKeys {
 template <class Tile, bool VALUES, class Keys>
 TP_DEVICE void load_step(u8* shared, const Keys& keys, int first, int end) {
   constexpr int CHUNKS = Tile::HD / 8;
+#pragma unroll 8
   for (int i = threadIdx.x; i < KEY_STEP * CHUNKS; i += Tile::THREADS) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
     const bool there = IN_BOUNDS(first + row < end);

@@ -187,6 +187,8 @@ void run_block(unsigned count) {
     t.groups = 0;
     t.copies.clear();
     warps[t.warp].runnable |= 1u << t.lane;
+    // What ran last on this stack ended in leave(), whose frames never returned and so are still marked.
+    __asan_unpoison_memory_region(t.stack + STACK_BYTES - 16384, 16384);
     prepare(t, fibre_entry);
   }
   alive = count, at_barrier = 0;
@@ -205,9 +207,13 @@ void disable_site(const std::string& key) {
   disabled() = key;
   for (Site* s : sites()[key]) s->off = true;
 }
-std::vector<std::string> known_sites() {
+std::vector<std::string> sites_met() {
   std::vector<std::string> keys;
-  for (auto& entry : sites()) keys.push_back(entry.first);
+  for (auto& entry : sites()) {
+    bool met = false;
+    for (Site* s : entry.second) met |= s->met, s->met = false;
+    if (met) keys.push_back(entry.first);
+  }
   return keys;
 }
 

@@ -17,11 +17,11 @@ struct Dim3 {
 // A barrier, a wait or a bounds check in a kernel's source. The mutation run switches one off and expects a test to fail.
 struct Site {
   std::string key;
-  bool off;
+  bool off, met = true;  // switched off; executed since sites_met was last asked
   Site(const char* kind, const char* file, int line);
 };
 void disable_site(const std::string& key);
-std::vector<std::string> known_sites();
+std::vector<std::string> sites_met();  // since the last call
 
 // When a cp.async copy becomes visible: at its wait (the latest moment allowed), at once (the earliest), or either, drawn.
 enum class Landing { Late, Early, Drawn };

@@ -9,12 +9,13 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define TP_DEVICE static inline
+#define TP_DEVICE inline
 #define TP_SHARED(name) u8* name = emu::shared_memory
-#define EMU_SITE(kind)                          \
-  ([]() -> emu::Site& {                         \
+#define EMU_SITE(kind)                               \
+  ([]() -> emu::Site& {                              \
     static emu::Site site(kind, __FILE__, __LINE__); \
-    return site;                                \
+    site.met = true;                                 \
+    return site;                                     \
   }())
 #define IN_BOUNDS(condition) (EMU_SITE("bound " #condition).off || (condition))
 #define CP_ASYNC_WAIT(groups) emu::cp_async_wait(groups, EMU_SITE("wait"))

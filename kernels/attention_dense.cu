@@ -44,6 +44,9 @@ TP_DEVICE void dense_block(const DenseArgs& p) {
     dense_block<TP_HALF, AttentionTile<HD, 64>>(p);                                                                       \
   }
 
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 64
 TP_DENSE(attention_dense_h64, 64)
+#endif
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 80
 TP_DENSE(attention_dense_h80, 80)
-TP_DENSE(attention_dense_h128, 128)
+#endif

@@ -32,8 +32,18 @@ TP_DEVICE void prefill_block(const PagedArgs& p, const int* tiles, u16* out) {
     prefill_block<TP_HALF, AttentionTile<HD, ROWS>>(p, tiles, out);                                                            \
   }
 
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 64
 TP_PREFILL(attention_prefill_h64, 64, 64)
+#endif
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 80
 TP_PREFILL(attention_prefill_h80, 80, 64)
+#endif
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 96
 TP_PREFILL(attention_prefill_h96, 96, 64)
+#endif
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 128
 TP_PREFILL(attention_prefill_h128, 128, 64)
+#endif
+#if TP_HEAD_SIZE == 0 || TP_HEAD_SIZE == 256
 TP_PREFILL(attention_prefill_h256, 256, 32)
+#endif

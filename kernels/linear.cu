@@ -36,6 +36,7 @@ struct LinearTile {
   static constexpr bool ALIGNED = ALIGNED_;
   static constexpr int THREADS = 32 * WN * WR;
   static constexpr int MI = BN / WN / 16, NI = BR / WR / 8;  // mma tiles of one warp
+  static constexpr int DEPTH = MI == 1 ? LINEAR_BK / 16 : 2;  // steps whose fragments are held at once
   static constexpr int STAGE_BYTES = (BN + BR) * LINEAR_BK * 2;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
 };
@@ -73,7 +74,12 @@ TP_DEVICE void linear_stage(u8* stage, const LinearArgs& p, int n0, int r0, int 
   linear_load<Tile, Tile::BR>(stage + Tile::BN * 128, p.a, p.lda, r0, p.rows, k0, p.k);
 }
 
-// The fragments of one step of 16 in K: MI of weights, NI of activations.
+template <class Tile>
+struct LinearFragments {
+  u32 w[Tile::DEPTH][Tile::MI][4], a[Tile::DEPTH][Tile::NI][2];
+};
+
+// The fragments of one step of 16 in K.
 template <class Tile>
 TP_DEVICE void linear_fragments(u8* stage, int step, u32 (&w)[Tile::MI][4], u32 (&a)[Tile::NI][2]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -93,18 +99,26 @@ TP_DEVICE void linear_fragments(u8* stage, int step, u32 (&w)[Tile::MI][4], u32 
   }
 }
 
+// All of a stage's fragments where they are few, else the first step's. The next copies are issued behind this, so that a warp
+// with one chain of mma (few rows) finds its operands in registers and never waits between stages.
+template <class Tile>
+TP_DEVICE void linear_first_fragments(u8* stage, LinearFragments<Tile>& f) {
+#pragma unroll
+  for (int step = 0; step < (Tile::DEPTH == LINEAR_BK / 16 ? Tile::DEPTH : 1); step++)
+    linear_fragments<Tile>(stage, step, f.w[step], f.a[step]);
+}
+
 template <class T, class Tile>
-TP_DEVICE void linear_multiply(u8* stage, float (&acc)[Tile::MI][Tile::NI][4]) {
+TP_DEVICE void linear_multiply(u8* stage, LinearFragments<Tile>& f, float (&acc)[Tile::MI][Tile::NI][4]) {
   constexpr int STEPS = LINEAR_BK / 16;
-  u32 w[2][Tile::MI][4], a[2][Tile::NI][2];
-  linear_fragments<Tile>(stage, 0, w[0], a[0]);
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
-    if (step + 1 < STEPS) linear_fragments<Tile>(stage, step + 1, w[(step + 1) & 1], a[(step + 1) & 1]);
+    const int now = step % Tile::DEPTH, next = (step + 1) % Tile::DEPTH;
+    if (Tile::DEPTH < STEPS && step + 1 < STEPS) linear_fragments<Tile>(stage, step + 1, f.w[next], f.a[next]);
 #pragma unroll
     for (int i = 0; i < Tile::MI; i++)
 #pragma unroll
-      for (int j = 0; j < Tile::NI; j++) mma_16816(T(), acc[i][j], w[step & 1][i], a[step & 1][j][0], a[step & 1][j][1]);
+      for (int j = 0; j < Tile::NI; j++) mma_16816(T(), acc[i][j], f.w[now][i], f.a[now][j][0], f.a[now][j][1]);
   }
 }
 
@@ -166,10 +180,13 @@ TP_DEVICE void linear_block(const LinearArgs& p) {
   for (int t = 0; t < tiles_k; t++) {
     CP_ASYNC_WAIT(Tile::STAGES - 2);  // the oldest stage has landed for this thread ...
     __syncthreads();                  // ... for all, and all have left the stage that is filled next
+    u8* stage = shared + use * Tile::STAGE_BYTES;
+    LinearFragments<Tile> fragments;
+    linear_first_fragments<Tile>(stage, fragments);
     const int ahead = t + Tile::STAGES - 1;
     if (ahead < tiles_k) linear_stage<Tile>(shared + fill * Tile::STAGE_BYTES, p, n0, r0, ahead * LINEAR_BK);
     cp_async_commit();
-    linear_multiply<T, Tile>(shared + use * Tile::STAGE_BYTES, acc);
+    linear_multiply<T, Tile>(stage, fragments, acc);
     use = use + 1 == Tile::STAGES ? 0 : use + 1;
     fill = fill + 1 == Tile::STAGES ? 0 : fill + 1;
   }

@@ -28,7 +28,7 @@ TP_DEVICE float rmsnorm_add(float* x, const float* delta, int cols) {
       sum += h.x * h.x + h.y * h.y + (h.z * h.z + h.w * h.w);
     }
   } else {
-    for (int c = threadIdx.x; c < cols; c += RMSNORM_THREADS) {
+    for (int c = threadIdx.x; IN_BOUNDS(c < cols); c += RMSNORM_THREADS) {
       float h = x[c];
       if (delta) x[c] = h += delta[c];
       sum += h * h;
@@ -43,7 +43,7 @@ TP_DEVICE void rmsnorm_row(float* x, const float* delta, const u16* w, u16* out,
   const float sum = block_sum(rmsnorm_add(x, delta, cols), (float*)shared);
   const float scale = 1.0f / sqrtf(sum / (float)cols + eps);
   if (cols % 4 == 0) {
-    for (int c = threadIdx.x * 4; c < cols; c += RMSNORM_THREADS * 4) {
+    for (int c = threadIdx.x * 4; IN_BOUNDS(c < cols); c += RMSNORM_THREADS * 4) {
       const float4 h = *(const float4*)(x + c);
       const ushort4 g = *(const ushort4*)(w + c);
       const u32 lo = round_pair(T(), h.x * scale * widen(T(), g.x), h.y * scale * widen(T(), g.y));
@@ -51,7 +51,7 @@ TP_DEVICE void rmsnorm_row(float* x, const float* delta, const u16* w, u16* out,
       *(uint2*)(out + c) = make_uint2(lo, hi);
     }
   } else {
-    for (int c = threadIdx.x; c < cols; c += RMSNORM_THREADS) out[c] = round_half(T(), x[c] * scale * widen(T(), w[c]));
+    for (int c = threadIdx.x; IN_BOUNDS(c < cols); c += RMSNORM_THREADS) out[c] = round_half(T(), x[c] * scale * widen(T(), w[c]));
   }
 }
 

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(RMSNORM_HEADS_THREADS)
   if (!IN_BOUNDS(head < heads)) return;
   float* v = x + blockIdx.x * row_stride + (i64)head * head_size;
   float sum = 0.0f;
-  for (int d = lane; d < head_size; d += 32) sum += v[d] * v[d];
+  for (int d = lane; IN_BOUNDS(d < head_size); d += 32) sum += v[d] * v[d];
   const float scale = 1.0f / sqrtf(warp_sum(sum) / (float)head_size + eps);
   for (int d = lane; IN_BOUNDS(d < head_size); d += 32) v[d] = v[d] * scale * widen(TP_HALF(), w[d]);
 }

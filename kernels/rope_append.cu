@@ -36,7 +36,7 @@ template <class T>
 TP_DEVICE void rope_append_row(const float* q, const float* k, const float* v, const RopeRow& row, int slot, u16* q_out, u16* kv,
                                int heads, int kv_heads) {
   const int size = row.half * 2;
-  for (int i = threadIdx.x; i < heads * row.half; i += ROPE_THREADS) {
+  for (int i = threadIdx.x; IN_BOUNDS(i < heads * row.half); i += ROPE_THREADS) {
     const int head = i / row.half;
     rope_pair<T>(row, q + head * size, q_out + head * size, i % row.half);
   }

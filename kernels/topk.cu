@@ -84,15 +84,15 @@ extern "C" __global__ void __launch_bounds__(TOPK_THREADS)
   const int wanted = min_int(k, cols);
   if (threadIdx.x == 0) s->need = (u32)wanted, s->found = 0;
   const u64 threshold = topk_threshold(row, cols, s);
-  for (int c = threadIdx.x; c < cols; c += TOPK_THREADS) {
+  for (int c = threadIdx.x; IN_BOUNDS(c < cols); c += TOPK_THREADS) {
     const u64 key = select_key(row[c], (u32)c);
     if (key >= threshold) s->keys[atomicAdd(&s->found, 1u)] = key;
   }
   __syncthreads();
   const int i = threadIdx.x;
-  if (i >= k) return;
+  if (!IN_BOUNDS(i < k)) return;
   const i64 out = (i64)blockIdx.x * k;
-  if (i >= wanted) {
+  if (!IN_BOUNDS(i < wanted)) {
     ids[out + i] = 0xffffffffu, values[out + i] = -TP_INFINITY;
     return;
   }

@@ -9,6 +9,7 @@ namespace {  // what a file defines for one type is not the other type's
 #include "../argmax.cu"
 #include "../attention_decode.cu"
 #include "../attention_dense.cu"
+#include "../attention_merge.cu"
 #include "../attention_prefill.cu"
 #include "../bias_add.cu"
 #include "../gelu.cu"
@@ -54,9 +55,8 @@ Kernels table() {
              paged_kernels<96, 64>(TP_KERNEL(attention_prefill_h96), TP_KERNEL(attention_decode_h96)),
              paged_kernels<128, 64>(TP_KERNEL(attention_prefill_h128), TP_KERNEL(attention_decode_h128)),
              paged_kernels<256, 32>(TP_KERNEL(attention_prefill_h256), TP_KERNEL(attention_decode_h256))};
-  k.dense = {dense_kernel<64>(TP_KERNEL(attention_dense_h64)), dense_kernel<80>(TP_KERNEL(attention_dense_h80)),
-             dense_kernel<128>(TP_KERNEL(attention_dense_h128))};
-  k.decode_merge = TP_KERNEL(attention_decode_merge);
+  k.dense = {dense_kernel<64>(TP_KERNEL(attention_dense_h64)), dense_kernel<80>(TP_KERNEL(attention_dense_h80))};
+  k.merge = TP_KERNEL(attention_merge);
   k.rmsnorm = TP_KERNEL(rmsnorm);
   k.rmsnorm_heads = TP_KERNEL(rmsnorm_heads);
   k.rope_append = TP_KERNEL(rope_append);
@@ -70,6 +70,12 @@ Kernels table() {
   k.argmax = TP_KERNEL(argmax);
   k.topk = TP_KERNEL(topk);
   k.rmsnorm_shared = RMSNORM_SHARED_BYTES, k.argmax_shared = ARGMAX_SHARED_BYTES, k.topk_shared = TOPK_SHARED_BYTES;
+  k.rmsnorm_heads_threads = RMSNORM_HEADS_THREADS, k.merge_threads = ATTENTION_MERGE_THREADS, k.row_threads = ROPE_THREADS;
+  static_assert(RMSNORM_THREADS == 256 && ARGMAX_THREADS == 1024 && TOPK_THREADS == 1024, "the launch table says so");
+  static_assert(ROPE_DENSE_THREADS == ROPE_THREADS && SWIGLU_THREADS == ROPE_THREADS && GELU_THREADS == ROPE_THREADS &&
+                    BIAS_ADD_THREADS == ROPE_THREADS && RESIDUAL_ADD_THREADS == ROPE_THREADS && WIDEN_THREADS == ROPE_THREADS &&
+                    ROUND_THREADS == ROPE_THREADS,
+                "the launch table has one block size for them");
   return k;
 }
 }  // namespace

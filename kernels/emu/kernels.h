@@ -29,7 +29,7 @@ struct Kernels {
   std::vector<LinearKernel> linear;
   std::vector<PagedKernels> paged;
   std::vector<DenseKernel> dense;
-  void (*decode_merge)(const float*, const float*, const int*, const int*, u16*, int, int, int);
+  void (*merge)(const float*, const float*, const int*, const int*, u16*, int, int, int);
   void (*rmsnorm)(float*, const float*, const u16*, u16*, int, float);
   void (*rmsnorm_heads)(float*, const u16*, i64, int, int, float);
   void (*rope_append)(const float*, const float*, const float*, const float*, const float*, const int*, u16*, u16*, i64, i64, i64, int,
@@ -43,7 +43,7 @@ struct Kernels {
   void (*round)(const float*, u16*, i64);
   void (*argmax)(const float*, u32*, float*, i64, int);
   void (*topk)(const float*, u32*, float*, i64, int, int);
-  int rmsnorm_shared, argmax_shared, topk_shared;
+  int rmsnorm_shared, argmax_shared, topk_shared, rmsnorm_heads_threads, merge_threads, row_threads;
 };
 
 const Kernels& kernels_bf16();

@@ -107,7 +107,7 @@ struct Launch {
                                  p.c.window, scale());
                 });
     emu::launch({(unsigned)merges.size() / 4, (unsigned)p.c.kv_heads}, 256, 0, options, [&] {
-      p.k.decode_merge(sums.p, maxima.p, segments.p, merge_list.p, out.p, p.c.heads, p.c.kv_heads, p.size);
+      p.k.merge(sums.p, maxima.p, segments.p, merge_list.p, out.p, p.c.heads, p.c.kv_heads, p.size);
     });
   }
 };

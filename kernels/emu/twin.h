@@ -191,7 +191,12 @@ TP_DEVICE u32 __match_any_sync(u32 mask, u32 v) {
   emu::collective(emu::MATCH, mask, &s, emu::execute_match);
   return s.result;
 }
-TP_DEVICE void __syncwarp(u32 mask = 0xffffffffu) { emu::collective(emu::SYNC, mask, nullptr, emu::execute_nothing); }
+namespace emu {
+inline void warp_barrier(Site& site) {
+  if (!site.off) collective(SYNC, ~0u, nullptr, execute_nothing);
+}
+}  // namespace emu
+#define __syncwarp() emu::warp_barrier(EMU_SITE("warp barrier"))
 template <class V>
 static inline V atomicAdd(V* p, V v) {
   V old = *p;

@@ -110,7 +110,7 @@ fn flags_that_make_no_sense_are_usage_errors() {
         (&["--device", "abacus"], &["abacus"]),
         (&["--device-map", "/no/such.json"], &["/no/such.json"]),
         (&["--dtype", "int3"], &["int3"]),
-        (&["--dtype", "/no/such.json"], &["/no/such.json"]),
+        (&["--raw", "--system", "s"], &["--system"]),
         (&["--temperature=-1"], &["temperature"]),
         (&["--top-p", "nan"], &["top_p"]),
         (&["--top-p", "1.5"], &["top_p"]),
@@ -130,7 +130,9 @@ fn flags_that_make_no_sense_are_usage_errors() {
     p.run(&["bench", "io", &model, "--seconds", "0"]).refused(2, &["--seconds"]);
     p.run(&["pack", &model, "--in-place"]).refused(2, &["--in-place"]);
     p.run(&["run", &model, "--in-place", "--dtype", "float32", "-p", "x"]).refused(2, &["cast"]);
+    p.run(&["run", &model, "--dtype", "/no/such.json", "-p", "x"]).refused(1, &["/no/such.json"]);
     p.run(&["run", &model, "--device", "cuda", "-p", "x"]).refused(1, &["GPU"]);
+    assert!(!p.offload().exists(), "a mistyped flag packs nothing");
     // A bare call gets the help, and asking for it is no failure.
     let bare = p.run(&[]);
     assert!(bare.code == 2 && bare.stderr.contains("Usage") && bare.stdout.is_empty());

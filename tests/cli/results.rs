@@ -314,12 +314,12 @@ fn pack_inspect_verify_clean() {
     let again = p.run(&["pack", str(&model)]).done();
     assert!(again.stderr.contains("already packed") && again.stdout.trim().ends_with("qwen2-bf16--bf16"));
     p.run(&["pack", str(&model), "--dtype", "float32", "-q"]).done();
-    let map = p.file("types.json", "{\"lm_head\": \"float32\", \"\": \"auto\"}");
-    let mixed = p.run(&["pack", str(&model), "--dtype", &map, "-q"]);
-    assert!(mixed.code == 0 || mixed.code == 2, "{}", mixed.stderr);
+    let map = p.file("types.json", "{\"lm_head\": \"float32\", \"model.layers.1\": \"float16\"}");
+    let mixed = p.run(&["run", str(&model), "--dtype", &map, "-p", "hi", "-n", "3", "--json"]).json();
+    assert_eq!(mixed["dtype"], "mixed");
     let listed = p.run(&["inspect", "--json"]).json();
     let names: Vec<&str> = listed["packs"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
-    assert!(names.contains(&"qwen2-bf16--bf16") && names.contains(&"qwen2-bf16--f32"), "{names:?}");
+    assert!(names.contains(&"qwen2-bf16--bf16") && names.contains(&"qwen2-bf16--f32") && names.contains(&"qwen2-bf16--mixed"), "{names:?}");
     let info = p.run(&["inspect", str(&model), "--json"]).json();
     assert_eq!((&info["layers"], &info["vocab"]), (&json!(3), &json!(288)));
     assert!(p.run(&["inspect", str(&model), "--units"]).done().stdout.contains("layer 2"));

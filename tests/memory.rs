@@ -122,7 +122,8 @@ fn run_keeps_its_budget_from_the_smallest_on() {
             assert_kept(&ran, budget, &format!("run, in place: {in_place}, smallest + {more} MiB"));
             let report: Value = serde_json::from_str(&ran.stdout).unwrap();
             let told = report["paging"]["peak_memory_bytes"].as_u64().unwrap();
-            assert!(told <= ran.peak && told > ran.peak / 2, "it says {told}, the kernel {}", ran.peak);
+            // The kernel counts pages in batches: two looks may differ by a few.
+            assert!(told.abs_diff(ran.peak) < 2 * MIB, "it says {told}, the kernel {}", ran.peak);
             texts.push(report["token_ids"].clone());
             let disk = report["paging"]["disk_bytes_per_pass"].as_u64().unwrap();
             match more {
@@ -140,8 +141,8 @@ fn score_keeps_its_budget_too() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), 12, false);
     let offload = dir.path().join("offload");
-    let ids: Vec<usize> = (0..700).map(|i| i * 37 % 8192).collect();
-    let input = format!("{}\n", json!({"input_ids": ids})).repeat(3);
+    let ids: Vec<usize> = (0..600).map(|i| i * 37 % 8192).collect();
+    let input = format!("{}\n", json!({"input_ids": ids})).repeat(2);
     let output = dir.path().join("logits.safetensors");
     let go = |budget: &str| {
         tensorpager(
@@ -163,7 +164,7 @@ fn score_keeps_its_budget_too() {
     for more in [0, 64] {
         let ran = go(&flag(smallest + more * MIB));
         assert_kept(&ran, smallest + more * MIB, &format!("score, smallest + {more} MiB"));
-        assert_eq!(std::fs::metadata(&output).unwrap().len() / (4 * 8192 * 2100), 1, "all logits");
+        assert_eq!(std::fs::metadata(&output).unwrap().len() / (4 * 8192 * 1200), 1, "all logits");
         lines.push(ran.stdout);
     }
     assert_eq!(lines[0], lines[1], "the budget changes no digit");

@@ -166,9 +166,8 @@ fn bits_that_flip_again_and_again_are_an_error_and_without_verification_they_pas
     let e = outcome(&store, &faulty(Some(flip_all))).unwrap_err();
     assert_eq!(e.code(), Code::Corrupt, "{e}");
     // The same reader with verification off shows that the flips were there to be found.
-    let mut options = faulty(Some(flip_one));
+    let mut options = faulty(Some(flip_all));
     options.pager.verify = VerifyWhen::Never;
-    options.pager.queue_depth = 1;
     let mut engine = open(&store, &options).unwrap();
     let vocab = engine.spec().vocab;
     let mut got: Vec<Vec<f32>> = prompts().iter().map(|p| vec![0.0; p.len() * vocab]).collect();

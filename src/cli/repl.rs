@@ -1,7 +1,5 @@
 //! The chat: a prompt at a terminal. Each turn renders the whole conversation; the pass runs over what is new to say.
 
-use std::io::Write;
-
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
@@ -65,10 +63,10 @@ pub fn chat(
             ..like.clone()
         };
         let answer = generate(engine, tokenizer, job, stops.clone(), &mut |_, _| {}, &mut |t| {
-            print!("{t}");
-            let _ = std::io::stdout().flush();
+            // A closed pipe is met by the line's end below.
+            let _ = super::run::print(t);
         });
-        println!();
+        super::run::print("\n")?;
         match answer {
             Ok(answer) => messages.push(Message::new("assistant", &answer.text)),
             // A prompt that outgrew the context is the user's to shorten; the chat goes on.

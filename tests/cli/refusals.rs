@@ -172,7 +172,7 @@ fn prompts_that_cannot_be_answered() {
     p.run(&["run", &model, "-p", &long]).refused(2, &["too long", "512"]);
     p.run(&["run", &model, "-p", "several words here", "--context", "4"]).refused(2, &["too long", "--context"]);
     p.run(&["run", &model, "--raw", "-p", ""]).refused(2, &["prompt"]);
-    for bad in ["{}", "[{\"role\": \"user\"}]", "[", "\"hi\""] {
+    for bad in ["{}", "[{\"content\": \"hi\"}]", "[", "\"hi\""] {
         let file = p.file("messages.json", bad);
         p.run(&["run", &model, "--messages", &file]).refused(2, &["messages.json"]);
     }

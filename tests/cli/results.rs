@@ -80,14 +80,15 @@ fn the_same_tokens_on_every_way_in() {
         assert_eq!(ids(args), first, "{args:?}");
     }
     // A hub id in the local cache.
-    let snapshot = p.path("hf/hub/models--org--tiny/snapshots/abc");
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let snapshot = p.path("hf/hub/models--org--tiny/snapshots").join(commit);
     std::fs::create_dir_all(&snapshot).unwrap();
     for entry in std::fs::read_dir(&model).unwrap() {
         let entry = entry.unwrap();
         std::os::unix::fs::symlink(entry.path(), snapshot.join(entry.file_name())).unwrap();
     }
     std::fs::create_dir_all(p.path("hf/hub/models--org--tiny/refs")).unwrap();
-    p.file("hf/hub/models--org--tiny/refs/main", "abc");
+    p.file("hf/hub/models--org--tiny/refs/main", commit);
     assert_eq!(ids(&["org/tiny"]), first);
     assert!(p.offload().join("org--tiny--bf16").join("manifest.json").is_file());
 }

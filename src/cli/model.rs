@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions};
+use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory};
 use crate::error::{Code, Error, Result};
 use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
@@ -16,6 +16,9 @@ use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 use crate::units::parse_size;
+
+/// Bytes from which on a run's own disk rate means something.
+const MEASURABLE_BYTES: u64 = 1 << 30;
 
 /// A model found and ready to be opened.
 pub struct Model {
@@ -125,16 +128,28 @@ impl Model {
         quiet: bool,
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want)?;
+        // Before the engine takes its memory: the probe's buffers would come on top of a budget that is full.
+        if self.may_stream(&options) {
+            self.probe_disk()?;
+        }
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
-        let engine = engine?;
-        if engine.plan().streamed_bytes > 0 {
-            self.probe_disk()?;
+        engine
+    }
+
+    fn may_stream(&self, options: &EngineOptions) -> bool {
+        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
+        let budget = options
+            .cpu_memory
+            .unwrap_or_else(|| HostMemory::read().default_budget());
+        match options.placement {
+            Placement::Cpu => false,
+            Placement::Disk | Placement::Units(_) => true,
+            Placement::Auto => weights > budget,
         }
-        Ok(engine)
     }
 
     fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
@@ -189,8 +204,12 @@ impl Model {
         }
     }
 
-    /// How the engine reads, as the report says it.
-    pub fn read_settings(&self, machine: &MachineOptions) -> ReadSettings {
+    /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
+    pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
+        let p = &during.paging;
+        if p.disk_bytes >= MEASURABLE_BYTES {
+            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+        }
         ReadSettings {
             page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
             queue_depth: queue_depth(machine),

@@ -116,7 +116,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    let settings = model.read_settings(&args.machine);
+    let settings = model.read_settings(&args.machine, &answer.during_decode);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
         pack_s: model.pack_s,

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory};
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES,
+};
 use crate::error::{Code, Error, Result};
 use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
@@ -57,9 +59,23 @@ impl Default for OpenFor {
 impl Model {
     /// Finds the checkpoint, packs it on first use (with a bar and an ETA) or opens it in place.
     pub fn open(source: &SourceOptions, cancel: &Arc<AtomicBool>, quiet: bool) -> Result<Model> {
+        Model::open_within(None, source, cancel, quiet)
+    }
+
+    /// [`Model::open`], packing within `budget` bytes of memory.
+    pub fn open_within(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
         let ckpt = open_checkpoint(source)?;
         let started = Instant::now();
-        let options = pack_options(source, cancel)?;
+        let mut options = pack_options(source, cancel)?;
+        if let Some(budget) = budget {
+            let room = budget.saturating_sub(HostMemory::read().resident + SLACK_BYTES);
+            options.buffer_bytes = options.buffer_bytes.min(room);
+        }
         let in_place = match source.in_place {
             true => InPlace::Always,
             false => InPlace::WhenShort,
@@ -115,8 +131,27 @@ impl Model {
     }
 
     /// The best rate this disk is known to give on these files, measured now when none is.
-    pub fn probe_disk(&self) -> Result<Option<f64>> {
-        self.rates().best_or_probe(&self.weight_files())
+    /// `room`: memory it may take meanwhile.
+    pub fn probe_disk(&self, room: u64) -> Result<Option<f64>> {
+        self.rates().best_or_probe(&self.weight_files(), room)
+    }
+
+    /// Measures the disk before the engine takes its memory, so that both stay within one budget; not where all weights
+    /// will fit anyway.
+    fn probe_before(&self, options: &EngineOptions) -> Result<()> {
+        let host = HostMemory::read();
+        let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+        let room = budget.saturating_sub(host.resident + SLACK_BYTES);
+        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
+        let streams = match options.placement {
+            Placement::Auto => weights > room,
+            Placement::Cpu => false,
+            _ => true,
+        };
+        if streams {
+            self.probe_disk(room)?;
+        }
+        Ok(())
     }
 
     /// Opens the engine under the user's budget.
@@ -128,28 +163,13 @@ impl Model {
         quiet: bool,
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want)?;
-        // Before the engine takes its memory: the probe's buffers would come on top of a budget that is full.
-        if self.may_stream(&options) {
-            self.probe_disk()?;
-        }
+        self.probe_before(&options)?;
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
         engine
-    }
-
-    fn may_stream(&self, options: &EngineOptions) -> bool {
-        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
-        let budget = options
-            .cpu_memory
-            .unwrap_or_else(|| HostMemory::read().default_budget());
-        match options.placement {
-            Placement::Cpu => false,
-            Placement::Disk | Placement::Units(_) => true,
-            Placement::Auto => weights > budget,
-        }
     }
 
     fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {

@@ -59,36 +59,47 @@ impl DiskRates {
         }
     }
 
-    /// The best known rate, measured now (about a second) when none is.
-    pub fn best_or_probe(&self, files: &[PathBuf]) -> Result<Option<f64>> {
+    /// The best known rate, measured now (about a second) when none is, with at most `room` bytes of memory. Without room
+    /// for a few reads there is nothing worth measuring.
+    pub fn best_or_probe(&self, files: &[PathBuf], room: u64) -> Result<Option<f64>> {
         if let Some(rate) = self.best() {
             return Ok(Some(rate));
         }
-        let mut best = 0.0;
-        // Buffers of 32 MiB at most: this runs inside somebody's memory budget.
-        for (block_bytes, depth) in [(1 << 20, 8), (1 << 20, 32), (4 << 20, 8)] {
-            let rows = sweep(
-                &Sweep {
-                    files: files.to_vec(),
-                    kinds: vec![ReaderKind::Auto],
-                    block_bytes: vec![block_bytes],
-                    depths: vec![depth],
-                    each: Duration::from_millis(300),
-                },
-                &mut |_| {},
-            )?;
-            best = rows
-                .iter()
-                .filter(|r| r.direct)
-                .map(|r| r.gb_per_s)
-                .fold(best, f64::max);
-        }
+        let Some((block_bytes, depths)) = probe_settings(room) else {
+            return Ok(None);
+        };
+        let rows = sweep(
+            &Sweep {
+                files: files.to_vec(),
+                kinds: vec![ReaderKind::Auto],
+                block_bytes,
+                depths,
+                each: Duration::from_millis(300),
+            },
+            &mut |_| {},
+        )?;
+        let best = rows
+            .iter()
+            .filter(|r| r.direct)
+            .map(|r| r.gb_per_s)
+            .fold(0.0, f64::max);
         if best == 0.0 {
             return Ok(None);
         }
         self.raise(best);
         Ok(Some(best))
     }
+}
+
+/// Block sizes and depths whose largest product fits in `room`.
+fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
+    let deepest = 32;
+    if room < deepest * (128 << 10) {
+        return None;
+    }
+    let largest = 1 << (room / deepest).min(4 << 20).ilog2();
+    let smaller = if largest > 1 << 20 { largest >> 2 } else { largest >> 1 };
+    Some((vec![smaller, largest], vec![8, deepest as usize]))
 }
 
 /// This machine, as records name it: kernel's machine id, else the host's name.
@@ -115,6 +126,17 @@ fn cache_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn probing_keeps_within_its_room() {
+        assert_eq!(probe_settings(3 << 20), None);
+        for room in [4 << 20, 5 << 20, 33 << 20, 127 << 20, 128 << 20, u64::MAX] {
+            let (blocks, depths) = probe_settings(room).unwrap();
+            let most = blocks.iter().max().unwrap() * depths.iter().max().unwrap();
+            assert!(most as u64 <= room && blocks.iter().all(|b| b % 4096 == 0), "{room} {blocks:?}");
+        }
+        assert_eq!(probe_settings(u64::MAX), Some((vec![1 << 20, 4 << 20], vec![8, 32])));
+    }
 
     #[test]
     fn a_slower_rate_never_replaces_a_faster_one() {

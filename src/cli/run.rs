@@ -104,7 +104,11 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let load = Instant::now();
     let open_for = OpenFor {
         context,
-        prompt_tokens: job.prompt.len(),
+        prompt_tokens: match prompt {
+            // Every turn brings the conversation so far.
+            Prompt::Chat => context,
+            _ => job.prompt.len(),
+        },
         sample_limit: Some(tokenizer.id_limit()),
         ..OpenFor::default()
     };

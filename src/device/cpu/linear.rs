@@ -7,9 +7,9 @@
 //! on how many rows there are, on where a tile begins or on the thread, so the bits of a row's result do not either.
 //!
 //! **The walk.** Weights are converted on the way into each tile (two integer operations for sixteen bfloat16), straight from
-//! where they lie. A tile is 3 rows × 4 weight rows (4 × 4 with 32 registers), K innermost. Few rows: bound by memory, one pass over
-//! the weights, asking ahead. Many rows: a block of them × a span of K stays in the second-level cache, eight weight rows × a block
-//! of K in the first: bound by arithmetic.
+//! where they lie. A tile is 3 rows × 4 weight rows (4 × 4 with 32 registers), K innermost; while the first rows of a panel of weights
+//! are worked on, the next panel is asked for. Few rows are bound by memory: four weight rows at a time over the whole of K. Many rows
+//! are bound by arithmetic: a block of them × a block of K stays in the second-level cache, eight weight rows in the first.
 
 use super::act::{ActBuf, Operand};
 use super::scratch::{K_BLOCK, SWEEP_COLS, SWEEP_ROWS, Scratch};
@@ -31,8 +31,6 @@ pub enum Mode {
 const FEW_ROWS: usize = 3;
 /// Weight rows of a panel when rows are many: with a block of K they take half of a first-level cache.
 const PANEL_ROWS: usize = 8;
-/// Elements of K of a span: SWEEP_ROWS times as many float32 stay in a second-level cache of 512 KiB.
-const SPAN: usize = 2 * K_BLOCK;
 /// Bytes of weights a task takes when rows are few: enough to stream.
 const STREAM_TASK_BYTES: usize = 96 * 1024;
 
@@ -139,7 +137,7 @@ impl Op for Task<'_> {
 }
 
 impl Task<'_> {
-    /// Blocks of rows × spans of K × panels of weights × blocks of K.
+    /// Blocks of rows × spans of K × panels of weights × blocks of K (one to a span when rows are many).
     #[inline(always)]
     unsafe fn walk<S: Simd, P: Product<S>>(&mut self, s: S) {
         let job = self.job;
@@ -148,23 +146,25 @@ impl Task<'_> {
         let (span, panel) = if few {
             (k_all.max(1), 4)
         } else {
-            (SPAN, PANEL_ROWS)
+            (K_BLOCK, PANEL_ROWS)
         };
         let sums = self.scratch.sums.as_mut_ptr();
+        let mut bias = [0f32; SWEEP_COLS];
+        if let Some(view) = &job.bias {
+            for (n, x) in bias.iter_mut().enumerate().take(self.cols) {
+                *x = view.element(self.n0 + n);
+            }
+        }
         let step = row_block(job.rows);
         for r0 in (0..job.rows).step_by(step) {
             let rows = (job.rows - r0).min(step);
             // SAFETY: the rows and columns are inside activations, weights and `out` (`linear` checked); sums holds SWEEP_ROWS ×
             // SWEEP_COLS.
             unsafe {
-                self.start(r0, rows, sums);
+                self.start(r0, rows, &bias, sums);
                 for k0 in (0..k_all).step_by(span) {
                     let k1 = (k0 + span).min(k_all);
                     for n in (0..self.cols).step_by(panel) {
-                        let mut soon = Soon::nothing();
-                        if !few {
-                            soon = self.soon::<S, P>(n + panel, (k0, k1));
-                        }
                         for k in (k0..k1).step_by(K_BLOCK) {
                             let at = (self.n0 + n) * job.w.row_stride + k * P::WEIGHT_BYTES;
                             let tiles = Tiles {
@@ -175,10 +175,10 @@ impl Task<'_> {
                                 weight_stride: job.w.row_stride,
                                 cols: (self.cols - n).min(panel),
                                 len: (k1 - k).min(K_BLOCK),
-                                ahead: if few { panel * job.w.row_stride } else { 0 },
+                                ahead: panel * job.w.row_stride,
                                 sums: sums.add(n),
                             };
-                            tiles.run::<S, P>(s, &mut soon);
+                            tiles.run::<S, P>(s);
                         }
                     }
                 }
@@ -187,34 +187,9 @@ impl Task<'_> {
         }
     }
 
-    /// The panel that starts at column `n` of the task, or what follows the last: the next span.
-    #[inline(always)]
-    fn soon<S: Simd, P: Product<S>>(&self, n: usize, (k0, k1): (usize, usize)) -> Soon {
-        let w = &self.job.w;
-        let (n, k0, k1) = if n < self.cols {
-            (n, k0, k1)
-        } else {
-            (0, k1, (k1 + SPAN).min(w.cols))
-        };
-        Soon {
-            at: w
-                .data
-                .as_ptr()
-                .wrapping_add((self.n0 + n) * w.row_stride + k0 * P::WEIGHT_BYTES),
-            to_next_row: w.row_stride,
-            row_bytes: (k1 - k0) * P::WEIGHT_BYTES,
-            asked: 0,
-            rows: if k0 < k1 {
-                PANEL_ROWS.min(self.cols - n)
-            } else {
-                0
-            },
-        }
-    }
-
     /// What the sums of rows `r0..r0 + rows` start from.
     #[inline(always)]
-    unsafe fn start(&self, r0: usize, rows: usize, sums: *mut f32) {
+    unsafe fn start(&self, r0: usize, rows: usize, bias: &[f32; SWEEP_COLS], sums: *mut f32) {
         let job = self.job;
         for r in 0..rows {
             // SAFETY: the caller's promise: the block is inside `out` and this task's own, and sums holds it.
@@ -225,9 +200,9 @@ impl Task<'_> {
                     Mode::Add => std::ptr::copy_nonoverlapping(out, sums, self.cols),
                     Mode::Store => sums.write_bytes(0, self.cols),
                 }
-                if let Some(bias) = &job.bias {
-                    for n in 0..self.cols {
-                        *sums.add(n) += bias.element(self.n0 + n);
+                if job.bias.is_some() {
+                    for (n, x) in bias.iter().enumerate().take(self.cols) {
+                        *sums.add(n) += x;
                     }
                 }
             }
@@ -254,44 +229,6 @@ fn row_block(rows: usize) -> usize {
         .min(SWEEP_ROWS)
 }
 
-/// Weights wanted after the panel in work: asked for a few cache lines at a time, since asking for all at once would wait.
-struct Soon {
-    at: *const u8,
-    to_next_row: usize,
-    row_bytes: usize,
-    /// Bytes of the first row of `rows` asked for so far.
-    asked: usize,
-    rows: usize,
-}
-
-impl Soon {
-    fn nothing() -> Soon {
-        Soon {
-            at: std::ptr::null(),
-            to_next_row: 0,
-            row_bytes: 0,
-            asked: 0,
-            rows: 0,
-        }
-    }
-
-    #[inline(always)]
-    fn ask<S: Simd>(&mut self, s: S, lines: usize) {
-        for _ in 0..lines {
-            if self.rows == 0 {
-                return;
-            }
-            s.prefetch(self.at.wrapping_add(self.asked));
-            self.asked += 64;
-            if self.asked >= self.row_bytes {
-                self.asked = 0;
-                self.at = self.at.wrapping_add(self.to_next_row);
-                self.rows -= 1;
-            }
-        }
-    }
-}
-
 /// Rows of activations against up to eight weight rows, over one block of K.
 struct Tiles {
     acts: *const u8,
@@ -313,26 +250,20 @@ struct Tiles {
 impl Tiles {
     /// As many rows a tile as the registers hold.
     #[inline(always)]
-    unsafe fn run<S: Simd, P: Product<S>>(&self, s: S, soon: &mut Soon) {
-        // What is asked for before a tile lasts for two of them.
-        let lines = self.cols * self.len * P::WEIGHT_BYTES / 64;
-        let ask = lines.div_ceil(self.rows.div_ceil(if S::WIDE_TILES { 4 } else { 3 }));
+    unsafe fn run<S: Simd, P: Product<S>>(mut self, s: S) {
         let mut r = 0;
         // SAFETY: the caller's promise; r + R <= rows in every call.
         unsafe {
             while S::WIDE_TILES && self.rows - r >= 4 {
-                soon.ask(s, ask);
                 self.strip::<S, P, 4>(s, r);
                 r += 4;
             }
             // Four left over are better as 2 + 2 than as 3 + 1.
             while self.rows - r >= 3 && self.rows - r != 4 {
-                soon.ask(s, ask);
                 self.strip::<S, P, 3>(s, r);
                 r += 3;
             }
             while self.rows - r >= 2 {
-                soon.ask(s, ask);
                 self.strip::<S, P, 2>(s, r);
                 r += 2;
             }
@@ -344,7 +275,7 @@ impl Tiles {
 
     /// R rows from `r0` on, four weight rows at a time; where fewer are left the last is repeated and its results dropped.
     #[inline(always)]
-    unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(&self, s: S, r0: usize) {
+    unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(&mut self, s: S, r0: usize) {
         let mut acts = [self.acts; R];
         // SAFETY: the caller's promise: rows r0..r0 + R and `cols` weight rows exist; sums holds whole groups of four.
         unsafe {
@@ -369,6 +300,7 @@ impl Tiles {
                 }
             }
         }
+        self.ahead = 0;
     }
 }
 

@@ -27,8 +27,8 @@ impl Floats {
 }
 
 /// Activation rows and weight rows that a task of a product works on at a time (see `linear.rs`).
-pub(crate) const SWEEP_ROWS: usize = 36;
-pub(crate) const SWEEP_COLS: usize = 64;
+pub(crate) const SWEEP_ROWS: usize = 48;
+pub(crate) const SWEEP_COLS: usize = 128;
 /// Elements of K summed in one go; the sums of the blocks are added in order. Part of the definition of a product.
 pub(crate) const K_BLOCK: usize = 1024;
 

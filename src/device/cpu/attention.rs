@@ -77,7 +77,7 @@ impl CpuDevice {
             .unwrap_or(0);
         super::check_rows(q.len(), rows, q_stride, heads * layout.head_size);
         let group = group_of(heads, layout.kv_heads, layout.head_size);
-        let out = out.begin(rows, heads * layout.head_size, self.isa.bf16_pairs());
+        let out = out.begin(rows, heads * layout.head_size, self.isa);
         for segment in segments {
             segment.check(layout.blocks);
         }

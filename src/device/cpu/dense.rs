@@ -40,7 +40,7 @@ impl CpuDevice {
         super::check_rows(a.k.len(), rows, a.k_stride, a.kv_heads * a.head_size);
         super::check_rows(a.v.len(), rows, a.v_stride, a.kv_heads * a.head_size);
         let group = group_of(a.heads, a.kv_heads, a.head_size);
-        let out = out.begin(rows, a.heads * a.head_size, self.isa.bf16_pairs());
+        let out = out.begin(rows, a.heads * a.head_size, self.isa);
         let lengths = || a.cu_seqlens.windows(2).map(|w| w[1] - w[0]);
         let tiling = Tiling::new(group, a.kv_heads, a.head_size, self.threads(), lengths());
         self.pool.run(tiling.tasks, &|task, scratch| {

@@ -1,6 +1,6 @@
 //! A Hugging Face folder: `model.safetensors`, or shards with an index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::files::{self, Folder, MAX_INDEX_BYTES};
@@ -79,8 +79,9 @@ fn keep_listed(header: &mut Header, names: &[String], path: &Path) -> Result<()>
     if header.tensors.len() == names.len() {
         return Ok(());
     }
-    let there = |name: &&String| header.tensors.iter().any(|t| &t.name == *name);
-    let missing = names.iter().find(|n| !there(n)).map_or("", |n| n.as_str());
+    let there: HashSet<&str> = header.tensors.iter().map(|t| t.name.as_str()).collect();
+    let missing = names.iter().find(|n| !there.contains(n.as_str()));
+    let missing = missing.map_or("", |n| n.as_str());
     Err(Error::new(
         Code::Checkpoint,
         format!("{} has no tensor `{missing}`", path.display()),

@@ -67,7 +67,7 @@ pub(crate) fn header_json(tensors: &[Tensor]) -> String {
         at = end;
     }
     let mut text = Value::Object(map).to_string();
-    while text.len() % 8 != 0 {
+    while !text.len().is_multiple_of(8) {
         text.push(' ');
     }
     text

@@ -87,7 +87,10 @@ fn mutations() -> Vec<(&'static str, Vec<u8>)> {
         ("length short by one", length(json.len() as u64 - 3)),
         ("length long by one", length(json.len() as u64 + 1)),
         ("length beyond the file", length(sound.len() as u64)),
-        ("length above the limit", length(100_000_001)),
+        (
+            "length above the limit",
+            length(header::MAX_HEADER_BYTES + 1),
+        ),
         ("length all ones", length(u64::MAX)),
         (
             "length that overflows with the 8 before it",
@@ -292,7 +295,7 @@ proptest! {
 
 /// Headers made to cost much. Sizes near the limit.
 fn expensive(which: usize) -> Vec<u8> {
-    const SIZE: usize = 95_000_000;
+    const SIZE: usize = header::MAX_HEADER_BYTES as usize - 400;
     let repeat = |start: &str, unit: &str, end: &str| {
         let mut text = String::with_capacity(SIZE + 64);
         text.push_str(start);
@@ -305,7 +308,7 @@ fn expensive(which: usize) -> Vec<u8> {
     let text = match which {
         0 => {
             let mut text = String::from("{");
-            for i in 0..1_000_000 {
+            for i in 0..400_000 {
                 text.push_str(&format!(
                     "\"t{i}\":{{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[0,0]}},"
                 ));
@@ -329,7 +332,9 @@ fn expensive(which: usize) -> Vec<u8> {
         6 => repeat("{", "                ", "}"),
         7 => repeat("{\"__metadata__\":", "[", "}"),
         8 => repeat("{\"__metadata__\":{\"a\":[1", ",1", "]}}"),
-        9 => repeat("{\"a\":{\"dtype\":\"F16\",\"shape\":[", "9", "]}}"),
+        9 => repeat("{\"__metadata__\":{\"a\":\"", "\\n\\\"", "\"}}"),
+        10 => repeat("{", "\n\t ", "}"),
+        11 => repeat("{\"a\":{\"dtype\":\"F16\",\"shape\":[", "9", "]}}"),
         // As many tensors as are allowed, with the longest names.
         _ => {
             let mut text = String::from("{");
@@ -345,12 +350,18 @@ fn expensive(which: usize) -> Vec<u8> {
     testing::assemble(text.as_bytes(), &[])
 }
 
-const KINDS: usize = 11;
+const KINDS: usize = 13;
 
 fn peak_kb() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Processor time of this thread: what others on the machine do does not count.
+fn cpu_ns() -> u64 {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 /// The part of the test below that runs in a process of its own, so that its peak is its own.
@@ -363,11 +374,15 @@ fn hostile_header_child() {
     let bytes = fs::metadata(path).unwrap().len();
     let file = fs::File::open(path).unwrap();
     let before = peak_kb();
-    let start = Instant::now();
+    let start = (Instant::now(), cpu_ns());
     let result = header::read(&file, path, bytes);
-    let ms = start.elapsed().as_millis();
+    let cpu_ms = (cpu_ns() - start.1) / 1_000_000;
+    let wall_ms = start.0.elapsed().as_millis();
     drop(result);
-    println!("cost: {} kB {ms} ms", peak_kb() - before);
+    println!(
+        "cost: {} kB {cpu_ms} ms, wall {wall_ms} ms",
+        peak_kb() - before
+    );
 }
 
 /// At most 64 MiB and twice its size, and not much time. The time that is promised (200 ms) is measured on an idle machine;
@@ -396,11 +411,11 @@ fn a_hostile_header_is_cheap() {
         let mut words = cost.1.split_whitespace();
         let kb: u64 = words.next().unwrap().parse().unwrap();
         let ms: u64 = words.nth(1).unwrap().parse().unwrap();
-        println!("kind {which}: {} bytes cost {kb} kB, {ms} ms", bytes.len());
+        println!("kind {which}: {} bytes cost {}", bytes.len(), cost.1);
         assert!(
             kb * 1024 <= (64 << 20) + 2 * bytes.len() as u64,
             "kind {which}: {kb} kB"
         );
-        assert!(ms < 2000, "kind {which}: {ms} ms");
+        assert!(ms < 1000, "kind {which}: {ms} ms");
     }
 }

@@ -208,16 +208,7 @@ impl Model {
             "disk" => Ok(Placement::Disk),
             "gpu" => Err(no_gpu()),
             file => {
-                let bad = |cause: String| {
-                    Error::new(
-                        Code::Usage,
-                        format!("the device map {file} cannot be used"),
-                        cause,
-                        "give auto, cpu, disk, or a JSON file of module → tier",
-                    )
-                };
-                let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-                let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+                let json = read_device_map(file)?;
                 let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
                 Ok(Placement::Units(parse_device_map(&json, &kinds)?))
             }
@@ -336,6 +327,19 @@ fn check_device(device: &str) -> Result<()> {
     }
 }
 
+fn read_device_map(file: &str) -> Result<serde_json::Value> {
+    let bad = |cause: String| {
+        Error::new(
+            Code::Usage,
+            format!("the device map {file} cannot be used"),
+            cause,
+            "give auto, cpu, disk, or a JSON file of module → tier",
+        )
+    };
+    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+    serde_json::from_str(&text).map_err(|e| bad(e.to_string()))
+}
+
 fn no_gpu() -> Error {
     Error::new(
         Code::Unsupported,
@@ -346,6 +350,15 @@ fn no_gpu() -> Error {
 }
 
 impl MachineOptions {
+    /// What can be known to be wrong before a model is opened.
+    pub fn check(&self) -> Result<()> {
+        check_device(&self.device)?;
+        if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
+            read_device_map(&self.device_map)?;
+        }
+        self.cpu_budget().map(|_| ())
+    }
+
     /// `--cpu-memory`, or what `--max-memory` says of the CPU.
     pub fn cpu_budget(&self) -> Result<Option<u64>> {
         if self.cpu_memory.is_some() {

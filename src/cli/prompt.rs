@@ -23,7 +23,7 @@ pub struct PromptOptions {
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
     pub messages: Option<PathBuf>,
     /// A system message before the prompt
-    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["messages", "raw"], help_heading = "Prompt")]
     pub system: Option<String>,
     /// Send the text as it is, without the chat template
     #[arg(long, env = "TENSORPAGER_RAW", value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Prompt")]

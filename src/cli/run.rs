@@ -16,7 +16,7 @@ use super::{repl, signals};
 use crate::engine::{Engine, Job};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings, closing_lines, tokens_per_s};
-use crate::text::StopStrings;
+use crate::text::{GenerationConfig, StopStrings};
 
 /// Tokens generated where neither the user nor the model says how many.
 const DEFAULT_MAX_TOKENS: usize = 512;
@@ -70,6 +70,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
             "give --prompt, --prompt-file, --messages or text on standard input",
         ));
     }
+    // What cannot be is refused before hours of packing.
+    args.machine.check()?;
+    args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
     let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
     let tokenizer = model.tokenizer()?;
@@ -164,6 +167,7 @@ fn answer(
 ) -> Result<Answer> {
     let live = !args.quiet && std::io::stderr().is_terminal();
     let mut failed = None;
+    let mut said = false;
     let answer = generate(
         engine,
         tokenizer,
@@ -179,6 +183,7 @@ fn answer(
             }
         },
         &mut |text| {
+            said |= !text.is_empty();
             if !args.json
                 && failed.is_none()
                 && let Err(e) = print(text)
@@ -192,7 +197,8 @@ fn answer(
     match (answer, failed) {
         (_, Some(e)) => Err(e),
         (answer, None) => {
-            if !args.json {
+            // A refusal before the first word prints no empty line.
+            if !args.json && (said || answer.is_ok()) {
                 print("\n")?;
             }
             answer

@@ -60,6 +60,7 @@ struct Scored<'a> {
 }
 
 pub fn run(args: ScoreArgs) -> Result<u8> {
+    args.machine.check()?;
     let cancel = signals::cancel_flag()?;
     let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
     let inputs = read_inputs(&args.input, &model)?;

@@ -31,9 +31,26 @@ impl Engine {
         inputs: &[Vec<u32>],
         sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
     ) -> Result<()> {
+        let mut open: Vec<Scoring<'_>> = Vec::new();
+        let result = self.score_into(inputs, sink, &mut open);
+        // Whatever ended it, the KV blocks go back.
+        for s in &mut open {
+            self.pool.release(&mut s.table);
+        }
+        result
+    }
+
+    fn score_into<'t>(
+        &mut self,
+        inputs: &'t [Vec<u32>],
+        sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
+        open: &mut Vec<Scoring<'t>>,
+    ) -> Result<()> {
+        for (i, tokens) in inputs.iter().enumerate() {
+            self.check_input(i, tokens)?;
+        }
         let most = self.forward.max_tokens().min(self.forward.max_wanted());
         let mut next = 0;
-        let mut open: Vec<Scoring<'_>> = Vec::new();
         // (input, first row in the input, rows) of each segment of the pass
         let mut parts: Vec<(usize, usize, usize)> = Vec::new();
         while next < inputs.len() || !open.is_empty() {
@@ -42,11 +59,10 @@ impl Engine {
             }
             self.pass.clear();
             parts.clear();
-            for s in &mut open {
+            for s in open.iter_mut() {
                 self.push_part(s, most, &mut parts);
             }
             while next < inputs.len() && self.pass.rows() < most {
-                self.check_input(next, &inputs[next])?;
                 let mut s = Scoring {
                     input: next,
                     tokens: &inputs[next],
@@ -76,7 +92,7 @@ impl Engine {
                 }
                 Ok(())
             })?;
-            for s in &mut open {
+            for s in open.iter_mut() {
                 if s.table.len() == s.tokens.len() {
                     self.pool.release(&mut s.table);
                 }
@@ -114,6 +130,15 @@ impl Engine {
                 format!("input {index} has {} tokens", tokens.len()),
                 format!("an input has 1 to {} tokens under this context", self.context),
                 "split it, or raise --context",
+            ));
+        }
+        let vocab = self.spec.vocab;
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("input {index} has token id {id}"),
+                format!("the model's vocabulary has {vocab} ids"),
+                "use the tokenizer that belongs to this model",
             ));
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The computing side: asks for units in the order of the pass and gives them back.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,8 @@ pub struct Pager {
     residents: Vec<Option<Region>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
+    /// Units of the cycle that this pass has had.
+    taken: usize,
     /// First row of each head unit that is resident, when the head is tied: `(first row, rows, unit)`.
     head_rows: Vec<(usize, usize, UnitId)>,
     embed: EmbedAt,
@@ -86,6 +88,8 @@ pub struct Pager {
     reader: String,
     reader_name: &'static str,
     direct: bool,
+    /// What ended the reading thread, for whoever asks again.
+    failed: OnceLock<Error>,
 }
 
 impl Pager {
@@ -145,6 +149,7 @@ impl Pager {
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
             cycle,
+            taken: 0,
             head_rows,
             embed,
             gather,
@@ -162,6 +167,7 @@ impl Pager {
             reader,
             reader_name,
             direct,
+            failed: OnceLock::new(),
             shared,
             plan,
         };
@@ -205,8 +211,14 @@ impl Pager {
         Ok(())
     }
 
-    /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two.
+    /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two. What a
+    /// pass that failed left unread is passed over, so that this one begins at its beginning.
     pub fn begin_pass(&mut self) -> Result<()> {
+        while self.stats.passes > 0 && self.taken < self.cycle.len() {
+            let lease = self.acquire(self.cycle[self.taken])?;
+            self.release(lease)?;
+        }
+        self.taken = 0;
         self.stats.passes += 1;
         self.schedule_pass()
     }
@@ -225,7 +237,7 @@ impl Pager {
             return Ok(Lease::Resident(unit));
         }
         let filled = match self.ready.try_recv() {
-            Ok(filled) => filled?,
+            Ok(filled) => self.heard(filled)?,
             Err(_) => {
                 let started = Instant::now();
                 let filled = self.wait_ready();
@@ -240,6 +252,7 @@ impl Pager {
                 self.unit_name(filled.unit)
             )));
         }
+        self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
         Ok(Lease::Slot(unit, filled.region))
     }
@@ -378,19 +391,24 @@ impl Pager {
 
     /// The reading thread ended: its last word says why.
     fn reader_error(&self) -> Error {
-        while let Ok(message) = self.ready.try_recv() {
-            if let Err(e) = message {
-                return e;
-            }
-        }
-        Error::internal("the reading thread ended without a reason")
+        let last = || {
+            std::iter::from_fn(|| self.ready.try_recv().ok())
+                .find_map(Result::err)
+                .unwrap_or_else(|| Error::internal("the reading thread ended without a reason"))
+        };
+        self.failed.get_or_init(last).clone()
+    }
+
+    /// Keeps the thread's last word.
+    fn heard(&self, message: Result<Filled>) -> Result<Filled> {
+        message.map_err(|e| self.failed.get_or_init(|| e).clone())
     }
 
     fn wait_ready(&self) -> Result<Filled> {
         let started = Instant::now();
         loop {
             match self.ready.recv_timeout(Duration::from_millis(100)) {
-                Ok(filled) => return filled,
+                Ok(filled) => return self.heard(filled),
                 Err(RecvTimeoutError::Disconnected) => return Err(self.reader_error()),
                 Err(RecvTimeoutError::Timeout) => self.check_wait(started)?,
             }

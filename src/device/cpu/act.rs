@@ -130,7 +130,6 @@ impl ActBuf {
             base: self.data.as_mut_ptr(),
             layout,
             format: self.format,
-            dtype: self.dtype,
         };
         let end = cols.next_multiple_of(ROW_ALIGN.min(layout.row.max(1)));
         for row in 0..rows {
@@ -185,7 +184,6 @@ pub(crate) struct ActRows {
     base: *mut f32,
     layout: Layout,
     format: Format,
-    dtype: Dtype,
 }
 
 // SAFETY: the ops give each element to one task only, and the buffer is mutably borrowed while they run.

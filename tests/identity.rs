@@ -171,7 +171,7 @@ impl Way {
                 None
             }
             Err(e) => {
-                let cpu_memory = Some(named_budget(&e) + (8 << 20));
+                let cpu_memory = Some(named_budget(&e) + (64 << 20));
                 Some(open(store, &EngineOptions { cpu_memory, ..options }).unwrap())
             }
         }

@@ -346,7 +346,7 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
         with(Faults { seed: 1, lose: 1.0, ..Faults::default() }, r)
     }
     fn lose_some(r: Box<dyn Reader>) -> Box<dyn Reader> {
-        with(Faults { seed: 9, lose: 0.05, ..Faults::default() }, r)
+        with(Faults { seed: 9, lose: 0.2, ..Faults::default() }, r)
     }
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
@@ -358,7 +358,7 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
         let mut options = faulty(Some(wrap));
         options.pager.stall_limit = Duration::from_millis(300);
         options.pager.reader = kind;
-        let e = within(Duration::from_secs(6), "a stalled run with its end", || -> Error {
+        let e = within(Duration::from_secs(20), "a stalled run with its end", || -> Error {
             let mut last = None;
             for _ in 0..4 {
                 if let Err(e) = outcome(&store, &options) {
@@ -366,7 +366,7 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
                     break;
                 }
             }
-            last.expect("one read in twenty is lost")
+            last.expect("one read in five is lost")
         });
         assert_eq!(e.code(), Code::Stalled, "{e}");
         assert!(e.what().contains(".dat"), "{e}");
@@ -376,7 +376,7 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
 #[test]
 fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
     fn slow(r: Box<dyn Reader>) -> Box<dyn Reader> {
-        with(Faults { seed: 1, sleep: Duration::from_millis(12), ..Faults::default() }, r)
+        with(Faults { seed: 1, sleep: Duration::from_millis(40), ..Faults::default() }, r)
     }
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());

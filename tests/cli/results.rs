@@ -358,7 +358,7 @@ fn a_stale_pack_is_made_anew_and_the_limit_removes_the_longest_unused() {
     std::fs::write(&weights, bytes).unwrap();
     let second = p.run(&["run", str(&copy), "-p", "hi", "--greedy", "-n", "6", "-q", "--ignore-eos"]).done().stdout;
     assert_ne!(first, second, "the weights changed, so did the answer");
-    p.run(&["pack", str(&fixture("qwen3-bf16")), "-q", "--offload-limit", "300k"]).done();
+    p.run(&["pack", str(&fixture("qwen3-bf16")), "-q", "--offload-limit", "450k"]).done();
     let listed = p.run(&["inspect", "--json"]).json();
     let names: Vec<&str> = listed["packs"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["qwen3-bf16--bf16"]);

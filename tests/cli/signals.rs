@@ -84,7 +84,9 @@ fn an_interrupted_pack_is_never_trusted() {
     let model = large(&p);
     let mut interrupted = 0;
     for wait_ms in [0, 5, 15, 40, 90] {
-        let child = p.command(&["pack", &model, "--repack"]).spawn().unwrap();
+        // A folder made anew says that the program has begun, and listens.
+        let _ = std::fs::remove_dir_all(p.offload());
+        let child = p.command(&["pack", &model]).spawn().unwrap();
         let started = Instant::now();
         // As soon as there is something to leave behind, and a little later each time.
         while !p.offload().is_dir() && started.elapsed() < Duration::from_secs(5) {
@@ -103,7 +105,7 @@ fn an_interrupted_pack_is_never_trusted() {
             let ready = pack["state"] == "ready" || pack["state"] == "Ready";
             assert!(ran.code == 130 || ready, "{pack}");
         }
-        assert_eq!(p.run(&["verify"]).code == 0 || ran.code == 130, true);
+        assert!(p.run(&["verify"]).code == 0 || ran.code == 130);
     }
     assert!(interrupted > 0, "no pack was caught at work");
     p.run(&["run", &model, "-p", "hi", "--raw", "-n", "2", "-q"]).done();

@@ -14,7 +14,8 @@ pub fn cancel_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // Order matters: the conditional exit must look at the flag before this signal raises it.
-        signal_hook::flag::register_conditional_shutdown(signal, 130, flag.clone()).map_err(wire)?;
+        signal_hook::flag::register_conditional_shutdown(signal, 130, flag.clone())
+            .map_err(wire)?;
         signal_hook::flag::register(signal, flag.clone()).map_err(wire)?;
     }
     Ok(flag)

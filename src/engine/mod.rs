@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
-pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress};
+pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
 pub use score::ScoreBlock;
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 

@@ -83,7 +83,7 @@ impl Engine {
         progress: OpenProgress<'_>,
     ) -> Result<Engine> {
         let spec = store.spec.clone();
-        let dtype = compute_dtype(store);
+        let dtype = kv_dtype(store);
         let host = HostMemory::read();
         let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
@@ -95,9 +95,7 @@ impl Engine {
             .collect();
 
         let context = options.context.min(spec.max_positions).max(2);
-        let kv_tokens = options
-            .kv_tokens
-            .unwrap_or(context * options.max_sequences);
+        let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
         // One block more a sequence: each ends somewhere inside its last one.
         let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
         let kv_bytes = kv_blocks as u64
@@ -124,7 +122,14 @@ impl Engine {
             .iter()
             .map(|u| (u.id, u.kind, u.places.first().map_or(0, |p| p.rows)))
             .collect();
-        let forward = Forward::new(&device, &spec, &units, head_dtype(store), pass_tokens, wanted)?;
+        let forward = Forward::new(
+            &device,
+            &spec,
+            &units,
+            head_dtype(store),
+            pass_tokens,
+            wanted,
+        )?;
         let kv = device.kv(&KvShape {
             layers: spec.layers,
             blocks: kv_blocks,
@@ -240,8 +245,8 @@ fn name_the_budget(
     )
 }
 
-/// The one type all matrices share, or float32 where they differ.
-fn compute_dtype(store: &Store) -> Dtype {
+/// The type of keys and values: the one all matrices share, or float32 where they differ.
+pub fn kv_dtype(store: &Store) -> Dtype {
     let mut matrices = store
         .units
         .iter()

@@ -34,12 +34,7 @@ impl Samplers {
         );
     }
 
-    fn draw(
-        &mut self,
-        rows: &[Choosing<'_>],
-        logits: &[f32],
-        vocab: usize,
-    ) -> Vec<Result<Chosen>> {
+    fn draw(&mut self, rows: &[Choosing<'_>], logits: &[f32], vocab: usize) -> Vec<Result<Chosen>> {
         let row = |c: &Choosing<'_>| &logits[c.row * vocab..][..vocab];
         let threads = self.0.len().min(rows.len() / ROWS_A_THREAD).max(1);
         if threads == 1 {

@@ -339,8 +339,8 @@ impl Scheduler {
                         token,
                         logprobs,
                     });
-                    let over = s.generated() >= s.job.max_tokens
-                        || s.tokens.len() >= self.limits.context;
+                    let over =
+                        s.generated() >= s.job.max_tokens || s.tokens.len() >= self.limits.context;
                     over.then_some(Event::Finished {
                         job,
                         reason: FinishReason::Length,

@@ -194,7 +194,10 @@ impl KvPool {
     pub fn find(&self, keys: &[BlockKey]) -> (usize, usize) {
         let blocks = keys.iter().map_while(|k| self.published.get(k));
         blocks.fold((0, 0), |(found, idle), b| {
-            (found + 1, idle + usize::from(self.references[*b as usize] == 0))
+            (
+                found + 1,
+                idle + usize::from(self.references[*b as usize] == 0),
+            )
         })
     }
 

@@ -140,7 +140,8 @@ impl JobView {
         };
         let bar = (kind == ProgressKind::Bar).then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
-            if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} rows  {wide_msg}") {
+            if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} rows  {wide_msg}")
+            {
                 bar.set_style(style);
             }
             bar
@@ -185,7 +186,12 @@ impl JobView {
                 }
             }
             (ProgressKind::Plain, _) => {
-                eprintln!("{}/{} rows: {}", figures.rows_done, figures.rows, figures.line());
+                eprintln!(
+                    "{}/{} rows: {}",
+                    figures.rows_done,
+                    figures.rows,
+                    figures.line()
+                );
             }
             _ => {}
         }

@@ -184,7 +184,10 @@ fn chat_logprobs(tokens: &[(u32, Box<Logprobs>)], tokenizer: &Tokenizer) -> Resu
             .top
             .iter()
             .map(|t| entry(t.id, t.logprob).map(Value::Object));
-        map.insert("top_logprobs".into(), Value::Array(top.collect::<Result<_>>()?));
+        map.insert(
+            "top_logprobs".into(),
+            Value::Array(top.collect::<Result<_>>()?),
+        );
         content.push(Value::Object(map));
     }
     Ok(serde_json::json!({ "content": content }))

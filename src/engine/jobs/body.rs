@@ -55,7 +55,11 @@ impl Body {
         sampling.logit_bias = logit_bias(&mut f, text)?;
         sampling.validate().map_err(|e| {
             let param = e.what().split_whitespace().next().unwrap_or_default();
-            RowError::about("invalid_value", param, format!("{}: {}", e.what(), e.cause()))
+            RowError::about(
+                "invalid_value",
+                param,
+                format!("{}: {}", e.what(), e.cause()),
+            )
         })?;
         let stop = stop_strings(&mut f, rules)?;
         let mut stop_tokens = match f.flag("ignore_eos")? {
@@ -139,7 +143,8 @@ fn chat_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError>
             match part.get("type").and_then(Value::as_str) {
                 Some("text") => {}
                 Some(kind) if kind.contains("image") || kind.contains("video") => {
-                    let e = format!("a part of type `{kind}`: images and video are not available yet");
+                    let e =
+                        format!("a part of type `{kind}`: images and video are not available yet");
                     return Err(RowError::about("images_unavailable", "messages", e));
                 }
                 Some(kind) => {
@@ -176,7 +181,11 @@ fn completion_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, Row
     };
     let wanted = "a string, a list of token ids, or a list with one of either";
     match f.take("prompt") {
-        None => Err(RowError::about("missing_field", "prompt", "`prompt` is missing")),
+        None => Err(RowError::about(
+            "missing_field",
+            "prompt",
+            "`prompt` is missing",
+        )),
         Some(Value::String(s)) => encode(&s),
         Some(Value::Array(list)) => match list.as_slice() {
             [Value::String(s)] => encode(s),
@@ -185,7 +194,10 @@ fn completion_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, Row
             [Value::String(_), ..] => Err(RowError::about(
                 "unsupported_field",
                 "prompt",
-                format!("`prompt` holds {} prompts; write a row for each", list.len()),
+                format!(
+                    "`prompt` holds {} prompts; write a row for each",
+                    list.len()
+                ),
             )),
             _ => Err(RowError::value("prompt", wanted, &Value::Array(list))),
         },
@@ -313,7 +325,10 @@ fn stop_strings(f: &mut Fields, rules: &Rules) -> Result<StopStrings, RowError> 
         Some(v) => return Err(RowError::value("stop", wanted, &v)),
     };
     if stops.len() > MAX_STOP_STRINGS {
-        let e = format!("`stop` holds {} strings; at most {MAX_STOP_STRINGS}", stops.len());
+        let e = format!(
+            "`stop` holds {} strings; at most {MAX_STOP_STRINGS}",
+            stops.len()
+        );
         return Err(RowError::about("invalid_value", "stop", e));
     }
     StopStrings::new(stops).map_err(|e| RowError::about("invalid_value", "stop", explain(&e)))

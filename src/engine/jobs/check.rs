@@ -50,14 +50,21 @@ pub fn check(
         let (custom_id, counted) = match parse_line(source, &line, key).request {
             Err((custom_id, e)) => (custom_id, Err(e)),
             Ok(request) if mark.state == State::Duplicate => {
-                let first = scan.find(&request.custom_id).map_or(0, |i| scan.marks[i].line);
+                let first = scan
+                    .find(&request.custom_id)
+                    .map_or(0, |i| scan.marks[i].line);
                 let message = format!("the custom_id is already on line {first}");
                 let e = RowError::about("duplicate_custom_id", "custom_id", message);
                 (Some(request.custom_id), Err(e))
             }
             Ok(request) => {
                 let custom_id = request.custom_id.clone();
-                (Some(custom_id), request.body(rules, text).and_then(|b| fits(b.prompt.len(), context).map(|()| b)))
+                (
+                    Some(custom_id),
+                    request
+                        .body(rules, text)
+                        .and_then(|b| fits(b.prompt.len(), context).map(|()| b)),
+                )
             }
         };
         match counted {

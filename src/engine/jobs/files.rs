@@ -114,10 +114,7 @@ impl RowLog {
     }
 
     /// Writes a file of the rows that `next` gives, through a second file and a rename.
-    pub fn write_new(
-        path: &Path,
-        next: &mut dyn FnMut() -> Result<Option<Vec<u8>>>,
-    ) -> Result<()> {
+    pub fn write_new(path: &Path, next: &mut dyn FnMut() -> Result<Option<Vec<u8>>>) -> Result<()> {
         let temporary = beside(path, ".merging");
         let write = |next: &mut dyn FnMut() -> Result<Option<Vec<u8>>>| -> Result<()> {
             let failed = |e: std::io::Error| trouble(&temporary, &e);
@@ -159,7 +156,9 @@ impl RowLog {
         let mut good = 0;
         loop {
             line.clear();
-            let n = reader.read_until(b'\n', &mut line).map_err(|e| failed(&e))? as u64;
+            let n = reader
+                .read_until(b'\n', &mut line)
+                .map_err(|e| failed(&e))? as u64;
             if n == 0 {
                 break;
             }

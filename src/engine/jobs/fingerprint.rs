@@ -35,14 +35,23 @@ pub fn fingerprint(store: &Store) -> Result<u64> {
             Err(e) => return Err(Error::io(format!("{name} cannot be read"), &e)),
         }
     }
-    let files: Vec<Option<File>> = store.files.iter().map(|f| File::open(&f.path).ok()).collect();
+    let files: Vec<Option<File>> = store
+        .files
+        .iter()
+        .map(|f| File::open(&f.path).ok())
+        .collect();
     let mut buffer = vec![0; SAMPLE_BYTES as usize];
-    for place in store.units.iter().flat_map(|u| u.places.iter().map(move |p| (u, p))) {
+    for place in store
+        .units
+        .iter()
+        .flat_map(|u| u.places.iter().map(move |p| (u, p)))
+    {
         let (unit, p) = place;
         let extent = &unit.extents[p.extent];
         let sample = &mut buffer[..p.bytes().min(SAMPLE_BYTES) as usize];
         let path = &store.file(extent.file).path;
-        let failed = |e: &std::io::Error| Error::io(format!("{} cannot be read", path.display()), e);
+        let failed =
+            |e: &std::io::Error| Error::io(format!("{} cannot be read", path.display()), e);
         match &files[extent.file.index()] {
             Some(file) => file
                 .read_exact_at(sample, extent.offset + p.offset)

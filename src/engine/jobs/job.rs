@@ -3,6 +3,7 @@
 use super::files::{JobMark, Paths, RowLog, Sidecar};
 use super::input::Source;
 use super::request::Rules;
+use super::run::{JobProgress, JobSummary};
 use super::scan::{Scan, State};
 use super::shard::Shard;
 use crate::error::{Code, Error, Result};
@@ -174,6 +175,21 @@ impl BatchJob {
     /// Rows neither answered nor failed.
     pub fn remaining(&self) -> u64 {
         self.rows() - self.done() - self.failed()
+    }
+
+    /// The summary of a job of which nothing remains to be done; its rows are put in order where they are not yet.
+    pub fn settled(&mut self) -> Result<JobSummary> {
+        self.finish()?;
+        Ok(JobSummary {
+            progress: JobProgress {
+                rows: self.rows(),
+                before: self.done() + self.failed(),
+                ..JobProgress::default()
+            },
+            failed: self.failed(),
+            remaining: self.remaining(),
+            other_model: 0,
+        })
     }
 
     pub(super) fn check_errors(&self, failed: u64) -> Result<()> {

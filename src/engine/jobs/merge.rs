@@ -74,7 +74,11 @@ fn place(
         let found = match (error_head(bytes), result_head(bytes)) {
             (Some((_, line)), _) => scan.on_line(line).map(|i| (i, State::Failed)),
             (None, Some((_, custom_id))) => scan.find(&custom_id).map(|i| (i, State::Done)),
-            (None, None) => return wrong(format!("line {number} is no result row (an unfinished shard?)")),
+            (None, None) => {
+                return wrong(format!(
+                    "line {number} is no result row (an unfinished shard?)"
+                ));
+            }
         };
         let Some((i, state)) = found else {
             return wrong(format!("the input has no row for its line {number}"));
@@ -107,17 +111,16 @@ fn complete(scan: &Scan, places: &[Option<(usize, Span)>], source: &Source) -> R
     Err(Error::new(
         Code::Usage,
         format!("{} of {} rows are missing", missing.len(), places.len()),
-        format!("lines {}{more} of {} have no answer", shown.join(", "), source.path().display()),
+        format!(
+            "lines {}{more} of {} have no answer",
+            shown.join(", "),
+            source.path().display()
+        ),
         "let every shard finish (give its command again), and name all of them",
     ))
 }
 
-fn write(
-    scan: &Scan,
-    logs: &[RowLog],
-    places: &[Option<(usize, Span)>],
-    to: &Paths,
-) -> Result<()> {
+fn write(scan: &Scan, logs: &[RowLog], places: &[Option<(usize, Span)>], to: &Paths) -> Result<()> {
     for (path, state) in [(&to.output, State::Done), (&to.errors, State::Failed)] {
         if state == State::Failed && scan.count(state) == 0 {
             continue;

@@ -16,6 +16,7 @@ mod request;
 mod run;
 mod scan;
 mod shard;
+mod sizing;
 #[cfg(test)]
 mod tests;
 
@@ -29,3 +30,4 @@ pub use merge::{MergeReport, merge};
 pub use request::{Endpoint, Request, RowError, Rules, TextTools};
 pub use run::{JobProgress, JobSummary};
 pub use shard::Shard;
+pub use sizing::{RowSample, Sizing, SizingInput};

@@ -217,7 +217,11 @@ impl Request {
         }
         let url = row.text("url")?;
         let body = row.object("body")?.ok_or_else(|| {
-            RowError::about("missing_field", "body", "`body` is missing: it holds the request")
+            RowError::about(
+                "missing_field",
+                "body",
+                "`body` is missing: it holds the request",
+            )
         })?;
         row.finish("a row")?;
         let endpoint = match url.as_deref() {

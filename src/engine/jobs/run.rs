@@ -196,7 +196,8 @@ impl Runner<'_> {
                     if mark.state == State::Duplicate {
                         let first = self.job.scan.find(&custom_id).unwrap_or(index);
                         let first = self.job.scan.marks[first].line;
-                        let message = format!("the custom_id `{custom_id}` is already on line {first}");
+                        let message =
+                            format!("the custom_id `{custom_id}` is already on line {first}");
                         let e = RowError::about("duplicate_custom_id", "custom_id", message);
                         (Some(custom_id), e)
                     } else {
@@ -227,7 +228,10 @@ impl Runner<'_> {
         endpoint: Endpoint,
         body: Body,
     ) -> Result<Option<RowError>> {
-        if body.model.is_some_and(|m| !same_model(&m, &self.job.spec.rules.model)) {
+        if body
+            .model
+            .is_some_and(|m| !same_model(&m, &self.job.spec.rules.model))
+        {
             self.other_model += 1;
         }
         let prompt_tokens = body.prompt.len();
@@ -279,7 +283,9 @@ impl Runner<'_> {
 
     fn hear(&mut self, event: Event) -> Result<()> {
         let job = match &event {
-            Event::Token { job, .. } | Event::Finished { job, .. } | Event::Failed { job, .. } => *job,
+            Event::Token { job, .. } | Event::Finished { job, .. } | Event::Failed { job, .. } => {
+                *job
+            }
         };
         // A stop string ended it in this very pass, or its row failed.
         let Some(&(index, choice)) = self.owners.get(&job) else {
@@ -398,7 +404,10 @@ impl Runner<'_> {
     fn input_changed(&self) -> Error {
         Error::new(
             Code::Usage,
-            format!("{} changed while the job ran", self.job.spec.source.path().display()),
+            format!(
+                "{} changed while the job ran",
+                self.job.spec.source.path().display()
+            ),
             format!("row {} is not what it was at the start", self.next + 1),
             "leave the file alone, and give the same command again: finished rows are kept",
         )

@@ -125,7 +125,9 @@ impl Scan {
 
     /// The row on line `line`.
     pub fn on_line(&self, line: u64) -> Option<usize> {
-        let found = self.marks.binary_search_by_key(&line, |m| u64::from(m.line));
+        let found = self
+            .marks
+            .binary_search_by_key(&line, |m| u64::from(m.line));
         found.ok()
     }
 

@@ -22,7 +22,12 @@ impl Shard {
             Code::Usage,
             format!("there is no shard {index}/{count}"),
             "shards are counted from 0",
-            format!("give --shard 0/{} to {}/{}", count.max(1), count.max(1) - 1, count.max(1)),
+            format!(
+                "give --shard 0/{} to {}/{}",
+                count.max(1),
+                count.max(1) - 1,
+                count.max(1)
+            ),
         ))
     }
 
@@ -61,7 +66,10 @@ impl Shard {
         };
         if let Some(task) = number("SLURM_ARRAY_TASK_ID")? {
             let Some(count) = number("SLURM_ARRAY_TASK_COUNT")? else {
-                return Err(count_missing("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"));
+                return Err(count_missing(
+                    "SLURM_ARRAY_TASK_ID",
+                    "SLURM_ARRAY_TASK_COUNT",
+                ));
             };
             // Arrays may begin anywhere and leave gaps: --array=1-7:2.
             let first = number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);

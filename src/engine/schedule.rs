@@ -361,3 +361,7 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "schedule_tests.rs"]
+mod tests;

@@ -140,6 +140,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
             sampling: SamplingParams::greedy(),
             choice: 0,
             stop_tokens: stop_tokens.clone(),
+            ..Job::default()
         };
         let stops = StopStrings::new(["\n"])?;
         let answer = generate(&mut engine, &tokenizer, job, stops, &mut |_, _| {}, &mut |_| {})?;
@@ -234,6 +235,7 @@ fn decode(engine: &mut Engine, sequences: usize, vocab: usize) -> Result<EngineS
             sampling: SamplingParams::greedy(),
             choice: 0,
             stop_tokens: Vec::new(),
+            ..Job::default()
         })?;
     }
     let mut events = Vec::new();

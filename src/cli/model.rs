@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES,
+    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
 use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
@@ -80,7 +80,10 @@ impl Model {
             true => InPlace::Always,
             false => InPlace::WhenShort,
         };
-        let options = PackOptions { in_place, ..options };
+        let options = PackOptions {
+            in_place,
+            ..options
+        };
         let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
         Ok(Model {
             label: prepared.store.label.clone(),
@@ -122,6 +125,16 @@ impl Model {
         self.store.files.iter().map(|f| f.path.clone()).collect()
     }
 
+    /// Bytes of all units.
+    pub fn weight_bytes(&self) -> u64 {
+        self.store.units.iter().map(|u| u.bytes).sum()
+    }
+
+    /// Bytes of one element of the KV cache.
+    pub fn element_bytes(&self) -> usize {
+        kv_dtype(&self.store).bytes()
+    }
+
     fn rates(&self) -> DiskRates {
         DiskRates::of(&self.store.dir, !self.store.in_place)
     }
@@ -142,7 +155,7 @@ impl Model {
         let host = HostMemory::read();
         let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let room = budget.saturating_sub(host.resident + SLACK_BYTES);
-        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
+        let weights = self.weight_bytes();
         let streams = match options.placement {
             Placement::Auto => weights > room,
             Placement::Cpu => false,
@@ -254,8 +267,7 @@ pub(super) fn pack_options(
     })
 }
 
-type Prepare =
-    fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
+type Prepare = fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
 
 /// Runs `how` with a progress bar, and prints what it has to say.
 pub(super) fn prepare(

@@ -98,6 +98,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
             model.stop_tokens(&generation, &tokenizer)
         },
         prompt: ids,
+        ..Job::default()
     };
     let context = match (args.machine.context, &prompt) {
         (Some(context), _) => context,

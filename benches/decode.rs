@@ -10,7 +10,6 @@ use tensorpager::checkpoint::{Checkpoint, OpenOptions};
 use tensorpager::engine::{Engine, EngineOptions, Job};
 use tensorpager::paging::Placement;
 use tensorpager::store::Store;
-use tensorpager::text::SamplingParams;
 
 fn engine(store: &Store, placement: Placement, sequences: usize) -> Engine {
     let options = EngineOptions {
@@ -31,9 +30,7 @@ fn submit(engine: &mut Engine, sequences: usize) {
             .submit(Job {
                 prompt: vec![i as u32],
                 max_tokens: 1 << 20,
-                sampling: SamplingParams::greedy(),
-                choice: 0,
-                stop_tokens: Vec::new(),
+                ..Job::default()
             })
             .unwrap();
     }

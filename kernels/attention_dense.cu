@@ -37,7 +37,7 @@ TP_DEVICE void dense_block(const DenseArgs& p) {
 }
 
 #define TP_DENSE(name, HD)                                                                                                \
-  extern "C" __global__ void __launch_bounds__(AttentionTile<HD, 64>::THREADS)                                            \
+  extern "C" __global__ void __launch_bounds__(AttentionTile<HD, 64>::THREADS, 2)                                            \
       TP_KERNEL(name)(const u16* q, const u16* k, const u16* v, const int* windows, const int* tiles, u16* out, int heads, \
                       float scale) {                                                                                      \
     DenseArgs p = {q, k, v, windows, tiles, out, heads, scale};                                                           \

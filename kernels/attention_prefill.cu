@@ -25,7 +25,7 @@ TP_DEVICE void prefill_block(const PagedArgs& p, const int* tiles, u16* out) {
 }
 
 #define TP_PREFILL(name, HD, ROWS)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(AttentionTile<HD, ROWS>::THREADS)                                               \
+  extern "C" __global__ void __launch_bounds__(AttentionTile<HD, ROWS>::THREADS, 2)                                               \
       TP_KERNEL(name)(const u16* q, const u16* kv, const int* segments, const int* tables, const int* tiles, u16* out,         \
                       int heads, int kv_heads, int window, float scale) {                                                      \
     PagedArgs p = {q, kv, segments, tables, heads, kv_heads, window, scale};                                                   \

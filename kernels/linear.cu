@@ -36,7 +36,8 @@ struct LinearTile {
   static constexpr bool ALIGNED = ALIGNED_;
   static constexpr int THREADS = 32 * WN * WR;
   static constexpr int MI = BN / WN / 16, NI = BR / WR / 8;  // mma tiles of one warp
-  static constexpr int DEPTH = MI == 1 ? LINEAR_BK / 16 : 2;  // steps whose fragments are held at once
+  static constexpr bool PRELOAD = MI == 1;                        // few fragments: a stage's are all held at once
+  static constexpr int DEPTH = PRELOAD ? LINEAR_BK / 16 : 2;      // steps whose fragments are held
   static constexpr int STAGE_BYTES = (BN + BR) * LINEAR_BK * 2;
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
 };
@@ -99,12 +100,13 @@ TP_DEVICE void linear_fragments(u8* stage, int step, u32 (&w)[Tile::MI][4], u32 
   }
 }
 
-// All of a stage's fragments where they are few, else the first step's. The next copies are issued behind this, so that a warp
-// with one chain of mma (few rows) finds its operands in registers and never waits between stages.
+// All of a stage's fragments where they are few, else the first step's. Where they are few the next copies are issued behind this, so
+// that a warp with one chain of mma finds its operands in registers and never waits between stages; a large tile has other warps
+// to hide behind and no registers to spare.
 template <class Tile>
 TP_DEVICE void linear_first_fragments(u8* stage, LinearFragments<Tile>& f) {
 #pragma unroll
-  for (int step = 0; step < (Tile::DEPTH == LINEAR_BK / 16 ? Tile::DEPTH : 1); step++)
+  for (int step = 0; step < (Tile::PRELOAD ? Tile::DEPTH : 1); step++)
     linear_fragments<Tile>(stage, step, f.w[step], f.a[step]);
 }
 
@@ -182,10 +184,11 @@ TP_DEVICE void linear_block(const LinearArgs& p) {
     __syncthreads();                  // ... for all, and all have left the stage that is filled next
     u8* stage = shared + use * Tile::STAGE_BYTES;
     LinearFragments<Tile> fragments;
-    linear_first_fragments<Tile>(stage, fragments);
+    if (Tile::PRELOAD) linear_first_fragments<Tile>(stage, fragments);
     const int ahead = t + Tile::STAGES - 1;
     if (ahead < tiles_k) linear_stage<Tile>(shared + fill * Tile::STAGE_BYTES, p, n0, r0, ahead * LINEAR_BK);
     cp_async_commit();
+    if (!Tile::PRELOAD) linear_first_fragments<Tile>(stage, fragments);
     linear_multiply<T, Tile>(stage, fragments, acc);
     use = use + 1 == Tile::STAGES ? 0 : use + 1;
     fill = fill + 1 == Tile::STAGES ? 0 : fill + 1;

@@ -134,9 +134,11 @@ fn greedy_tokens_agree_while_the_margin_allows() {
             let mut table = KvTable::default();
             let mut tokens = g.ids.clone();
             for (step, (&want, &margin)) in g.greedy.iter().zip(&g.margins).enumerate() {
-                // Rounding the inputs of products to 16 bits moves logits by about half of what a 16-bit run loses: a margin
-                // within that says nothing about correctness.
-                if margin < g.half_max.map_or(0.02, |m| (m / 2.0).max(0.02)) {
+                // Where inputs of products are rounded to bfloat16, logits move by up to what transformers' own 16-bit run
+                // loses: a margin within that says nothing about correctness. Elsewhere they hardly move.
+                let rounds = rig.device.describe().contains("avx512-bf16");
+                let moved = if rounds { g.half_max.unwrap_or(0.0) } else { 0.0 };
+                if margin < moved.max(0.02) {
                     break;
                 }
                 steps += 1;

@@ -330,3 +330,30 @@ fn an_entry_of_the_map_that_fits_nothing_is_named() {
     let error = Store::pack(&open(&dir), &options, &mut |_| {}).unwrap_err();
     assert!(error.what().contains("`model.layer`"), "{error}");
 }
+
+#[test]
+fn every_fixture_packs_to_what_it_holds_in_place() {
+    let Some(fixtures) = std::env::var_os("TENSORPAGER_FIXTURES") else {
+        println!("skipped: TENSORPAGER_FIXTURES names no folder of checkpoints");
+        return;
+    };
+    let tmp = tempfile::tempdir().unwrap();
+    let mut packed = 0;
+    for entry in fs::read_dir(fixtures).unwrap() {
+        let dir = entry.unwrap().path();
+        let weights = ["model.safetensors", "model.safetensors.index.json"];
+        if !dir.join("config.json").exists() || weights.iter().all(|w| !dir.join(w).exists()) {
+            continue;
+        }
+        let in_place = Store::open_in_place(&open(&dir)).unwrap();
+        let made = pack(&dir, &PackOptions::new(tmp.path()));
+        assert!(
+            contents(&made.store) == contents(&in_place),
+            "{}",
+            dir.display()
+        );
+        assert_eq!(made.store.spec, in_place.spec);
+        packed += 1;
+    }
+    assert!(packed > 0, "no checkpoint there");
+}

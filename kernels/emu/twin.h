@@ -62,11 +62,20 @@ TP_DEVICE u16 round_half(F16, float x) {
   return x != x ? (u16)0x7fff : u;
 }
 TP_DEVICE float widen(Bf16, u16 h) { return __uint_as_float((u32)h << 16); }
-TP_DEVICE float widen(F16, u16 h) {
-  _Float16 f;
-  memcpy(&f, &h, 2);
-  return (float)f;
-}
+// A table: the compiler's own conversion is a library call.
+struct F16Table {
+  float values[65536];
+  F16Table() {
+    for (int i = 0; i < 65536; i++) {
+      const u16 bits = (u16)i;
+      _Float16 f;
+      memcpy(&f, &bits, 2);
+      values[i] = (float)f;
+    }
+  }
+};
+inline const F16Table f16_table;
+TP_DEVICE float widen(F16, u16 h) { return f16_table.values[h]; }
 template <class T>
 static inline u32 round_pair(T, float lo, float hi) {
   return round_half(T(), lo) | (u32)round_half(T(), hi) << 16;
@@ -147,9 +156,10 @@ inline void execute_ldmatrix(void** slots, bool trans) {
   }
 }
 
+// Every output is one chain of additions over k, in ascending order.
 template <class T>
-__attribute__((no_sanitize("address", "undefined"))) void execute_mma(void** slots, uint32_t) {
-  float a[16][16], b[8][16];
+__attribute__((no_sanitize("address"), optimize("O3"))) void execute_mma(void** slots, uint32_t) {
+  float a[16][16], b[16][8], d[16][8];
   for (int l = 0; l < 32; l++) {
     const MmaSlot<T>* s = (const MmaSlot<T>*)slots[l];
     const int g = l / 4, t = l % 4;
@@ -158,19 +168,16 @@ __attribute__((no_sanitize("address", "undefined"))) void execute_mma(void** slo
       a[g + 8][2 * t + h] = widen(T(), (u16)(s->a[1] >> 16 * h));
       a[g][2 * t + 8 + h] = widen(T(), (u16)(s->a[2] >> 16 * h));
       a[g + 8][2 * t + 8 + h] = widen(T(), (u16)(s->a[3] >> 16 * h));
-      b[g][2 * t + h] = widen(T(), (u16)(s->b[0] >> 16 * h));
-      b[g][2 * t + 8 + h] = widen(T(), (u16)(s->b[1] >> 16 * h));
+      b[2 * t + h][g] = widen(T(), (u16)(s->b[0] >> 16 * h));
+      b[2 * t + 8 + h][g] = widen(T(), (u16)(s->b[1] >> 16 * h));
     }
+    for (int e = 0; e < 4; e++) d[g + e / 2 * 8][2 * t + e % 2] = s->d[e];
   }
-  for (int l = 0; l < 32; l++) {
-    float* d = ((const MmaSlot<T>*)slots[l])->d;
-    for (int e = 0; e < 4; e++) {
-      const float *x = a[l / 4 + e / 2 * 8], *y = b[l % 4 * 2 + e % 2];
-      float sum = d[e];
-      for (int k = 0; k < 16; k++) sum += x[k] * y[k];
-      d[e] = sum;
-    }
-  }
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 16; k++)
+      for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+  for (int l = 0; l < 32; l++)
+    for (int e = 0; e < 4; e++) ((const MmaSlot<T>*)slots[l])->d[e] = d[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
 }
 }  // namespace emu
 

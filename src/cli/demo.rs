@@ -70,6 +70,7 @@ struct HeldOut {
 
 #[derive(serde::Deserialize)]
 struct Problem {
+    task: String,
     prompt: String,
     answer: String,
 }
@@ -130,7 +131,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
     );
     let held_out: HeldOut = serde_json::from_str(HELD_OUT)
         .map_err(|e| Error::internal(format!("the bundled problems cannot be read: {e}")))?;
-    let problems: Vec<&Problem> = held_out.problems.iter().take(args.problems).collect();
+    let problems = by_turns(&held_out.problems, args.problems);
     let mut right = 0;
     for (i, problem) in problems.iter().enumerate() {
         let job = Job {
@@ -139,6 +140,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
             sampling: SamplingParams::greedy(),
             choice: 0,
             stop_tokens: stop_tokens.clone(),
+            ..Job::default()
         };
         let stops = StopStrings::new(["\n"])?;
         let answer = generate(&mut engine, &tokenizer, job, stops, &mut |_, _| {}, &mut |_| {})?;
@@ -151,6 +153,21 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
     }
     say!("  {right} of {} right, on problems it never saw\n", problems.len());
     Ok(right * 100 >= problems.len() * 95)
+}
+
+/// The first `n` problems, the tasks taking turns.
+fn by_turns(all: &[Problem], n: usize) -> Vec<&Problem> {
+    let mut seen = std::collections::BTreeMap::new();
+    let mut turns: Vec<(usize, &Problem)> = all
+        .iter()
+        .map(|p| {
+            let turn = seen.entry(p.task.as_str()).or_insert(0usize);
+            *turn += 1;
+            (*turn, p)
+        })
+        .collect();
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.into_iter().map(|(_, p)| p).take(n).collect()
 }
 
 /// Streams a 7B model's layers under a small budget for 1, 8 and 64 sequences.
@@ -182,7 +199,7 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
         };
         let mut engine = model.engine(&machine, &open_for, cancel, true)?;
         let during = decode(&mut engine, sequences, made.vocab)?;
-        let settings = model.read_settings(&machine);
+        let settings = model.read_settings(&machine, &during);
         let report = PagingReport::new(&engine, &during, &settings);
         if !header {
             header = true;
@@ -218,6 +235,7 @@ fn decode(engine: &mut Engine, sequences: usize, vocab: usize) -> Result<EngineS
             sampling: SamplingParams::greedy(),
             choice: 0,
             stop_tokens: Vec::new(),
+            ..Job::default()
         })?;
     }
     let mut events = Vec::new();

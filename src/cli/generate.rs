@@ -75,6 +75,7 @@ pub fn generate(
                     }
                 }
                 Event::Finished { reason, .. } => answer.reason = *reason,
+                Event::Failed { error, .. } => return Err(error.clone()),
             }
         }
     }

@@ -1,5 +1,9 @@
 //! The command line: one file a command. One client of `engine` among others.
 
+mod batch;
+mod batch_bench;
+mod batch_check;
+mod batch_merge;
 mod bench;
 mod clean;
 mod demo;
@@ -35,6 +39,13 @@ struct Cli {
 enum Command {
     /// Generate text: one prompt, or a chat when there is none
     Run(run::RunArgs),
+    /// Answer a file of requests at the highest throughput; resumes wherever it was cut off
+    #[command(alias = "run-batch")]
+    Batch(batch::BatchArgs),
+    /// Look a file of requests over before it runs: bad rows, token counts, predicted time
+    BatchCheck(batch_check::BatchCheckArgs),
+    /// Put the outputs of all shards back into one file
+    BatchMerge(batch_merge::BatchMergeArgs),
     /// Log-likelihoods of given tokens or messages, as JSONL; logits with --output
     Score(score::ScoreArgs),
     /// Write a model's weights into the offload folder, ready to stream
@@ -87,6 +98,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
     };
     match cli.command {
         Command::Run(args) => run::run(args),
+        Command::Batch(args) => batch::run(args),
+        Command::BatchCheck(args) => batch_check::run(args),
+        Command::BatchMerge(args) => batch_merge::run(args),
         Command::Score(args) => score::run(args),
         Command::Pack(args) => pack::run(args),
         Command::Verify(args) => verify::run(args),

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions, HostMemory, SLACK_BYTES};
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
+};
 use crate::error::{Code, Error, Result};
 use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
@@ -16,6 +18,9 @@ use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 use crate::units::parse_size;
+
+/// Bytes from which on a run's own disk rate means something.
+const MEASURABLE_BYTES: u64 = 1 << 30;
 
 /// A model found and ready to be opened.
 pub struct Model {
@@ -75,7 +80,10 @@ impl Model {
             true => InPlace::Always,
             false => InPlace::WhenShort,
         };
-        let options = PackOptions { in_place, ..options };
+        let options = PackOptions {
+            in_place,
+            ..options
+        };
         let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
         Ok(Model {
             label: prepared.store.label.clone(),
@@ -117,6 +125,16 @@ impl Model {
         self.store.files.iter().map(|f| f.path.clone()).collect()
     }
 
+    /// Bytes of all units.
+    pub fn weight_bytes(&self) -> u64 {
+        self.store.units.iter().map(|u| u.bytes).sum()
+    }
+
+    /// Bytes of one element of the KV cache.
+    pub fn element_bytes(&self) -> usize {
+        kv_dtype(&self.store).bytes()
+    }
+
     fn rates(&self) -> DiskRates {
         DiskRates::of(&self.store.dir, !self.store.in_place)
     }
@@ -137,7 +155,7 @@ impl Model {
         let host = HostMemory::read();
         let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let room = budget.saturating_sub(host.resident + SLACK_BYTES);
-        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
+        let weights = self.weight_bytes();
         let streams = match options.placement {
             Placement::Auto => weights > room,
             Placement::Cpu => false,
@@ -210,8 +228,12 @@ impl Model {
         }
     }
 
-    /// How the engine reads, as the report says it.
-    pub fn read_settings(&self, machine: &MachineOptions) -> ReadSettings {
+    /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
+    pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
+        let p = &during.paging;
+        if p.disk_bytes >= MEASURABLE_BYTES {
+            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+        }
         ReadSettings {
             page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
             queue_depth: queue_depth(machine),
@@ -245,8 +267,7 @@ pub(super) fn pack_options(
     })
 }
 
-type Prepare =
-    fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
+type Prepare = fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
 
 /// Runs `how` with a progress bar, and prints what it has to say.
 pub(super) fn prepare(

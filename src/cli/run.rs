@@ -98,6 +98,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
             model.stop_tokens(&generation, &tokenizer)
         },
         prompt: ids,
+        ..Job::default()
     };
     let context = match (args.machine.context, &prompt) {
         (Some(context), _) => context,
@@ -107,7 +108,11 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let load = Instant::now();
     let open_for = OpenFor {
         context,
-        prompt_tokens: job.prompt.len(),
+        prompt_tokens: match prompt {
+            // Every turn brings the conversation so far.
+            Prompt::Chat => context,
+            _ => job.prompt.len(),
+        },
         sample_limit: Some(tokenizer.id_limit()),
         ..OpenFor::default()
     };
@@ -119,7 +124,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    let settings = model.read_settings(&args.machine);
+    let settings = model.read_settings(&args.machine, &answer.during_decode);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
         pack_s: model.pack_s,

@@ -99,6 +99,12 @@ impl Device {
         format!("{}, {} threads", d.isa(), d.threads())
     }
 
+    /// Host threads that compute.
+    pub fn threads(&self) -> usize {
+        let Device::Cpu(d) = self;
+        d.threads()
+    }
+
     pub fn rows(&self, rows: usize, cols: usize) -> Rows {
         Rows {
             data: vec![0.0; rows * cols],

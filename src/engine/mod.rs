@@ -3,34 +3,34 @@
 //! Each [`Engine::step`] is one pass over all units. It carries the next token of every running sequence and chunks of
 //! the prompts that are not in the KV cache yet, as many as the pass may hold, first come first served.
 
+pub mod jobs;
 mod memory;
 mod open;
-mod schedule;
+mod pacer;
+mod sample;
+pub mod schedule;
 mod score;
 mod sequence;
 mod source;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
-pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress};
+pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
 pub use score::ScoreBlock;
-pub use sequence::{Event, FinishReason, Job, JobId};
+pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 
 use crate::device::{Device, Kv};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, LogitsSink};
-use crate::model::kv::KvPool;
-use crate::model::pass::Pass;
 use crate::paging::{Pager, PagingStats, Plan};
 use crate::spec::ModelSpec;
-use crate::text::Sampler;
 use crate::units::Dtype;
-use schedule::Scheduled;
-use sequence::Sequence;
+use pacer::Pacer;
+use sample::Samplers;
+use schedule::{ScheduleStats, Scheduler};
 use source::Paged;
 
 /// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
@@ -64,16 +64,13 @@ pub struct Engine {
     forward: Forward,
     pager: Pager,
     kv: Kv,
-    pool: KvPool,
+    scheduler: Scheduler,
+    pacer: Pacer,
+    /// Bytes from disk bound a pass from below; without them there is nothing to hide compute behind.
+    streams: bool,
     context: usize,
-    max_sequences: usize,
-    waiting: VecDeque<Sequence>,
-    running: Vec<Sequence>,
-    next_id: u64,
-    pass: Pass,
-    scheduled: Vec<Scheduled>,
     logits: Vec<f32>,
-    sampler: Sampler,
+    samplers: Samplers,
     pass_time: Duration,
     rows: u64,
     cancel: Arc<AtomicBool>,
@@ -82,54 +79,50 @@ pub struct Engine {
 impl Engine {
     /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
-        if job.prompt.is_empty() {
-            return Err(Error::new(
-                Code::Usage,
-                "there is nothing to continue",
-                "the prompt has no tokens",
-                "give a prompt",
-            ));
-        }
-        if job.prompt.len() >= self.context {
-            return Err(Error::new(
-                Code::Usage,
-                format!("the prompt of {} tokens is too long", job.prompt.len()),
-                format!("the context holds {} tokens, and one must be left for the answer", self.context),
-                "shorten the prompt or raise --context (it takes KV memory)",
-            ));
-        }
-        job.sampling.validate()?;
-        let id = JobId(self.next_id);
-        self.next_id += 1;
-        self.waiting.push_back(Sequence::new(id, job));
-        Ok(id)
+        self.scheduler.submit(job)
     }
 
     /// Forgets a job at once and gives back its KV. Unknown ids are ignored: it may just have finished.
     pub fn cancel(&mut self, id: JobId) {
-        self.waiting.retain(|s| s.id != id);
-        if let Some(i) = self.running.iter().position(|s| s.id == id) {
-            let mut gone = self.running.remove(i);
-            self.pool.release(&mut gone.table);
-        }
+        self.scheduler.cancel(id);
     }
 
     /// Jobs that are not finished.
     pub fn pending(&self) -> usize {
-        self.waiting.len() + self.running.len()
+        self.scheduler.pending()
     }
 
-    /// One pass. Appends what happened to `events`. Does nothing when no job is pending.
+    /// Jobs in the passes now; the others wait for room.
+    pub fn running(&self) -> usize {
+        self.scheduler.running()
+    }
+
+    /// Jobs that wait and have generated nothing.
+    pub fn unstarted(&self) -> impl Iterator<Item = JobId> + '_ {
+        self.scheduler.unstarted()
+    }
+
+    /// One pass. Appends what happened to `events`. Does nothing when no job is pending. After an error nothing computed is
+    /// trusted any more: a further step computes every pending job's KV anew.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(crate::paging::interrupted());
         }
-        self.schedule()?;
-        if self.pass.rows() == 0 {
+        let most = self.forward.max_tokens();
+        let budget = match self.streams {
+            true => self.pacer.budget(most),
+            false => most,
+        };
+        self.scheduler.schedule(budget)?;
+        if self.scheduler.pass.rows() == 0 {
             return Ok(());
+        }
+        for copy in self.scheduler.copies() {
+            self.device.kv_copy(&mut self.kv, copy.from, copy.to);
         }
         let vocab = self.spec.vocab;
         let mut logits = std::mem::take(&mut self.logits);
+        let before = self.stats();
         let ran = self.run_pass(&mut |first, n, block| {
             for (row, values) in block.chunks_exact(n).enumerate() {
                 logits[row * vocab + first..][..n].copy_from_slice(values);
@@ -137,20 +130,37 @@ impl Engine {
             Ok(())
         });
         self.logits = logits;
-        ran?;
-        self.choose(events)
+        if let Err(e) = ran {
+            self.scheduler.set_back_all();
+            return Err(e);
+        }
+        let took = self.stats().since(&before);
+        self.pacer.record(
+            took.rows as usize,
+            took.compute.as_secs_f64(),
+            took.paging.disk_busy.as_secs_f64(),
+        );
+        self.samplers
+            .choose(&mut self.scheduler, &self.logits, vocab, events);
+        Ok(())
     }
 
-    /// Runs `self.pass`, streaming its logits into `sink`.
+    /// Runs the scheduled pass, streaming its logits into `sink`.
     fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
         let started = Instant::now();
         self.pager.begin_pass()?;
         let mut source = Paged(&mut self.pager);
+        let pass = &self.scheduler.pass;
         self.forward
-            .run(&self.device, &mut self.kv, &mut source, &self.pass, sink)?;
+            .run(&self.device, &mut self.kv, &mut source, pass, sink)?;
         self.pass_time += started.elapsed();
-        self.rows += self.pass.rows() as u64;
+        self.rows += pass.rows() as u64;
         Ok(())
+    }
+
+    /// What the scheduler did so far.
+    pub fn schedule_stats(&self) -> ScheduleStats {
+        self.scheduler.stats()
     }
 
     pub fn stats(&self) -> EngineStats {

@@ -1,21 +1,21 @@
 //! From a store and a budget to an engine: every byte is placed before the first one is read.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::memory::{Charges, HostMemory, SLACK_BYTES};
+use super::pacer::Pacer;
+use super::sample::Samplers;
+use super::schedule::{Limits, Scheduler};
 use super::{Engine, no_kv_room};
 use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::Forward;
 use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
-use crate::model::pass::Pass;
 use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout};
 use crate::spec::UnitKind;
 use crate::store::Store;
-use crate::text::Sampler;
 use crate::units::{Dtype, UnitId, flag_size, human_bytes};
 
 /// Rows a pass holds when nobody says otherwise: enough that a prompt costs few passes, little enough to fit anywhere.
@@ -83,7 +83,7 @@ impl Engine {
         progress: OpenProgress<'_>,
     ) -> Result<Engine> {
         let spec = store.spec.clone();
-        let dtype = compute_dtype(store);
+        let dtype = kv_dtype(store);
         let host = HostMemory::read();
         let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
@@ -95,9 +95,7 @@ impl Engine {
             .collect();
 
         let context = options.context.min(spec.max_positions).max(2);
-        let kv_tokens = options
-            .kv_tokens
-            .unwrap_or(context * options.max_sequences);
+        let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
         // One block more a sequence: each ends somewhere inside its last one.
         let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
         let kv_bytes = kv_blocks as u64
@@ -124,7 +122,14 @@ impl Engine {
             .iter()
             .map(|u| (u.id, u.kind, u.places.first().map_or(0, |p| p.rows)))
             .collect();
-        let forward = Forward::new(&device, &spec, &units, head_dtype(store), pass_tokens, wanted)?;
+        let forward = Forward::new(
+            &device,
+            &spec,
+            &units,
+            head_dtype(store),
+            pass_tokens,
+            wanted,
+        )?;
         let kv = device.kv(&KvShape {
             layers: spec.layers,
             blocks: kv_blocks,
@@ -144,21 +149,25 @@ impl Engine {
             return Err(no_kv_room(1));
         }
         let sample_limit = options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab);
+        let context = context.min(kv_blocks * BLOCK_TOKENS);
+        let limits = Limits {
+            context,
+            sequences: options.max_sequences,
+            rows: pass_tokens,
+            wanted,
+            kv_blocks,
+        };
         Ok(Engine {
             logits: if options.keep_logits {
                 vec![0.0; wanted * spec.vocab]
             } else {
                 Vec::new()
             },
-            sampler: Sampler::new(sample_limit),
-            pool: KvPool::new(kv_blocks),
-            context: context.min(kv_blocks * BLOCK_TOKENS),
-            max_sequences: options.max_sequences,
-            waiting: VecDeque::new(),
-            running: Vec::with_capacity(options.max_sequences),
-            next_id: 0,
-            pass: Pass::default(),
-            scheduled: Vec::with_capacity(options.max_sequences),
+            samplers: Samplers::new(sample_limit, device.threads()),
+            scheduler: Scheduler::new(limits),
+            pacer: Pacer::default(),
+            streams: pager.plan().streamed_bytes > 0,
+            context,
             pass_time: Duration::ZERO,
             rows: 0,
             cancel,
@@ -236,8 +245,8 @@ fn name_the_budget(
     )
 }
 
-/// The one type all matrices share, or float32 where they differ.
-fn compute_dtype(store: &Store) -> Dtype {
+/// The type of keys and values: the one all matrices share, or float32 where they differ.
+pub fn kv_dtype(store: &Store) -> Dtype {
     let mut matrices = store
         .units
         .iter()

@@ -35,7 +35,7 @@ impl Engine {
         let result = self.score_into(inputs, sink, &mut open);
         // Whatever ended it, the KV blocks go back.
         for s in &mut open {
-            self.pool.release(&mut s.table);
+            self.scheduler.pool.release(&mut s.table);
         }
         result
     }
@@ -57,12 +57,12 @@ impl Engine {
             if self.cancel.load(Relaxed) {
                 return Err(crate::paging::interrupted());
             }
-            self.pass.clear();
+            self.scheduler.pass.clear();
             parts.clear();
             for s in open.iter_mut() {
                 self.push_part(s, most, &mut parts);
             }
-            while next < inputs.len() && self.pass.rows() < most {
+            while next < inputs.len() && self.scheduler.pass.rows() < most {
                 let mut s = Scoring {
                     input: next,
                     tokens: &inputs[next],
@@ -94,7 +94,7 @@ impl Engine {
             })?;
             for s in open.iter_mut() {
                 if s.table.len() == s.tokens.len() {
-                    self.pool.release(&mut s.table);
+                    self.scheduler.pool.release(&mut s.table);
                 }
             }
             open.retain(|s| !s.table.is_empty());
@@ -110,15 +110,15 @@ impl Engine {
         parts: &mut Vec<(usize, usize, usize)>,
     ) -> bool {
         let done = s.table.len();
-        let mut rows = (s.tokens.len() - done).min(most - self.pass.rows());
+        let mut rows = (s.tokens.len() - done).min(most - self.scheduler.pass.rows());
         // What the free blocks and the room in the last one hold.
-        let room = self.pool.room_for(&s.table);
+        let room = self.scheduler.pool.room_for(&s.table);
         rows = rows.min(room);
-        if rows == 0 || self.pool.extend(&mut s.table, rows).is_err() {
+        if rows == 0 || self.scheduler.pool.extend(&mut s.table, rows).is_err() {
             return false;
         }
         let part = &s.tokens[done..done + rows];
-        self.pass.push_text(part, done, s.table.blocks(), rows);
+        self.scheduler.pass.push_text(part, done, s.table.blocks(), rows);
         parts.push((s.input, done, rows));
         true
     }

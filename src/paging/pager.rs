@@ -17,6 +17,9 @@ use crate::spec::UnitKind;
 use crate::store::Store;
 use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
 
+/// Puts something around a reader.
+pub type WrapReader = fn(Box<dyn io::Reader>) -> Box<dyn io::Reader>;
+
 /// How the bytes are read. The defaults are what `tune` starts from.
 #[derive(Clone, Debug)]
 pub struct PagerOptions {
@@ -28,7 +31,7 @@ pub struct PagerOptions {
     pub stall_limit: Duration,
     pub direct: bool,
     /// Test hook: wraps the reader, so that faults and delays can be put under a whole engine.
-    pub wrap: Option<fn(Box<dyn io::Reader>) -> Box<dyn io::Reader>>,
+    pub wrap: Option<WrapReader>,
 }
 
 impl Default for PagerOptions {

@@ -100,6 +100,16 @@ fn is_recognised(name: &str) -> bool {
     is_file_name(name) || ours.contains(&base) || COPIES.contains(&base)
 }
 
+/// True where a packer of ours began: the mark is there, or it was killed before it could write it (an empty folder, or
+/// one with nothing but the unfinished mark, holds nothing of anybody's).
+pub(crate) fn is_begun(dir: &Path) -> bool {
+    let bare = || {
+        entries(dir)
+            .is_ok_and(|(ours, others)| others.is_empty() && ours.iter().all(|n| n == "lock.tmp"))
+    };
+    lock::marked(dir) || bare()
+}
+
 /// Files of ours in a folder, and the names of everything else.
 fn entries(dir: &Path) -> io::Result<(Vec<String>, Vec<String>)> {
     let (mut ours, mut others) = (Vec::new(), Vec::new());

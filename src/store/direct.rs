@@ -1,12 +1,13 @@
 //! Large reads and writes past the page cache: packing or verifying a model must not push everything else out of it.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{Advice, fadvise};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::units::{ALIGN_BYTES, align_down, align_up};
 
@@ -74,6 +75,11 @@ impl DirectFile {
         Ok(DirectFile { file, direct })
     }
 
+    /// False where the file system refused O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
     /// Reads `want` bytes at `offset` into `buffer`, which has room for them and 8 KiB more. The slice holds the bytes
     /// that are there: fewer than `want` only at the end of the file.
     pub fn read<'b>(
@@ -133,6 +139,42 @@ impl DirectFile {
     }
 }
 
+/// A file read from the page cache alone.
+pub(crate) struct CachedFile(File);
+
+impl CachedFile {
+    pub fn open(path: &Path) -> io::Result<CachedFile> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        // A miss must not start reading ahead what is then read past the cache.
+        let _ = fadvise(&file, 0, None, Advice::Random);
+        Ok(CachedFile(file))
+    }
+
+    /// `want` bytes at `offset`, where the page cache has all of them: a checkpoint that was just downloaded need not be
+    /// read from the disk again. None where it has not.
+    pub fn read<'b>(
+        &self,
+        offset: u64,
+        want: usize,
+        buffer: &'b mut AlignedBuf,
+    ) -> Option<&'b [u8]> {
+        let target = &mut buffer.bytes_mut()[..want];
+        let mut have = 0;
+        while have < want {
+            let rest = &mut [IoSliceMut::new(&mut target[have..])];
+            match preadv2(&self.0, rest, offset + have as u64, ReadWriteFlags::NOWAIT) {
+                Ok(n) if n > 0 => have += n,
+                Err(Errno::INTR) => {}
+                _ => return None,
+            }
+        }
+        Some(&buffer.bytes()[..want])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,6 +203,23 @@ mod tests {
                 assert_eq!(got, expected, "{offset}+{want}");
             }
         }
+    }
+
+    #[test]
+    fn the_cache_gives_the_same_bytes_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let data: Vec<u8> = (0..5 * ALIGN + 77).map(|i| (i % 253) as u8).collect();
+        std::fs::write(&path, &data).unwrap();
+        let file = CachedFile::open(&path).unwrap();
+        let mut buffer = AlignedBuf::new(data.len() + ALIGN);
+        for (offset, want) in [(0, 10), (1, data.len() - 1), (ALIGN - 1, ALIGN + 2)] {
+            if let Some(got) = file.read(offset as u64, want, &mut buffer) {
+                assert_eq!(got, &data[offset..offset + want]);
+            }
+        }
+        // Never fewer bytes than wanted.
+        assert!(file.read(data.len() as u64 - 5, 6, &mut buffer).is_none());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::layout::UnitLayout;
 use super::lock::{self, Holder, LockMode};
 use super::manifest::{FORMAT_VERSION, Manifest, SourceRecord, claims};
-use super::{LAST_USED, Store, check_copies, check_files_on_disk, manifest};
+use super::{LAST_USED, Store, check_copies, check_files_on_disk, clean, manifest};
 use crate::checkpoint::{Checkpoint, SourceKind};
 use crate::error::{Error, Result};
 use crate::units::Dtype;
@@ -107,7 +107,7 @@ fn inspect_pack(dir: &Path, name: String) -> PackInfo {
         .find_map(|f| fs::metadata(dir.join(f)).ok()?.modified().ok());
     PackInfo {
         name,
-        bytes: super::clean::recognised_bytes(dir),
+        bytes: clean::recognised_bytes(dir),
         holder: (state == PackState::Packing).then(|| lock::holder(dir)),
         state,
         model: manifest.as_ref().map(|m| m.model.clone()),
@@ -127,7 +127,7 @@ fn pack_state(dir: &Path) -> (PackState, Option<Manifest>) {
         return (PackState::Packing, None);
     }
     let loaded = Manifest::load(dir);
-    if !lock::marked(dir) && claims(dir).is_none() {
+    if !clean::is_begun(dir) && claims(dir).is_none() {
         return (PackState::Foreign, None);
     }
     let manifest = match loaded {

@@ -14,6 +14,7 @@ mod layout;
 mod lock;
 mod manifest;
 mod pack;
+mod plan;
 mod prepare;
 mod space;
 mod verify;
@@ -99,7 +100,7 @@ impl Store {
         let dtype_of = |name: &str| ckpt.tensors.get(name).map_or(Dtype::F32, |t| t.dtype);
         let units = spec.units(&dtype_of);
         ckpt.check(&units)?;
-        let layouts = layout::plan_in_place(&units, &|name| prepare::find(ckpt, name))?;
+        let layouts = layout::plan_in_place(&units, &|name| plan::find(ckpt, name))?;
         let dtypes = layouts.iter().flat_map(|u| &u.places).map(|p| p.dtype);
         let file_bytes: Vec<u64> = ckpt.files.iter().map(|f| f.bytes).collect();
         Ok(Store {

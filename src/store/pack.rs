@@ -16,7 +16,7 @@ use super::direct::AlignedBuf;
 use super::layout::PackedFile;
 use super::lock::Holder;
 use super::manifest::{CHECKSUMS, CopyRecord, MANIFEST};
-use super::prepare::Plan;
+use super::plan::Plan;
 use super::{clean, durable, lock, space};
 use crate::error::{Code, Error, Result};
 use crate::units::{BLOCK_BYTES, FileId, align_down, human_bytes};
@@ -270,6 +270,15 @@ fn write_weights(
     result?;
     let warnings = shared.warnings();
     shared.refuse(&warnings)?;
+    // Synced together, not one by one on the way: written past the page cache, only the file system's own records are
+    // left, and the first sync takes most of them along.
+    for file in &plan.files {
+        let path = dir.join(&file.name);
+        context
+            .step(Step::SyncFile(file.name.clone()))
+            .and_then(|()| fs::File::open(&path)?.sync_all())
+            .map_err(|e| Error::io(format!("cannot sync {}", path.display()), &e))?;
+    }
     Ok((shared.checksums, warnings))
 }
 

@@ -84,8 +84,7 @@ pub fn job(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Job {
         prompt: prompt.to_vec(),
         max_tokens,
         sampling,
-        choice: 0,
-        stop_tokens: Vec::new(),
+        ..Job::default()
     }
 }
 
@@ -110,6 +109,7 @@ pub fn finish(engine: &mut Engine, jobs: &[JobId]) -> Result<Vec<Vec<u32>>> {
                     let at = jobs.iter().position(|j| j == job).unwrap();
                     assert!(ended[at].replace(*reason).is_none(), "a job finished twice");
                 }
+                Event::Failed { error, .. } => return Err(error.clone()),
             }
         }
     }

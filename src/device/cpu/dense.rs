@@ -2,9 +2,10 @@
 
 use super::CpuDevice;
 use super::act::ActBuf;
-use super::attention::{Keys, Queries, Ranges, Tile, Tiling, group_of, zero_pad};
+use super::attention_tile::{Keys, Queries, Ranges, Tile, padded, zero_pad};
 use super::scratch::KV_BLOCK_TOKENS;
-use super::simd::{MAX_LANES, Simd};
+use super::simd::Simd;
+use super::tiling::{Tiling, group_of};
 
 /// Queries, keys and values as float32 rows, cut into windows that do not see one another.
 #[derive(Clone, Copy)]
@@ -40,7 +41,7 @@ impl CpuDevice {
         super::check_rows(a.k.len(), rows, a.k_stride, a.kv_heads * a.head_size);
         super::check_rows(a.v.len(), rows, a.v_stride, a.kv_heads * a.head_size);
         let group = group_of(a.heads, a.kv_heads, a.head_size);
-        let out = out.begin(rows, a.heads * a.head_size, self.isa.bf16_pairs());
+        let out = out.begin(rows, a.heads * a.head_size, self.isa);
         let lengths = || a.cu_seqlens.windows(2).map(|w| w[1] - w[0]);
         let tiling = Tiling::new(group, a.kv_heads, a.head_size, self.threads(), lengths());
         self.pool.run(tiling.tasks, &|task, scratch| {
@@ -90,7 +91,7 @@ impl Keys for DenseKeys<'_> {
         } else {
             (a.k, a.k_stride)
         };
-        let step = a.head_size.next_multiple_of(MAX_LANES);
+        let step = padded(a.head_size);
         for i in 0..n {
             let row = self.start + block * KV_BLOCK_TOKENS + i;
             // SAFETY: the row is inside the window, whose rows `attention_dense` checked.

@@ -36,7 +36,7 @@ impl CpuDevice {
     }
 
     fn map(&self, map: Map<'_>, rows: usize, cols: usize, stride: usize, out: &mut ActBuf) {
-        let out = out.begin(rows, cols, self.isa.bf16_pairs());
+        let out = out.begin(rows, cols, self.isa);
         self.for_row_ranges(rows, cols, &|range| {
             self.isa.run(MapRows {
                 map,

@@ -1,16 +1,19 @@
 //! Matrix products: out[r][n] (+)= Σ_k a[r][k]·w[n][k] (+ bias[n]).
 //!
-//! **The one definition.** K is cut into blocks of [`K_BLOCK`]. Within a block, lane `i` of an accumulator takes the elements
-//! k ≡ i (mod lanes) in ascending order, one fused multiply-add each (one `vdpbf16ps` for pairs), and the lanes are summed by the
-//! fixed tree of [`Simd::sum`]. The block sums are added in ascending order to the start value, which is what `out` held (Add)
-//! or zero (Store), plus the bias. Nothing in this depends on how many rows there are, on where a tile begins or on the thread, so
-//! the bits of a row's result do not either. Two ways of walking compute it:
-//! few rows read weights straight from where they lie (bound by memory: one pass over the weights); more rows widen a panel of
-//! weights once and sweep all rows over it (bound by arithmetic).
+//! **The one definition.** K is cut into blocks of [`K_BLOCK`]. Within a block each accumulator lane takes its elements in ascending
+//! order, one fused multiply-add each: lane i those with k ≡ i (mod lanes), or for bfloat16 the pairs 2i, 2i + 1 (mod 2·lanes) that
+//! share a 32-bit word (one `vdpbf16ps` a pair where there is one). The lanes are summed by the fixed tree of [`Simd::sum`], the block
+//! sums added in ascending order to the start value: what `out` held (Add) or zero (Store), plus the bias. Nothing in this depends
+//! on how many rows there are, on where a tile begins or on the thread, so the bits of a row's result do not either.
+//!
+//! **The walk.** Weights are converted on the way into each tile (two integer operations for sixteen bfloat16), straight from
+//! where they lie. A tile is 3 rows × 4 weight rows (4 × 4 with 32 registers), K innermost; while the first rows of a panel of weights
+//! are worked on, the next panel is asked for. Few rows are bound by memory: four weight rows at a time over the whole of K. Many rows
+//! are bound by arithmetic: a block of them × a block of K stays in the second-level cache, eight weight rows in the first.
 
-use super::act::ActBuf;
-use super::scratch::{K_BLOCK, PANEL_ROWS, Scratch};
-use super::simd::{Bf16, Element, F16, F32, Op, Product, Simd};
+use super::act::{ActBuf, Operand};
+use super::scratch::{K_BLOCK, SWEEP_COLS, SWEEP_ROWS, Scratch};
+use super::simd::{Element, F16, F32, Op, Product, Simd};
 use super::{CpuDevice, OutPtr};
 use crate::device::WeightView;
 use crate::units::Dtype;
@@ -24,7 +27,11 @@ pub enum Mode {
     Add,
 }
 
-/// Bytes of weights a task takes at least when rows are few: enough to stream.
+/// Rows up to which a product is bound by memory.
+const FEW_ROWS: usize = 3;
+/// Weight rows of a panel when rows are many: with a block of K they take half of a first-level cache.
+const PANEL_ROWS: usize = 8;
+/// Bytes of weights a task takes when rows are few: enough to stream.
 const STREAM_TASK_BYTES: usize = 96 * 1024;
 
 impl CpuDevice {
@@ -50,339 +57,264 @@ impl CpuDevice {
         assert!(rows <= a.rows(), "{rows} rows of {}", a.rows());
         assert_eq!(a.cols(), w.cols, "columns of activations and weights");
         assert_eq!(a.dtype(), w.dtype, "dtype of activations and weights");
-        assert_eq!(
-            a.packed(),
-            self.isa.bf16_pairs() && w.dtype == Dtype::BF16,
+        assert!(
+            a.format() == self.isa.format(w.dtype),
             "activations were written for another instruction set"
         );
-        assert!(out_stride >= w.rows && out.len() >= (rows - 1) * out_stride + w.rows);
+        super::check_rows(out.len(), rows, out_stride, w.rows);
         w.check();
         if let Some(bias) = bias {
             assert!(bias.rows == 1 && bias.cols == w.rows, "shape of the bias");
             bias.check();
         }
-        let (acts, act_stride) = a.operand();
-        let few = rows <= few_rows(self.isa.lanes());
-        let task_rows = task_rows(few, w, self.threads());
         let job = Job {
-            acts,
-            act_stride,
+            acts: a.operand(),
             rows,
             w: *w,
             bias: bias.copied(),
             out: OutPtr(out.as_mut_ptr()),
             out_stride,
             mode,
-            few,
         };
-        self.pool.run(w.rows.div_ceil(task_rows), &|task, scratch| {
-            let first = task * task_rows;
-            let last = (first + task_rows).min(w.rows);
-            self.isa.run(Range {
+        let task_cols = task_cols(rows, w, self.threads());
+        self.pool.run(w.rows.div_ceil(task_cols), &|task, scratch| {
+            let n0 = task * task_cols;
+            let cols = task_cols.min(w.rows - n0);
+            self.isa.run(Task {
                 job: &job,
-                first,
-                last,
+                n0,
+                cols,
                 scratch,
             });
         });
     }
 }
 
-/// Rows up to which weights are read straight from where they lie: those of one tile.
-fn few_rows(lanes: usize) -> usize {
-    if lanes == 16 { 4 } else { 3 }
-}
-
-/// Weight rows a task takes: a multiple of a tile's, enough tasks for the threads, few enough to cost nothing.
-fn task_rows(few: bool, w: &WeightView<'_>, threads: usize) -> usize {
-    let share = w.rows.div_ceil(threads * 4).next_multiple_of(8);
-    if few {
-        let stream = (STREAM_TASK_BYTES / w.row_stride.max(1)).next_multiple_of(8);
-        stream.min(share)
+/// Weight rows (columns of `out`) a task takes: whole panels, enough tasks for the threads, few enough tasks to cost nothing.
+fn task_cols(rows: usize, w: &WeightView<'_>, threads: usize) -> usize {
+    let share = w.rows.div_ceil(threads * 4);
+    let most = if rows <= FEW_ROWS {
+        STREAM_TASK_BYTES / w.row_stride.max(1)
     } else {
-        PANEL_ROWS.min(share)
-    }
+        SWEEP_COLS
+    };
+    most.min(share).next_multiple_of(PANEL_ROWS).min(SWEEP_COLS)
 }
 
 struct Job<'a> {
-    acts: *const u8,
-    /// Bytes.
-    act_stride: usize,
+    acts: Operand,
     rows: usize,
     w: WeightView<'a>,
     bias: Option<WeightView<'a>>,
     out: OutPtr<f32>,
     out_stride: usize,
     mode: Mode,
-    few: bool,
 }
 
 // SAFETY: `acts` points into an ActBuf that `linear` keeps borrowed, only read; `out` is written in disjoint columns.
 unsafe impl Sync for Job<'_> {}
 
-/// The weight rows `first..last` of a product: one task.
-struct Range<'a> {
+/// The columns `n0..n0 + cols` of a product, `cols <= SWEEP_COLS`.
+struct Task<'a> {
     job: &'a Job<'a>,
-    first: usize,
-    last: usize,
+    n0: usize,
+    cols: usize,
     scratch: &'a mut Scratch,
 }
 
-impl Op for Range<'_> {
+impl Op for Task<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // SAFETY: `linear` checked that activations, weights and `out` hold the shape, and gave each task its own rows.
+    fn run<S: Simd>(mut self, s: S) {
+        // SAFETY: `linear` checked that activations, weights and `out` hold the shape, and gave each task its own columns.
         unsafe {
             match self.job.w.dtype {
-                Dtype::F32 => self.walk::<S, F32, F32>(s),
-                Dtype::F16 => self.walk::<S, F16, F16>(s),
-                Dtype::BF16 => self.walk::<S, Bf16, S::Bf16>(s),
+                Dtype::F32 => self.walk::<S, F32>(s),
+                Dtype::F16 => self.walk::<S, F16>(s),
+                Dtype::BF16 => self.walk::<S, S::Bf16>(s),
             }
         }
     }
 }
 
-impl Range<'_> {
+impl Task<'_> {
+    /// Blocks of rows × spans of K × panels of weights × blocks of K (one to a span when rows are many).
     #[inline(always)]
-    unsafe fn walk<S: Simd, E: Element, P: Product<S>>(self, s: S) {
-        // SAFETY: the caller's promise. The tile shapes: as many accumulators as registers allow.
-        unsafe {
-            if self.job.few {
-                match self.job.rows {
-                    1 => self.stream::<S, P, 1>(s),
-                    2 => self.stream::<S, P, 2>(s),
-                    3 => self.stream::<S, P, 3>(s),
-                    _ => self.stream::<S, P, 4>(s),
-                }
-            } else if P::ACT_BYTES == 2 {
-                self.sweep_in_place::<S, P>(s);
-            } else {
-                self.sweep_panel::<S, E>(s);
-            }
-        }
-    }
-
-    /// R rows: weights straight from where they lie.
-    #[inline(always)]
-    unsafe fn stream<S: Simd, P: Product<S>, const R: usize>(&self, s: S) {
+    unsafe fn walk<S: Simd, P: Product<S>>(&mut self, s: S) {
         let job = self.job;
-        let (k, stride) = (job.w.cols, job.w.row_stride);
-        let mut n = self.first;
-        while n < self.last {
-            let valid = (self.last - n).min(4);
-            // SAFETY: rows below `last` are inside the weights (checked by `linear`); a tile that is cut short repeats its last
-            // row, whose results are dropped.
-            unsafe {
-                let mut weights = [job.w.data.as_ptr(); 4];
-                for (i, w) in weights.iter_mut().enumerate() {
-                    *w = w.add((n + i.min(valid - 1)) * stride);
-                }
-                let mut sums = [[0f32; 4]; R];
-                for (r, row) in sums.iter_mut().enumerate() {
-                    self.start(r, n, valid, row);
-                }
-                let mut k0 = 0;
-                while k0 < k {
-                    let kn = (k - k0).min(K_BLOCK);
-                    let mut acts = [job.acts; R];
-                    for (r, a) in acts.iter_mut().enumerate() {
-                        *a = a.add(r * job.act_stride + k0 * P::ACT_BYTES);
-                    }
-                    let mut at = weights;
-                    for w in at.iter_mut() {
-                        *w = w.add(k0 * P::WEIGHT_BYTES);
-                    }
-                    tile4::<S, P, R>(s, acts, at, kn, 4 * stride, &mut sums);
-                    k0 += kn;
-                }
-                for (r, row) in sums.iter().enumerate() {
-                    let out = job.out.0.add(r * job.out_stride + n);
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), out, valid);
-                }
-            }
-            n += 4;
-        }
-    }
-
-    /// What the sums of row `r`, columns `n..n + valid` start from.
-    #[inline(always)]
-    unsafe fn start(&self, r: usize, n: usize, valid: usize, sums: &mut [f32; 4]) {
-        let job = self.job;
-        for (i, sum) in sums.iter_mut().enumerate().take(valid) {
-            if job.mode == Mode::Add {
-                // SAFETY: row r and column n + i are inside `out` (checked by `linear`) and this task's own.
-                *sum = unsafe { *job.out.0.add(r * job.out_stride + n + i) };
-            }
-            if let Some(bias) = &job.bias {
-                *sum += bias.element(n + i);
-            }
-        }
-    }
-
-    /// Many rows: a panel of weights, widened once per block of K, under all rows.
-    #[inline(always)]
-    unsafe fn sweep_panel<S: Simd, E: Element>(self, s: S) {
-        let panel = self.scratch.panel.as_mut_ptr();
-        let job = self.job;
-        let mut n0 = self.first;
-        while n0 < self.last {
-            let n1 = (n0 + PANEL_ROWS).min(self.last);
-            let mut k0 = 0;
-            while k0 < job.w.cols {
-                let kn = (job.w.cols - k0).min(K_BLOCK);
-                // SAFETY: n0..n1 and k0..k0 + kn lie inside the weights, and the panel holds PANEL_ROWS × K_BLOCK.
-                unsafe {
-                    for n in n0..n1 {
-                        let from = job
-                            .w
-                            .data
-                            .as_ptr()
-                            .add(n * job.w.row_stride + k0 * E::BYTES);
-                        widen::<S, E>(s, from, kn, panel.add((n - n0) * K_BLOCK));
-                    }
-                    let from = Weights {
-                        base: panel.cast::<u8>(),
-                        stride: K_BLOCK * 4,
-                    };
-                    self.sweep::<S, F32>(s, from, n0, n1, k0, kn);
-                }
-                k0 += kn;
-            }
-            n0 = n1;
-        }
-    }
-
-    /// Many rows, products that take weights as they are stored.
-    #[inline(always)]
-    unsafe fn sweep_in_place<S: Simd, P: Product<S>>(self, s: S) {
-        let job = self.job;
-        let mut n0 = self.first;
-        while n0 < self.last {
-            let n1 = (n0 + PANEL_ROWS).min(self.last);
-            let mut k0 = 0;
-            while k0 < job.w.cols {
-                let kn = (job.w.cols - k0).min(K_BLOCK);
-                // SAFETY: n0..n1 and k0..k0 + kn lie inside the weights.
-                unsafe {
-                    let offset = n0 * job.w.row_stride + k0 * P::WEIGHT_BYTES;
-                    let from = Weights {
-                        base: job.w.data.as_ptr().add(offset),
-                        stride: job.w.row_stride,
-                    };
-                    self.sweep::<S, P>(s, from, n0, n1, k0, kn);
-                }
-                k0 += kn;
-            }
-            n0 = n1;
-        }
-    }
-
-    /// Adds block `k0..k0 + kn` of every row's products with weight rows `n0..n1` to `out`.
-    #[inline(always)]
-    unsafe fn sweep<S: Simd, P: Product<S>>(
-        &self,
-        s: S,
-        from: Weights,
-        n0: usize,
-        n1: usize,
-        k0: usize,
-        kn: usize,
-    ) {
-        let block = Block {
-            from,
-            n0,
-            n1,
-            k0,
-            kn,
+        let k_all = job.w.cols;
+        let few = job.rows <= FEW_ROWS;
+        let (span, panel) = if few {
+            (k_all.max(1), 4)
+        } else {
+            (K_BLOCK, PANEL_ROWS)
         };
-        let rows = self.job.rows;
+        let sums = self.scratch.sums.as_mut_ptr();
+        let mut bias = [0f32; SWEEP_COLS];
+        if let Some(view) = &job.bias {
+            for (n, x) in bias.iter_mut().enumerate().take(self.cols) {
+                *x = view.element(self.n0 + n);
+            }
+        }
+        let step = row_block(job.rows);
+        for r0 in (0..job.rows).step_by(step) {
+            let rows = (job.rows - r0).min(step);
+            // SAFETY: the rows and columns are inside activations, weights and `out` (`linear` checked); sums holds SWEEP_ROWS ×
+            // SWEEP_COLS.
+            unsafe {
+                self.start(r0, rows, &bias, sums);
+                for k0 in (0..k_all).step_by(span) {
+                    let k1 = (k0 + span).min(k_all);
+                    for n in (0..self.cols).step_by(panel) {
+                        for k in (k0..k1).step_by(K_BLOCK) {
+                            let at = (self.n0 + n) * job.w.row_stride + k * P::WEIGHT_BYTES;
+                            let tiles = Tiles {
+                                acts: job.acts.at(k, r0),
+                                act_stride: job.acts.row_bytes,
+                                rows,
+                                weights: job.w.data.as_ptr().add(at),
+                                weight_stride: job.w.row_stride,
+                                cols: (self.cols - n).min(panel),
+                                len: (k1 - k).min(K_BLOCK),
+                                ahead: panel * job.w.row_stride,
+                                sums: sums.add(n),
+                            };
+                            tiles.run::<S, P>(s);
+                        }
+                    }
+                }
+                self.finish(r0, rows, sums);
+            }
+        }
+    }
+
+    /// What the sums of rows `r0..r0 + rows` start from.
+    #[inline(always)]
+    unsafe fn start(&self, r0: usize, rows: usize, bias: &[f32; SWEEP_COLS], sums: *mut f32) {
+        let job = self.job;
+        for r in 0..rows {
+            // SAFETY: the caller's promise: the block is inside `out` and this task's own, and sums holds it.
+            unsafe {
+                let sums = sums.add(r * SWEEP_COLS);
+                let out = job.out.0.add((r0 + r) * job.out_stride + self.n0);
+                match job.mode {
+                    Mode::Add => std::ptr::copy_nonoverlapping(out, sums, self.cols),
+                    Mode::Store => sums.write_bytes(0, self.cols),
+                }
+                if job.bias.is_some() {
+                    for (n, x) in bias.iter().enumerate().take(self.cols) {
+                        *sums.add(n) += x;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes the sums of rows `r0..r0 + rows`.
+    #[inline(always)]
+    unsafe fn finish(&self, r0: usize, rows: usize, sums: *const f32) {
+        for r in 0..rows {
+            // SAFETY: the caller's promise: the block is inside `out` and this task's own, and sums holds it.
+            unsafe {
+                let out = self.job.out.0.add((r0 + r) * self.job.out_stride + self.n0);
+                std::ptr::copy_nonoverlapping(sums.add(r * SWEEP_COLS), out, self.cols);
+            }
+        }
+    }
+}
+
+/// Rows of a block: as even as can be, in whole tiles of three.
+fn row_block(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(SWEEP_ROWS))
+        .next_multiple_of(3)
+        .min(SWEEP_ROWS)
+}
+
+/// Rows of activations against up to eight weight rows, over one block of K.
+struct Tiles {
+    acts: *const u8,
+    /// Bytes.
+    act_stride: usize,
+    rows: usize,
+    weights: *const u8,
+    /// Bytes.
+    weight_stride: usize,
+    cols: usize,
+    /// Elements of K.
+    len: usize,
+    /// See [`tile4`].
+    ahead: usize,
+    /// SWEEP_COLS from one row to the next.
+    sums: *mut f32,
+}
+
+impl Tiles {
+    /// As many rows a tile as the registers hold.
+    #[inline(always)]
+    unsafe fn run<S: Simd, P: Product<S>>(mut self, s: S) {
         let mut r = 0;
         // SAFETY: the caller's promise; r + R <= rows in every call.
         unsafe {
-            if S::WIDE_TILES {
-                while rows - r >= 4 {
-                    self.strip::<S, P, 4>(s, r, &block);
-                    r += 4;
-                }
+            while S::WIDE_TILES && self.rows - r >= 4 {
+                self.strip::<S, P, 4>(s, r);
+                r += 4;
             }
-            // 4 left over as 2 + 2 is better than 3 + 1.
-            while rows - r >= 3 && rows - r != 4 {
-                self.strip::<S, P, 3>(s, r, &block);
+            // Four left over are better as 2 + 2 than as 3 + 1.
+            while self.rows - r >= 3 && self.rows - r != 4 {
+                self.strip::<S, P, 3>(s, r);
                 r += 3;
             }
-            while rows - r >= 2 {
-                self.strip::<S, P, 2>(s, r, &block);
+            while self.rows - r >= 2 {
+                self.strip::<S, P, 2>(s, r);
                 r += 2;
             }
-            if rows - r == 1 {
-                self.strip::<S, P, 1>(s, r, &block);
+            if self.rows - r == 1 {
+                self.strip::<S, P, 1>(s, r);
             }
         }
     }
 
-    /// R rows from `r0` on against a block of weights, four weight rows at a time.
+    /// R rows from `r0` on, four weight rows at a time; where fewer are left the last is repeated and its results dropped.
     #[inline(always)]
-    unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(&self, s: S, r0: usize, b: &Block) {
-        let job = self.job;
-        let mut acts = [job.acts; R];
-        // SAFETY: the caller's promise: rows r0..r0 + R, weights n0..n1 and k0..k0 + kn exist.
+    unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(&mut self, s: S, r0: usize) {
+        let mut acts = [self.acts; R];
+        // SAFETY: the caller's promise: rows r0..r0 + R and `cols` weight rows exist; sums holds whole groups of four.
         unsafe {
             for (r, a) in acts.iter_mut().enumerate() {
-                *a = a.add((r0 + r) * job.act_stride + b.k0 * P::ACT_BYTES);
+                *a = a.add((r0 + r) * self.act_stride);
             }
-            let mut n = b.n0;
-            while n < b.n1 {
-                let valid = (b.n1 - n).min(4);
-                let mut weights = [b.from.base; 4];
+            for n in (0..self.cols).step_by(4) {
+                let mut weights = [self.weights; 4];
                 for (i, w) in weights.iter_mut().enumerate() {
-                    *w = w.add((n - b.n0 + i.min(valid - 1)) * b.from.stride);
+                    *w = w.add((n + i).min(self.cols - 1) * self.weight_stride);
                 }
+                let at = self.sums.add(r0 * SWEEP_COLS + n);
                 let mut sums = [[0f32; 4]; R];
                 for (r, row) in sums.iter_mut().enumerate() {
-                    let out = job.out.0.add((r0 + r) * job.out_stride + n);
-                    if b.k0 == 0 {
-                        self.start(r0 + r, n, valid, row);
-                    } else {
-                        std::ptr::copy_nonoverlapping(out, row.as_mut_ptr(), valid);
-                    }
+                    *row = at.add(r * SWEEP_COLS).cast::<[f32; 4]>().read_unaligned();
                 }
-                tile4::<S, P, R>(s, acts, weights, b.kn, 0, &mut sums);
+                tile4::<S, P, R>(s, acts, weights, self.len, self.ahead, &mut sums);
                 for (r, row) in sums.iter().enumerate() {
-                    let out = job.out.0.add((r0 + r) * job.out_stride + n);
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), out, valid);
+                    at.add(r * SWEEP_COLS)
+                        .cast::<[f32; 4]>()
+                        .write_unaligned(*row);
                 }
-                n += 4;
             }
         }
+        self.ahead = 0;
     }
 }
 
-/// Where a block's weights lie: the first of row n0, and bytes from row to row.
-#[derive(Clone, Copy)]
-struct Weights {
-    base: *const u8,
-    stride: usize,
-}
-
-struct Block {
-    from: Weights,
-    n0: usize,
-    n1: usize,
-    k0: usize,
-    kn: usize,
-}
-
-/// `sums[r][i] += Σ_k acts[r][k]·weights[i][k]` over one block of `kn <= K_BLOCK` elements. Asks for the cache lines
-/// `ahead` bytes after the weights when that is not zero.
+/// `sums[r][i] += Σ_k acts[r][k]·weights[i][k]` over `len` elements, one block of K. Asks for the cache lines `ahead` bytes after
+/// the weights when that is not zero.
 ///
 /// # Safety
-/// `kn` weights are readable at each pointer, and `kn` activations followed by zeros up to a multiple of `P::STEP`.
+/// `len` weights are readable at each pointer, and `len` activations followed by zeros up to a multiple of `P::STEP`.
 #[inline(always)]
 pub(crate) unsafe fn tile4<S: Simd, P: Product<S>, const R: usize>(
     s: S,
     acts: [*const u8; R],
     weights: [*const u8; 4],
-    kn: usize,
+    len: usize,
     ahead: usize,
     sums: &mut [[f32; 4]; R],
 ) {
@@ -390,32 +322,41 @@ pub(crate) unsafe fn tile4<S: Simd, P: Product<S>, const R: usize>(
     let mut k = 0;
     // SAFETY: the caller's promise; the last step takes its weights from a zero-filled copy.
     unsafe {
-        while k + P::STEP <= kn {
-            let mut a = [P::act(s, acts[0].add(k * P::ACT_BYTES)); R];
-            for r in 1..R {
-                a[r] = P::act(s, acts[r].add(k * P::ACT_BYTES));
-            }
-            for i in 0..4 {
-                let at = weights[i].add(k * P::WEIGHT_BYTES);
-                if ahead != 0 {
-                    s.prefetch(at.wrapping_add(ahead));
+        while k + P::STEP <= len {
+            let mut at = k;
+            for phase in 0..P::PHASES {
+                if phase > 0 && !S::WIDE_TILES {
+                    // Loading the weights again takes no register from one phase to the next; sixteen are too few for that.
+                    at = opaque(at);
                 }
-                let w = P::weight(s, at);
-                for r in 0..R {
-                    acc[r][i] = P::accumulate(s, a[r], w, acc[r][i]);
+                let mut a = [P::act(s, acts[0].add(at * P::ACT_BYTES), phase); R];
+                for r in 1..R {
+                    a[r] = P::act(s, acts[r].add(at * P::ACT_BYTES), phase);
+                }
+                for i in 0..4 {
+                    let from = weights[i].add(at * P::WEIGHT_BYTES);
+                    if ahead != 0 && phase == 0 {
+                        s.prefetch(from.wrapping_add(ahead));
+                    }
+                    let w = P::weight(s, from, phase);
+                    for r in 0..R {
+                        acc[r][i] = P::accumulate(s, a[r], w, acc[r][i]);
+                    }
                 }
             }
             k += P::STEP;
         }
-        if k < kn {
+        if k < len {
             for i in 0..4 {
                 let mut rest = [0u8; 64];
-                let at = weights[i].add(k * P::WEIGHT_BYTES);
-                std::ptr::copy_nonoverlapping(at, rest.as_mut_ptr(), (kn - k) * P::WEIGHT_BYTES);
-                let w = P::weight(s, rest.as_ptr());
-                for r in 0..R {
-                    let a = P::act(s, acts[r].add(k * P::ACT_BYTES));
-                    acc[r][i] = P::accumulate(s, a, w, acc[r][i]);
+                let from = weights[i].add(k * P::WEIGHT_BYTES);
+                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), (len - k) * P::WEIGHT_BYTES);
+                for phase in 0..P::PHASES {
+                    let w = P::weight(s, rest.as_ptr(), phase);
+                    for r in 0..R {
+                        let a = P::act(s, acts[r].add(k * P::ACT_BYTES), phase);
+                        acc[r][i] = P::accumulate(s, a, w, acc[r][i]);
+                    }
                 }
             }
         }
@@ -426,6 +367,22 @@ pub(crate) unsafe fn tile4<S: Simd, P: Product<S>, const R: usize>(
             sums[r][i] += block[i];
         }
     }
+}
+
+/// The same number, in a way the compiler cannot see through: it will not merge loads from both.
+#[inline(always)]
+fn opaque(x: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut x = x;
+        // SAFETY: no instruction at all.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) x, options(pure, nomem, nostack, preserves_flags));
+        }
+        x
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    x
 }
 
 /// `n` elements as float32, zeros after them up to a whole vector.

@@ -25,6 +25,7 @@
 
 mod act;
 mod attention;
+mod attention_tile;
 mod dense;
 mod elementwise;
 mod kv;
@@ -37,6 +38,7 @@ mod scratch;
 mod simd;
 #[cfg(test)]
 mod tests;
+mod tiling;
 
 pub use act::ActBuf;
 pub use attention::AttnSegment;

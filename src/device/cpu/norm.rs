@@ -19,7 +19,7 @@ impl CpuDevice {
         out: &mut ActBuf,
     ) {
         assert!(x.len() >= rows * cols);
-        let to = To::Act(out.begin(rows, cols, self.isa.bf16_pairs()));
+        let to = To::Act(out.begin(rows, cols, self.isa));
         self.norm_rows(OutPtr(x.as_ptr().cast_mut()), rows, cols, w, eps, to);
     }
 

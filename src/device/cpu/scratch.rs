@@ -26,10 +26,11 @@ impl Floats {
     }
 }
 
-/// Weight rows of a product panel (see `linear.rs`) and elements of K in one block of it.
-pub(crate) const PANEL_ROWS: usize = 64;
+/// Activation rows and weight rows that a task of a product works on at a time (see `linear.rs`).
+pub(crate) const SWEEP_ROWS: usize = 48;
+pub(crate) const SWEEP_COLS: usize = 128;
 /// Elements of K summed in one go; the sums of the blocks are added in order. Part of the definition of a product.
-pub(crate) const K_BLOCK: usize = 512;
+pub(crate) const K_BLOCK: usize = 1024;
 
 /// Query vectors an attention task holds × padded head size, at most.
 pub(crate) const QUERY_FLOATS: usize = 48 * 128;
@@ -44,8 +45,8 @@ pub const KV_BLOCK_TOKENS: usize = 16;
 
 /// What one thread needs for any op: about 0.5 MB.
 pub(crate) struct Scratch {
-    /// [PANEL_ROWS][K_BLOCK]: weights widened to float32.
-    pub(crate) panel: Floats,
+    /// [SWEEP_ROWS][SWEEP_COLS]: sums of products.
+    pub(crate) sums: Floats,
     /// [queries][padded head size]: scaled queries.
     pub(crate) queries: Floats,
     /// [queries][padded head size]: the sums of the chunks so far.
@@ -61,7 +62,7 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub(crate) fn new() -> Scratch {
         Scratch {
-            panel: Floats::new(PANEL_ROWS * K_BLOCK),
+            sums: Floats::new(SWEEP_ROWS * SWEEP_COLS),
             queries: Floats::new(QUERY_FLOATS),
             merged: Floats::new(QUERY_FLOATS),
             chunk: Floats::new(QUERY_FLOATS),

@@ -1,4 +1,4 @@
-//! One worker of a pack: fills a chunk from the source, writes it, syncs a file when its last chunk is down.
+//! One worker of a pack: fills a chunk from the source and writes it.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use super::{Chunk, Shared, Step};
 use crate::checkpoint::TensorEntry;
 use crate::error::{Code, Error, Result};
 use crate::store::cast::{Counts, cast};
-use crate::store::direct::{AlignedBuf, DirectFile};
+use crate::store::direct::{AlignedBuf, CachedFile, DirectFile};
 use crate::store::layout::Piece;
 use crate::units::{ALIGN_BYTES, FileId};
 
@@ -49,9 +49,52 @@ impl Output {
     }
 }
 
+/// Most reads past the page cache before it is asked again: misses one after the other double their number.
+const MAX_COLD_READS: u32 = 16;
+
+/// A source file a worker has open, past the page cache and through it.
+struct Source {
+    id: FileId,
+    direct: DirectFile,
+    cached: CachedFile,
+    /// Reads until the cache is asked again, and how many they were after the last miss.
+    cold: u32,
+    backoff: u32,
+}
+
+impl Source {
+    fn open(id: FileId, path: &Path) -> std::io::Result<Source> {
+        Ok(Source {
+            id,
+            direct: DirectFile::open(path)?,
+            cached: CachedFile::open(path)?,
+            cold: 0,
+            backoff: 0,
+        })
+    }
+
+    fn read<'b>(
+        &mut self,
+        offset: u64,
+        want: usize,
+        buffer: &'b mut AlignedBuf,
+    ) -> std::io::Result<&'b [u8]> {
+        if self.cold > 0 {
+            self.cold -= 1;
+        } else if self.cached.read(offset, want, buffer).is_some() {
+            self.backoff = 0;
+            return Ok(&buffer.bytes()[..want]);
+        } else {
+            self.cold = self.backoff;
+            self.backoff = (2 * self.backoff).clamp(1, MAX_COLD_READS);
+        }
+        self.direct.read(offset, want, buffer)
+    }
+}
+
 pub(crate) struct Worker<'a> {
     shared: &'a Shared<'a>,
-    source: Option<(FileId, DirectFile)>,
+    source: Option<Source>,
     output: Option<Output>,
     input: AlignedBuf,
 }
@@ -106,7 +149,7 @@ impl<'a> Worker<'a> {
         let offset = entry.offset + first * source_bytes;
         let want = (elements * source_bytes) as usize;
         self.open_source(entry)?;
-        let Some((_, source)) = &self.source else {
+        let Some(source) = &mut self.source else {
             return Err(Error::internal("no source file is open"));
         };
         let path = &self.shared.plan.ckpt.files[entry.file.index()].path;
@@ -128,16 +171,16 @@ impl<'a> Worker<'a> {
     }
 
     fn open_source(&mut self, entry: &TensorEntry) -> Result<()> {
-        if self.source.as_ref().is_none_or(|(id, _)| *id != entry.file) {
+        if self.source.as_ref().is_none_or(|s| s.id != entry.file) {
             let path = &self.shared.plan.ckpt.files[entry.file.index()].path;
-            let file = DirectFile::open(path)
+            let source = Source::open(entry.file, path)
                 .map_err(|e| Error::io(format!("cannot open {}", path.display()), &e))?;
-            self.source = Some((entry.file, file));
+            self.source = Some(source);
         }
         Ok(())
     }
 
-    /// Writes a filled chunk; whoever writes a file's last one syncs it.
+    /// Writes a filled chunk.
     pub fn write(&mut self, chunk: Chunk, bytes: &[u8]) -> Result<()> {
         let shared = self.shared;
         let name = || shared.plan.files[chunk.file].name.clone();
@@ -158,13 +201,11 @@ impl<'a> Worker<'a> {
             .step(Step::Write(name(), chunk.offset))
             .and_then(|()| output.file.write(chunk.offset, bytes))
             .map_err(|e| failed("write", e))?;
-        // AcqRel: the syncing worker must see that the others' writes have returned.
-        if shared.left[chunk.file].fetch_sub(1, Ordering::AcqRel) == 1 {
-            shared
-                .context
-                .step(Step::SyncFile(name()))
-                .and_then(|()| output.file.sync())
-                .map_err(|e| failed("sync", e))?;
+        // AcqRel: whoever is last must see that the others' writes have returned.
+        let last = shared.left[chunk.file].fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && !output.file.is_direct() {
+            // Through the page cache: out of it again before the next file fills it.
+            output.file.sync().map_err(|e| failed("sync", e))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Bf16, Op, Product, Simd};
+use super::{Bf16Split, Op, Product, Simd};
 
 /// Proof that this CPU has AVX-512 F, BW, DQ and VL (which imply AVX2, FMA and F16C).
 #[derive(Clone, Copy)]
@@ -61,15 +61,16 @@ pub(crate) struct Bf16Pairs;
 impl Product<Avx512Bf16> for Bf16Pairs {
     type Operand = __m512i;
     const STEP: usize = 32;
+    const PHASES: usize = 1;
     const ACT_BYTES: usize = 2;
     const WEIGHT_BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn act(_s: Avx512Bf16, p: *const u8) -> __m512i {
+    unsafe fn act(_s: Avx512Bf16, p: *const u8, _phase: usize) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
-    unsafe fn weight(_s: Avx512Bf16, p: *const u8) -> __m512i {
+    unsafe fn weight(_s: Avx512Bf16, p: *const u8, _phase: usize) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
@@ -102,13 +103,12 @@ unsafe fn neighbours(a: __m512, b: __m512) -> __m512 {
 // SAFETY of every block inside: `self` exists only where `detect` saw the features; memory is lent by the caller, and every
 // access is an unaligned one.
 macro_rules! simd_with_512_bits {
-    ($isa:ty, $bf16:ty, $pairs:expr) => {
+    ($isa:ty, $bf16:ty) => {
         impl Simd for $isa {
             type V = __m512;
             type Bf16 = $bf16;
             const LANES: usize = 16;
             const WIDE_TILES: bool = true;
-            const BF16_PAIRS: bool = $pairs;
 
             #[inline(always)]
             fn splat(self, x: f32) -> __m512 {
@@ -129,6 +129,21 @@ macro_rules! simd_with_512_bits {
                 }
             }
             #[inline(always)]
+            unsafe fn load_bf16_even(self, p: *const u8) -> __m512 {
+                // SAFETY: see above.
+                unsafe {
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(p.cast())))
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_bf16_odd(self, p: *const u8) -> __m512 {
+                // SAFETY: see above.
+                unsafe {
+                    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                    _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), upper))
+                }
+            }
+            #[inline(always)]
             unsafe fn load_f16(self, p: *const u8) -> __m512 {
                 // SAFETY: see above.
                 unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
@@ -137,6 +152,17 @@ macro_rules! simd_with_512_bits {
             unsafe fn store(self, p: *mut f32, v: __m512) {
                 // SAFETY: see above.
                 unsafe { _mm512_storeu_ps(p, v) }
+            }
+            #[inline(always)]
+            unsafe fn store_split(self, even: *mut f32, odd: *mut f32, v: __m512) {
+                // SAFETY: see above.
+                unsafe {
+                    let order =
+                        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+                    let split = _mm512_permutexvar_ps(order, v);
+                    _mm256_storeu_ps(even, _mm512_castps512_ps256(split));
+                    _mm256_storeu_ps(odd, _mm512_extractf32x8_ps::<1>(split));
+                }
             }
             #[inline(always)]
             unsafe fn store_bf16(self, p: *mut u16, v: __m512) {
@@ -227,15 +253,6 @@ macro_rules! simd_with_512_bits {
                 }
             }
             #[inline(always)]
-            fn round_f16(self, x: __m512) -> __m512 {
-                // SAFETY: see above.
-                unsafe {
-                    _mm512_cvtph_ps(_mm512_cvtps_ph::<
-                        { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
-                    >(x))
-                }
-            }
-            #[inline(always)]
             fn sum(self, x: __m512) -> f32 {
                 self.sum4([x, x, x, x])[0]
             }
@@ -270,5 +287,5 @@ macro_rules! simd_with_512_bits {
     };
 }
 
-simd_with_512_bits!(Avx512, Bf16, false);
-simd_with_512_bits!(Avx512Bf16, Bf16Pairs, true);
+simd_with_512_bits!(Avx512, Bf16Split);
+simd_with_512_bits!(Avx512Bf16, Bf16Pairs);

@@ -33,8 +33,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Whether the machine has 32 vector registers (else 16): decides the shape of product tiles.
     const WIDE_TILES: bool;
-    /// Whether products with bfloat16 weights take bfloat16 activations (`vdpbf16ps`) instead of widened ones.
-    const BF16_PAIRS: bool = false;
 
     fn splat(self, x: f32) -> Self::V;
     /// # Safety
@@ -43,12 +41,24 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES` bfloat16 are readable at `p`; any alignment.
     unsafe fn load_bf16(self, p: *const u8) -> Self::V;
+    /// The elements with an even index of 2·`LANES` bfloat16: lower halves of 32-bit words, so no lane moves.
+    /// # Safety
+    /// 2·`LANES` bfloat16 are readable at `p`; any alignment.
+    unsafe fn load_bf16_even(self, p: *const u8) -> Self::V;
+    /// Those with an odd index: upper halves.
+    /// # Safety
+    /// 2·`LANES` bfloat16 are readable at `p`; any alignment.
+    unsafe fn load_bf16_odd(self, p: *const u8) -> Self::V;
     /// # Safety
     /// `LANES` float16 are readable at `p`; any alignment.
     unsafe fn load_f16(self, p: *const u8) -> Self::V;
     /// # Safety
     /// `LANES` float32 are writable at `p`; any alignment.
     unsafe fn store(self, p: *mut f32, v: Self::V);
+    /// Stores the lanes with an even index at `even`, those with an odd one at `odd`.
+    /// # Safety
+    /// `LANES / 2` float32 are writable at each; any alignment.
+    unsafe fn store_split(self, even: *mut f32, odd: *mut f32, v: Self::V);
     /// Stores the upper halves: exact when `v` holds bfloat16 values (see [`Simd::round_bf16`]).
     /// # Safety
     /// `LANES` u16 are writable at `p`; any alignment.
@@ -73,8 +83,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn abs(self, x: Self::V) -> Self::V;
     /// Rounded once to bfloat16 (to nearest even; NaN stays NaN), still as float32.
     fn round_bf16(self, x: Self::V) -> Self::V;
-    /// Rounded once to float16 (to nearest even, overflow to infinity), still as float32.
-    fn round_f16(self, x: Self::V) -> Self::V;
     /// The sum of the lanes, neighbours first: ((0+1)+(2+3))+((4+5)+(6+7)) and so on.
     fn sum(self, x: Self::V) -> f32;
     /// Four sums at once, each bit-identical to [`Simd::sum`].
@@ -204,19 +212,22 @@ pub(crate) unsafe fn load_dtype<S: Simd>(s: S, dtype: Dtype, p: *const u8, n: us
     }
 }
 
-/// The inner step of a matrix product: which activations and weights, `STEP` of each, and how they enter the accumulator.
+/// The inner step of a matrix product: which activations and weights, `STEP` of each in `PHASES` vectors, and how they enter the
+/// accumulator.
 pub(crate) trait Product<S: Simd>: Copy + 'static {
     type Operand: Copy;
     /// Elements of K a step takes.
     const STEP: usize;
+    /// Vectors a step takes, one after the other.
+    const PHASES: usize;
     const ACT_BYTES: usize;
     const WEIGHT_BYTES: usize;
     /// # Safety
     /// `STEP` activations are readable at `p`.
-    unsafe fn act(s: S, p: *const u8) -> Self::Operand;
+    unsafe fn act(s: S, p: *const u8, phase: usize) -> Self::Operand;
     /// # Safety
     /// `STEP` weights are readable at `p`; any alignment.
-    unsafe fn weight(s: S, p: *const u8) -> Self::Operand;
+    unsafe fn weight(s: S, p: *const u8, phase: usize) -> Self::Operand;
     fn accumulate(s: S, a: Self::Operand, w: Self::Operand, acc: S::V) -> S::V;
 }
 
@@ -224,15 +235,16 @@ pub(crate) trait Product<S: Simd>: Copy + 'static {
 impl<S: Simd, E: Element> Product<S> for E {
     type Operand = S::V;
     const STEP: usize = S::LANES;
+    const PHASES: usize = 1;
     const ACT_BYTES: usize = 4;
     const WEIGHT_BYTES: usize = E::BYTES;
     #[inline(always)]
-    unsafe fn act(s: S, p: *const u8) -> S::V {
+    unsafe fn act(s: S, p: *const u8, _phase: usize) -> S::V {
         // SAFETY: the caller's promise is the same.
         unsafe { s.load(p.cast()) }
     }
     #[inline(always)]
-    unsafe fn weight(s: S, p: *const u8) -> S::V {
+    unsafe fn weight(s: S, p: *const u8, _phase: usize) -> S::V {
         // SAFETY: the caller's promise is the same.
         unsafe { E::load(s, p) }
     }
@@ -240,6 +252,50 @@ impl<S: Simd, E: Element> Product<S> for E {
     fn accumulate(s: S, a: S::V, w: S::V, acc: S::V) -> S::V {
         s.fma(a, w, acc)
     }
+}
+
+/// Bfloat16 weights in their 32-bit words: first the even ones, widened by a shift, then the odd ones, by a mask. Activations lie
+/// accordingly ([`Format::Split`]): the even elements of 2·`LANES`, then the odd ones.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16Split;
+
+impl<S: Simd> Product<S> for Bf16Split {
+    type Operand = S::V;
+    const STEP: usize = 2 * S::LANES;
+    const PHASES: usize = 2;
+    const ACT_BYTES: usize = 4;
+    const WEIGHT_BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn act(s: S, p: *const u8, phase: usize) -> S::V {
+        // SAFETY: the caller lends 2·LANES activations.
+        unsafe { s.load(p.cast::<f32>().add(phase * S::LANES)) }
+    }
+    #[inline(always)]
+    unsafe fn weight(s: S, p: *const u8, phase: usize) -> S::V {
+        // SAFETY: the caller's promise is the same.
+        unsafe {
+            if phase == 0 {
+                s.load_bf16_even(p)
+            } else {
+                s.load_bf16_odd(p)
+            }
+        }
+    }
+    #[inline(always)]
+    fn accumulate(s: S, a: S::V, w: S::V, acc: S::V) -> S::V {
+        s.fma(a, w, acc)
+    }
+}
+
+/// How products want activations of a dtype to lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// Float32, in order.
+    Plain,
+    /// Float32, in groups of 2·lanes: the even elements, then the odd ones.
+    Split { lanes: usize },
+    /// Bfloat16, in order.
+    Packed,
 }
 
 /// Work written for any instruction set. `run` must be `#[inline(always)]`, and so must all it calls.
@@ -297,23 +353,21 @@ impl Isa {
         }
     }
 
-    /// See [`Simd::LANES`].
-    pub(crate) fn lanes(self) -> usize {
-        match self {
-            Isa::Portable(_) => Portable::LANES,
+    /// How activations for products with weights of this dtype lie.
+    pub(crate) fn format(self, dtype: Dtype) -> Format {
+        match (self, dtype) {
+            (_, Dtype::F16 | Dtype::F32) => Format::Plain,
+            (Isa::Portable(_), _) => Format::Split {
+                lanes: Portable::LANES,
+            },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2(_) => Avx2::LANES,
+            (Isa::Avx2(_), _) => Format::Split { lanes: Avx2::LANES },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(_) | Isa::Avx512Bf16(_) => Avx512::LANES,
-        }
-    }
-
-    /// See [`Simd::BF16_PAIRS`].
-    pub(crate) fn bf16_pairs(self) -> bool {
-        match self {
+            (Isa::Avx512(_), _) => Format::Split {
+                lanes: Avx512::LANES,
+            },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16(_) => Avx512Bf16::BF16_PAIRS,
-            _ => false,
+            (Isa::Avx512Bf16(_), _) => Format::Packed,
         }
     }
 

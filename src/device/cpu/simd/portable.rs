@@ -1,6 +1,6 @@
 //! Plain Rust, eight lanes: what every CPU runs, and the model the intrinsics are compared with.
 
-use super::{Bf16, Simd};
+use super::{Bf16Split, Simd};
 
 /// Every CPU can do this.
 #[derive(Clone, Copy)]
@@ -21,7 +21,7 @@ fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
-    type Bf16 = Bf16;
+    type Bf16 = Bf16Split;
     const LANES: usize = LANES;
     const WIDE_TILES: bool = false;
 
@@ -41,6 +41,18 @@ impl Simd for Portable {
         std::array::from_fn(|i| f32::from_bits(u32::from(u16::from_le_bytes(halves[i])) << 16))
     }
     #[inline(always)]
+    unsafe fn load_bf16_even(self, p: *const u8) -> V {
+        // SAFETY: the caller lends 2·LANES 2-byte elements; an unaligned read takes any address.
+        let words = unsafe { p.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        std::array::from_fn(|i| f32::from_bits(u32::from_le_bytes(words[i]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_odd(self, p: *const u8) -> V {
+        // SAFETY: the caller lends 2·LANES 2-byte elements; an unaligned read takes any address.
+        let words = unsafe { p.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        std::array::from_fn(|i| f32::from_bits(u32::from_le_bytes(words[i]) & 0xffff_0000))
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> V {
         // SAFETY: the caller lends LANES 2-byte elements; an unaligned read takes any address.
         let halves = unsafe { p.cast::<[[u8; 2]; LANES]>().read_unaligned() };
@@ -50,6 +62,16 @@ impl Simd for Portable {
     unsafe fn store(self, p: *mut f32, v: V) {
         // SAFETY: the caller lends LANES floats; an unaligned write takes any address.
         unsafe { p.cast::<V>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn store_split(self, even: *mut f32, odd: *mut f32, v: V) {
+        // SAFETY: the caller lends half a vector at each; unaligned writes take any address.
+        unsafe {
+            even.cast::<[f32; LANES / 2]>()
+                .write_unaligned([v[0], v[2], v[4], v[6]]);
+            odd.cast::<[f32; LANES / 2]>()
+                .write_unaligned([v[1], v[3], v[5], v[7]]);
+        }
     }
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, v: V) {
@@ -113,10 +135,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn round_bf16(self, x: V) -> V {
         map(x, |x| half::bf16::from_f32(x).to_f32())
-    }
-    #[inline(always)]
-    fn round_f16(self, x: V) -> V {
-        map(x, |x| half::f16::from_f32(x).to_f32())
     }
     #[inline(always)]
     fn sum(self, x: V) -> f32 {

@@ -15,19 +15,58 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
     ("media", &["error", "units", "spec"]),
     ("store", &["error", "units", "spec", "checkpoint"]),
     ("model", &["error", "units", "spec", "device"]),
-    ("paging", &["error", "units", "spec", "store", "io", "device"]),
+    (
+        "paging",
+        &["error", "units", "spec", "store", "io", "device"],
+    ),
     (
         "engine",
-        &["error", "units", "spec", "model", "paging", "text", "media", "device", "store", "io", "checkpoint"],
+        &[
+            "error",
+            "units",
+            "spec",
+            "model",
+            "paging",
+            "text",
+            "media",
+            "device",
+            "store",
+            "io",
+            "checkpoint",
+        ],
     ),
     (
         "report",
-        &["error", "units", "spec", "engine", "model", "paging", "text", "media", "device", "store", "io", "checkpoint"],
+        &[
+            "error",
+            "units",
+            "spec",
+            "engine",
+            "model",
+            "paging",
+            "text",
+            "media",
+            "device",
+            "store",
+            "io",
+            "checkpoint",
+        ],
     ),
     (
         "cli",
         &[
-            "error", "units", "spec", "report", "engine", "model", "paging", "text", "media", "device", "store", "io",
+            "error",
+            "units",
+            "spec",
+            "report",
+            "engine",
+            "model",
+            "paging",
+            "text",
+            "media",
+            "device",
+            "store",
+            "io",
             "checkpoint",
         ],
     ),
@@ -36,8 +75,20 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
 
 /// The order of `src/lib.rs`.
 const ORDER: [&str; 14] = [
-    "error", "units", "spec", "checkpoint", "store", "io", "device", "paging", "model", "text", "media", "engine",
-    "report", "cli",
+    "error",
+    "units",
+    "spec",
+    "checkpoint",
+    "store",
+    "io",
+    "device",
+    "paging",
+    "model",
+    "text",
+    "media",
+    "engine",
+    "report",
+    "cli",
 ];
 
 const MOST_LINES: usize = 700;
@@ -54,7 +105,9 @@ impl Source {
     }
 
     fn is_test(&self) -> bool {
-        self.name.contains("/tests/") || self.name.ends_with("tests.rs") || self.name.ends_with("/testing.rs")
+        self.name.contains("/tests/")
+            || self.name.ends_with("tests.rs")
+            || self.name.ends_with("/testing.rs")
     }
 
     /// Lines of code with their numbers: comments and the test module at the end left out.
@@ -62,7 +115,9 @@ impl Source {
         let end = self
             .lines
             .windows(2)
-            .position(|w| w[0].trim() == "#[cfg(test)]" && w[1].trim_start().starts_with("mod tests {"))
+            .position(|w| {
+                w[0].trim() == "#[cfg(test)]" && w[1].trim_start().starts_with("mod tests {")
+            })
             .unwrap_or(self.lines.len());
         self.lines[..end]
             .iter()
@@ -81,9 +136,16 @@ fn sources() -> Vec<Source> {
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|e| e == "rs") {
-                let name = path.strip_prefix(&root).unwrap().to_string_lossy().replace('\\', "/");
+                let name = path
+                    .strip_prefix(&root)
+                    .unwrap()
+                    .to_string_lossy()
+                    .replace('\\', "/");
                 let text = std::fs::read_to_string(&path).unwrap();
-                found.push(Source { name, lines: text.lines().map(str::to_string).collect() });
+                found.push(Source {
+                    name,
+                    lines: text.lines().map(str::to_string).collect(),
+                });
             }
         }
     }
@@ -94,7 +156,10 @@ fn sources() -> Vec<Source> {
 /// Names behind `crate::` (`crate::{a, b::c}` too) in a line.
 fn imported(line: &str) -> Vec<String> {
     let word = |text: &str| -> String {
-        text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+        text.trim()
+            .chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect()
     };
     let mut names = Vec::new();
     for part in line.split("crate::").skip(1) {
@@ -128,22 +193,35 @@ fn imported(line: &str) -> Vec<String> {
 #[test]
 fn imports_are_read_as_rust_reads_them() {
     assert_eq!(imported("use crate::io::{Arena, Frame};"), ["io"]);
-    assert_eq!(imported("use crate::{error::Result, units, io::{A, B}};"), ["error", "units", "io"]);
-    assert_eq!(imported("let a = crate::store::x(crate::units::y);"), ["store", "units"]);
+    assert_eq!(
+        imported("use crate::{error::Result, units, io::{A, B}};"),
+        ["error", "units", "io"]
+    );
+    assert_eq!(
+        imported("let a = crate::store::x(crate::units::y);"),
+        ["store", "units"]
+    );
     assert_eq!(imported("pub(crate) fn f() {}"), Vec::<String>::new());
 }
 
 #[test]
 fn modules_import_only_what_lies_below_them() {
     let mut broken = Vec::new();
-    for source in sources().iter().filter(|s| s.name != "lib.rs" && !s.is_test()) {
+    for source in sources()
+        .iter()
+        .filter(|s| s.name != "lib.rs" && !s.is_test())
+    {
         let Some((_, allowed)) = MAY_IMPORT.iter().find(|(m, _)| *m == source.module()) else {
             panic!("src/{} belongs to no module of the table", source.name);
         };
         for (number, line) in source.code() {
             for name in imported(line) {
                 if name != source.module() && !allowed.contains(&name.as_str()) {
-                    broken.push(format!("src/{}:{number}: {} imports {name}", source.name, source.module()));
+                    broken.push(format!(
+                        "src/{}:{number}: {} imports {name}",
+                        source.name,
+                        source.module()
+                    ));
                 }
             }
         }
@@ -157,10 +235,13 @@ fn foreign_crates_stay_behind_one_file() {
     for source in sources() {
         for (number, line) in source.code() {
             let names = |crate_name: &str| {
-                line.split(crate_name).skip(1).any(|rest| rest.starts_with("::"))
+                line.split(crate_name)
+                    .skip(1)
+                    .any(|rest| rest.starts_with("::"))
                     || line.trim().starts_with(&format!("use {crate_name};"))
             };
-            let uring = names("io_uring") && !["io/uring.rs", "io/uring_tests.rs"].contains(&source.name.as_str());
+            let uring = names("io_uring")
+                && !["io/uring.rs", "io/uring_tests.rs"].contains(&source.name.as_str());
             let cuda = (line.contains("driver::sys") || line.contains("driver::result"))
                 && source.name != "device/cuda/ffi.rs";
             if uring || cuda {
@@ -186,15 +267,26 @@ fn unsafe_stays_where_it_is_allowed_and_says_who_guarantees_what() {
                 continue;
             }
             if !allowed(&source.name) {
-                broken.push(format!("src/{}:{number}: unsafe code is not allowed here", source.name));
+                broken.push(format!(
+                    "src/{}:{number}: unsafe code is not allowed here",
+                    source.name
+                ));
             }
             // The lines above, attributes and the doc comment of an unsafe function included.
             let above = &source.lines[number.saturating_sub(14)..number];
-            let said = above.iter().any(|l| l.contains("SAFETY") || l.contains("# Safety"));
+            let said = above
+                .iter()
+                .any(|l| l.contains("SAFETY") || l.contains("# Safety"));
             // A private function's contract is in its words; the block that calls it says who keeps it.
-            let promises = ["unsafe {", "unsafe impl", "pub unsafe fn"].iter().any(|what| line.contains(what));
+            let promises = ["unsafe {", "unsafe impl", "pub unsafe fn"]
+                .iter()
+                .any(|what| line.contains(what));
             if promises && !said {
-                broken.push(format!("src/{}:{number}: no SAFETY: {}", source.name, line.trim()));
+                broken.push(format!(
+                    "src/{}:{number}: no SAFETY: {}",
+                    source.name,
+                    line.trim()
+                ));
             }
         }
     }
@@ -203,27 +295,43 @@ fn unsafe_stays_where_it_is_allowed_and_says_who_guarantees_what() {
 
 #[test]
 fn lib_rs_lists_the_modules_in_order_with_one_line_each() {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let text =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
     let lines: Vec<&str> = text.lines().collect();
     let mut listed = Vec::new();
     for (i, line) in lines.iter().enumerate() {
         if let Some(name) = line.strip_prefix("pub mod ") {
-            assert!(i > 0 && lines[i - 1].starts_with("/// "), "{name} says what it is");
+            assert!(
+                i > 0 && lines[i - 1].starts_with("/// "),
+                "{name} says what it is"
+            );
             listed.push(name.trim_end_matches(';'));
         }
     }
     let expected: Vec<&str> = ORDER.into_iter().filter(|m| listed.contains(m)).collect();
     assert_eq!(listed, expected);
     let modules: BTreeSet<&str> = listed.iter().copied().collect();
-    for source in sources().iter().filter(|s| !["lib.rs", "main.rs"].contains(&s.name.as_str())) {
-        assert!(modules.contains(source.module()), "src/{} is listed nowhere", source.name);
+    for source in sources()
+        .iter()
+        .filter(|s| !["lib.rs", "main.rs"].contains(&s.name.as_str()))
+    {
+        assert!(
+            modules.contains(source.module()),
+            "src/{} is listed nowhere",
+            source.name
+        );
     }
 }
 
 #[test]
 fn no_file_outgrows_a_reader() {
     for source in sources() {
-        assert!(source.lines.len() <= MOST_LINES, "src/{} has {} lines", source.name, source.lines.len());
+        assert!(
+            source.lines.len() <= MOST_LINES,
+            "src/{} has {} lines",
+            source.name,
+            source.lines.len()
+        );
     }
 }
 

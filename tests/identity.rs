@@ -7,7 +7,9 @@ mod engine_common;
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock};
 
-use engine_common::{accelerate, finish, in_place, job, named_budget, open, packed, same_bits, score, scoring};
+use engine_common::{
+    accelerate, finish, in_place, job, named_budget, open, packed, same_bits, score, scoring,
+};
 use proptest::prelude::*;
 use tensorpager::engine::{EngineOptions, HostMemory, SLACK_BYTES};
 use tensorpager::error::Code;
@@ -31,13 +33,19 @@ fn packed_once(name: &str) -> Store {
 }
 
 fn inputs(name: &str) -> Vec<Vec<u32>> {
-    common::golden(&engine_common::fixture(name)).into_iter().map(|g| g.ids).collect()
+    common::golden(&engine_common::fixture(name))
+        .into_iter()
+        .map(|g| g.ids)
+        .collect()
 }
 
 /// What every other way must give, to the bit: packed, all in memory, one thread.
 fn reference(name: &str) -> Vec<Vec<f32>> {
     static KEPT: OnceLock<Mutex<HashMap<String, Vec<Vec<f32>>>>> = OnceLock::new();
-    let mut kept = KEPT.get_or_init(Mutex::default).lock().unwrap_or_else(|e| e.into_inner());
+    let mut kept = KEPT
+        .get_or_init(Mutex::default)
+        .lock()
+        .unwrap_or_else(|e| e.into_inner());
     kept.entry(name.to_string())
         .or_insert_with(|| {
             let options = EngineOptions {
@@ -45,7 +53,11 @@ fn reference(name: &str) -> Vec<Vec<f32>> {
                 threads: Some(1),
                 ..scoring(512)
             };
-            score(&mut open(&packed_once(name), &options).unwrap(), &inputs(name)).unwrap()
+            score(
+                &mut open(&packed_once(name), &options).unwrap(),
+                &inputs(name),
+            )
+            .unwrap()
         })
         .clone()
 }
@@ -91,7 +103,11 @@ fn ways() -> impl Strategy<Value = Way> {
         2 => any::<u64>().prop_map(Where::Mask),
     ];
     let reader = prop::sample::select(ReaderKind::ALL.to_vec());
-    let verify = prop::sample::select(vec![VerifyWhen::Always, VerifyWhen::First, VerifyWhen::Never]);
+    let verify = prop::sample::select(vec![
+        VerifyWhen::Always,
+        VerifyWhen::First,
+        VerifyWhen::Never,
+    ]);
     let source = prop_oneof![
         4 => (prop::sample::select(common::MODELS.to_vec()), Just(From::Packed)),
         4 => (prop::sample::select(common::MODELS.to_vec()), Just(From::InPlace)),
@@ -100,24 +116,36 @@ fn ways() -> impl Strategy<Value = Way> {
     (
         source,
         reader,
-        (0u32..7, 0usize..5, prop::sample::select(vec![1usize, 2, 3, 8, 33, 128])),
+        (
+            0u32..7,
+            0usize..5,
+            prop::sample::select(vec![1usize, 2, 3, 8, 33, 128]),
+        ),
         place,
         verify,
-        (1usize..4, prop::sample::select(vec![16usize, 17, 64, 200]), any::<bool>()),
+        (
+            1usize..4,
+            prop::sample::select(vec![16usize, 17, 64, 200]),
+            any::<bool>(),
+        ),
     )
-        .prop_map(|((model, from), reader, (page, prefetch_depth, queue_depth), place, verify, more)| Way {
-            model,
-            from,
-            reader,
-            page_bytes: 65_536 << page,
-            prefetch_depth,
-            queue_depth,
-            place,
-            verify,
-            threads: more.0,
-            pass_tokens: more.1,
-            direct: more.2,
-        })
+        .prop_map(
+            |((model, from), reader, (page, prefetch_depth, queue_depth), place, verify, more)| {
+                Way {
+                    model,
+                    from,
+                    reader,
+                    page_bytes: 65_536 << page,
+                    prefetch_depth,
+                    queue_depth,
+                    place,
+                    verify,
+                    threads: more.0,
+                    pass_tokens: more.1,
+                    direct: more.2,
+                }
+            },
+        )
 }
 
 impl Way {
@@ -172,7 +200,16 @@ impl Way {
             }
             Err(e) => {
                 let cpu_memory = Some(named_budget(&e) + (64 << 20));
-                Some(open(store, &EngineOptions { cpu_memory, ..options }).unwrap())
+                Some(
+                    open(
+                        store,
+                        &EngineOptions {
+                            cpu_memory,
+                            ..options
+                        },
+                    )
+                    .unwrap(),
+                )
             }
         }
     }
@@ -263,13 +300,25 @@ proptest! {
 fn a_cancelled_job_leaves_no_trace_in_the_others() {
     let store = packed_once("qwen3-bf16");
     let prompt = &inputs("qwen3-bf16")[2];
-    let options = EngineOptions { context: 128, max_sequences: 3, logits_rows: 3, placement: Placement::Disk, ..EngineOptions::default() };
-    let sampling = |seed| SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy() };
+    let options = EngineOptions {
+        context: 128,
+        max_sequences: 3,
+        logits_rows: 3,
+        placement: Placement::Disk,
+        ..EngineOptions::default()
+    };
+    let sampling = |seed| SamplingParams {
+        temperature: 1.0,
+        seed,
+        ..SamplingParams::greedy()
+    };
     let mut engine = open(&store, &options).unwrap();
     let id = engine.submit(job(prompt, 12, sampling(3))).unwrap();
     let alone = finish(&mut engine, &[id]).unwrap();
     let mut engine = open(&store, &options).unwrap();
-    let doomed = engine.submit(job(&prompt[..prompt.len() / 2], 40, sampling(1))).unwrap();
+    let doomed = engine
+        .submit(job(&prompt[..prompt.len() / 2], 40, sampling(1)))
+        .unwrap();
     let kept = engine.submit(job(prompt, 12, sampling(3))).unwrap();
     let waiting = engine.submit(job(prompt, 40, sampling(4))).unwrap();
     let mut events = Vec::new();

@@ -51,7 +51,12 @@ fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(input.as_bytes())
+        .unwrap();
     let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
     let errors = std::thread::spawn(move || std::io::read_to_string(&mut err).unwrap());
     let stdout = std::io::read_to_string(&mut out).unwrap();
@@ -65,7 +70,11 @@ fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
         usage
     };
     Ran {
-        code: if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -1 },
+        code: if libc::WIFEXITED(status) {
+            libc::WEXITSTATUS(status)
+        } else {
+            -1
+        },
         stdout,
         stderr,
         peak: usage.ru_maxrss as u64 * 1024,
@@ -79,14 +88,26 @@ fn flag(bytes: u64) -> String {
 /// What the refusal says to give.
 fn named(ran: &Ran) -> u64 {
     assert_eq!(ran.code, 1, "{}", ran.stderr);
-    let fix = ran.stderr.lines().find(|l| l.starts_with("fix: ")).expect("three lines");
-    let word = fix.split_whitespace().skip_while(|w| *w != "--cpu-memory").nth(1).expect(fix);
+    let fix = ran
+        .stderr
+        .lines()
+        .find(|l| l.starts_with("fix: "))
+        .expect("three lines");
+    let word = fix
+        .split_whitespace()
+        .skip_while(|w| *w != "--cpu-memory")
+        .nth(1)
+        .expect(fix);
     parse_size(word).unwrap()
 }
 
 fn assert_kept(ran: &Ran, budget: u64, what: &str) {
     assert_eq!(ran.code, 0, "{what}: {}", ran.stderr);
-    println!("{what}: budget {} MiB, peak {} MiB", budget / MIB, ran.peak / MIB);
+    println!(
+        "{what}: budget {} MiB, peak {} MiB",
+        budget / MIB,
+        ran.peak / MIB
+    );
     assert!(
         ran.peak <= budget,
         "{what}: a budget of {} MiB, a peak of {:.1} MiB",
@@ -103,36 +124,64 @@ fn run_keeps_its_budget_from_the_smallest_on() {
     for in_place in [false, true] {
         let offload = dir.path().join(if in_place { "a" } else { "b" });
         let args = |budget: &str| -> Vec<String> {
-            let mut args: Vec<String> = ["run", model, "--prompt", "budget", "--raw", "-n", "3", "--json", "--cpu-memory"]
-                .map(String::from)
-                .to_vec();
+            let mut args: Vec<String> = [
+                "run",
+                model,
+                "--prompt",
+                "budget",
+                "--raw",
+                "-n",
+                "3",
+                "--json",
+                "--cpu-memory",
+            ]
+            .map(String::from)
+            .to_vec();
             args.push(budget.to_string());
             args.extend(in_place.then(|| "--in-place".to_string()));
             args
         };
         let go = |budget: &str| {
             let args = args(budget);
-            tensorpager(&offload, &args.iter().map(String::as_str).collect::<Vec<_>>(), "")
+            tensorpager(
+                &offload,
+                &args.iter().map(String::as_str).collect::<Vec<_>>(),
+                "",
+            )
         };
         let smallest = named(&go("8MiB"));
         let mut texts = Vec::new();
         for more in [0, 7, 40, 110, 400] {
             let budget = smallest + more * MIB;
             let ran = go(&flag(budget));
-            assert_kept(&ran, budget, &format!("run, in place: {in_place}, smallest + {more} MiB"));
+            assert_kept(
+                &ran,
+                budget,
+                &format!("run, in place: {in_place}, smallest + {more} MiB"),
+            );
             let report: Value = serde_json::from_str(&ran.stdout).unwrap();
             let told = report["paging"]["peak_memory_bytes"].as_u64().unwrap();
             // The kernel counts pages in batches: two looks may differ by a few.
-            assert!(told.abs_diff(ran.peak) < 2 * MIB, "it says {told}, the kernel {}", ran.peak);
+            assert!(
+                told.abs_diff(ran.peak) < 2 * MIB,
+                "it says {told}, the kernel {}",
+                ran.peak
+            );
             texts.push(report["token_ids"].clone());
             let disk = report["paging"]["disk_bytes_per_pass"].as_u64().unwrap();
             match more {
-                0 => assert!(disk > 100 * MIB, "the smallest plan streams nearly everything: {disk}"),
+                0 => assert!(
+                    disk > 100 * MIB,
+                    "the smallest plan streams nearly everything: {disk}"
+                ),
                 400 => assert_eq!(disk, 0, "with room for all of it nothing is streamed"),
                 _ => {}
             }
         }
-        assert!(texts.iter().all(|t| *t == texts[0]), "the budget changes no token");
+        assert!(
+            texts.iter().all(|t| *t == texts[0]),
+            "the budget changes no token"
+        );
     }
 }
 
@@ -163,8 +212,16 @@ fn score_keeps_its_budget_too() {
     let mut lines = Vec::new();
     for more in [0, 64] {
         let ran = go(&flag(smallest + more * MIB));
-        assert_kept(&ran, smallest + more * MIB, &format!("score, smallest + {more} MiB"));
-        assert_eq!(std::fs::metadata(&output).unwrap().len() / (4 * 8192 * 1200), 1, "all logits");
+        assert_kept(
+            &ran,
+            smallest + more * MIB,
+            &format!("score, smallest + {more} MiB"),
+        );
+        assert_eq!(
+            std::fs::metadata(&output).unwrap().len() / (4 * 8192 * 1200),
+            1,
+            "all logits"
+        );
         lines.push(ran.stdout);
     }
     assert_eq!(lines[0], lines[1], "the budget changes no digit");
@@ -175,9 +232,26 @@ fn a_refusal_reads_nothing_and_its_budget_works_when_pasted() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), 3, true);
     let model = model.to_str().unwrap();
-    for extra in [&["--prefetch-depth", "4"][..], &["--context", "8000"], &["--device-map", "cpu"], &["--page-size", "64KiB"]] {
+    for extra in [
+        &["--prefetch-depth", "4"][..],
+        &["--context", "8000"],
+        &["--device-map", "cpu"],
+        &["--page-size", "64KiB"],
+    ] {
         let go = |budget: &str| {
-            let mut args = vec!["run", model, "--in-place", "--prompt", "hi", "--raw", "-n", "2", "-q", "--cpu-memory", budget];
+            let mut args = vec![
+                "run",
+                model,
+                "--in-place",
+                "--prompt",
+                "hi",
+                "--raw",
+                "-n",
+                "2",
+                "-q",
+                "--cpu-memory",
+                budget,
+            ];
             args.extend(extra);
             tensorpager(dir.path(), &args, "")
         };
@@ -191,7 +265,12 @@ fn a_refusal_reads_nothing_and_its_budget_works_when_pasted() {
             }
             // Less than named is refused, or the name was too much.
             let ran = go(&flag(smallest - 6 * MIB));
-            assert_eq!(ran.code, 1, "{extra:?}: {} MiB would have done", (smallest - 6 * MIB) / MIB);
+            assert_eq!(
+                ran.code,
+                1,
+                "{extra:?}: {} MiB would have done",
+                (smallest - 6 * MIB) / MIB
+            );
         }
     }
 }

@@ -24,7 +24,10 @@ const MODEL: &str = "qwen3-bf16";
 type Wrap = fn(Box<dyn Reader>) -> Box<dyn Reader>;
 
 fn prompts() -> Vec<Vec<u32>> {
-    common::golden(&fixture(MODEL)).into_iter().map(|g| g.ids).collect()
+    common::golden(&fixture(MODEL))
+        .into_iter()
+        .map(|g| g.ids)
+        .collect()
 }
 
 /// Everything on disk, small pages, several units ahead: many reads, in every state.
@@ -47,20 +50,56 @@ fn with(faults: Faults, reader: Box<dyn Reader>) -> Box<dyn Reader> {
 }
 
 fn short(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    with(Faults { seed: 1, short: 0.6, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 1,
+            short: 0.6,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 fn interrupted(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    with(Faults { seed: 2, eintr: 0.4, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 2,
+            eintr: 0.4,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 fn again(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    with(Faults { seed: 3, eagain: 0.4, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 3,
+            eagain: 0.4,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 fn delayed(r: Box<dyn Reader>) -> Box<dyn Reader> {
     let delay_by = Duration::from_millis(3);
-    with(Faults { seed: 4, delay: 0.3, delay_by, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 4,
+            delay: 0.3,
+            delay_by,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 fn reordered(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    with(Faults { seed: 5, reorder: true, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 5,
+            reorder: true,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 fn all_at_once(r: Box<dyn Reader>) -> Box<dyn Reader> {
     let faults = Faults {
@@ -89,8 +128,16 @@ fn passing_faults_change_no_bit() {
             options.pager.reader = [ReaderKind::Auto, ReaderKind::Threads][i % 2];
             let mut engine = open(store, &options).unwrap();
             let got = score(&mut engine, &prompts()).unwrap();
-            assert!(same_bits(&got, &clean), "faults {i}, in place: {}", store.in_place);
-            assert_eq!(engine.stats().paging.rereads, 0, "nothing was damaged, only late");
+            assert!(
+                same_bits(&got, &clean),
+                "faults {i}, in place: {}",
+                store.in_place
+            );
+            assert_eq!(
+                engine.stats().paging.rereads,
+                0,
+                "nothing was damaged, only late"
+            );
         }
     }
 }
@@ -136,10 +183,18 @@ impl Reader for FlipFirst {
 }
 
 fn flip_one(inner: Box<dyn Reader>) -> Box<dyn Reader> {
-    Box::new(FlipFirst { inner, left: 1, skip: 6 })
+    Box::new(FlipFirst {
+        inner,
+        left: 1,
+        skip: 6,
+    })
 }
 fn flip_all(inner: Box<dyn Reader>) -> Box<dyn Reader> {
-    Box::new(FlipFirst { inner, left: usize::MAX, skip: 3 })
+    Box::new(FlipFirst {
+        inner,
+        left: usize::MAX,
+        skip: 3,
+    })
 }
 
 #[test]
@@ -170,7 +225,10 @@ fn bits_that_flip_again_and_again_are_an_error_and_without_verification_they_pas
     options.pager.verify = VerifyWhen::Never;
     let mut engine = open(&store, &options).unwrap();
     let vocab = engine.spec().vocab;
-    let mut got: Vec<Vec<f32>> = prompts().iter().map(|p| vec![0.0; p.len() * vocab]).collect();
+    let mut got: Vec<Vec<f32>> = prompts()
+        .iter()
+        .map(|p| vec![0.0; p.len() * vocab])
+        .collect();
     engine
         .score(&prompts(), &mut |b| {
             for (row, values) in b.values.chunks_exact(b.ids).enumerate() {
@@ -180,7 +238,10 @@ fn bits_that_flip_again_and_again_are_an_error_and_without_verification_they_pas
             Ok(())
         })
         .unwrap();
-    assert!(!same_bits(&got, &clean), "--verify never takes what it gets");
+    assert!(
+        !same_bits(&got, &clean),
+        "--verify never takes what it gets"
+    );
     assert_eq!(engine.stats().paging.verified_bytes, 0);
 }
 
@@ -202,7 +263,11 @@ fn file_of(store: &Store, name: &str) -> PathBuf {
 }
 
 fn flip_byte(path: &Path, at: u64) {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ 1], at).unwrap();
@@ -233,7 +298,10 @@ fn a_flipped_byte_on_disk_is_named_with_unit_file_and_block() {
                     .unwrap_or_else(|| panic!("{file} {placement:?} {verify:?} went through"));
                 assert_eq!(e.code(), Code::Corrupt, "{e}");
                 assert!(e.what().contains(unit), "{unit}: {e}");
-                assert!(e.what().contains(file) && e.what().contains("block 0"), "{e}");
+                assert!(
+                    e.what().contains(file) && e.what().contains("block 0"),
+                    "{e}"
+                );
             }
         }
     }
@@ -258,9 +326,14 @@ fn in_place_a_byte_that_changes_between_two_reads_is_caught() {
     for at in (40_000..bytes).step_by(30_000) {
         flip_byte(&path, at);
     }
-    let e = (0..3).find_map(|_| score(&mut engine, &[vec![1, 2, 3]]).err()).expect("a change is seen");
+    let e = (0..3)
+        .find_map(|_| score(&mut engine, &[vec![1, 2, 3]]).err())
+        .expect("a change is seen");
     assert_eq!(e.code(), Code::Corrupt, "{e}");
-    assert!(e.what().contains("model.safetensors") && e.fix().contains("restore"), "{e}");
+    assert!(
+        e.what().contains("model.safetensors") && e.fix().contains("restore"),
+        "{e}"
+    );
 }
 
 /// EIO for every read of one file, whatever else is in flight.
@@ -312,7 +385,12 @@ fn a_read_error_names_its_own_layer_and_not_one_that_flies_beside_it() {
     let store = packed("qwen2-bf16", dir.path());
     let wraps: [Wrap; 4] = [file_0, file_1, file_2, file_3];
     for (file, wrap) in wraps.into_iter().enumerate() {
-        let name = store.files[file].path.file_name().unwrap().to_string_lossy().into_owned();
+        let name = store.files[file]
+            .path
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
         let unit = match name.as_str() {
             "embed.dat" => "the embedding".to_string(),
             "layer.000.dat" => "layer 0".to_string(),
@@ -325,7 +403,10 @@ fn a_read_error_names_its_own_layer_and_not_one_that_flies_beside_it() {
             options.prefetch_depth = Some(depth);
             let e = outcome(&store, &options).unwrap_err();
             assert_eq!(e.code(), Code::Io, "{e}");
-            assert!(e.what().contains(&unit) && e.what().contains(&name), "{unit} at depth {depth}: {e}");
+            assert!(
+                e.what().contains(&unit) && e.what().contains(&name),
+                "{unit} at depth {depth}: {e}"
+            );
             assert!(e.cause().contains("EIO"), "{e}");
         }
     }
@@ -342,10 +423,24 @@ fn within<T>(limit: Duration, what: &str, work: impl FnOnce() -> T) -> T {
 #[test]
 fn a_read_that_never_completes_is_named_within_the_limit() {
     fn lose_all(r: Box<dyn Reader>) -> Box<dyn Reader> {
-        with(Faults { seed: 1, lose: 1.0, ..Faults::default() }, r)
+        with(
+            Faults {
+                seed: 1,
+                lose: 1.0,
+                ..Faults::default()
+            },
+            r,
+        )
     }
     fn lose_some(r: Box<dyn Reader>) -> Box<dyn Reader> {
-        with(Faults { seed: 9, lose: 0.2, ..Faults::default() }, r)
+        with(
+            Faults {
+                seed: 9,
+                lose: 0.2,
+                ..Faults::default()
+            },
+            r,
+        )
     }
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
@@ -357,16 +452,20 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
         let mut options = faulty(Some(wrap));
         options.pager.stall_limit = Duration::from_millis(300);
         options.pager.reader = kind;
-        let e = within(Duration::from_secs(20), "a stalled run with its end", || -> Error {
-            let mut last = None;
-            for _ in 0..4 {
-                if let Err(e) = outcome(&store, &options) {
-                    last = Some(e);
-                    break;
+        let e = within(
+            Duration::from_secs(20),
+            "a stalled run with its end",
+            || -> Error {
+                let mut last = None;
+                for _ in 0..4 {
+                    if let Err(e) = outcome(&store, &options) {
+                        last = Some(e);
+                        break;
+                    }
                 }
-            }
-            last.expect("one read in five is lost")
-        });
+                last.expect("one read in five is lost")
+            },
+        );
         assert_eq!(e.code(), Code::Stalled, "{e}");
         assert!(e.what().contains(".dat"), "{e}");
     }
@@ -375,12 +474,26 @@ fn a_read_that_never_completes_is_named_within_the_limit() {
 #[test]
 fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
     fn slow(r: Box<dyn Reader>) -> Box<dyn Reader> {
-        with(Faults { seed: 1, sleep: Duration::from_millis(40), ..Faults::default() }, r)
+        with(
+            Faults {
+                seed: 1,
+                sleep: Duration::from_millis(40),
+                ..Faults::default()
+            },
+            r,
+        )
     }
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
     let report = |wrap: Option<Wrap>| -> PagingReport {
-        let mut engine = open(&store, &EngineOptions { context: 64, ..faulty(wrap) }).unwrap();
+        let mut engine = open(
+            &store,
+            &EngineOptions {
+                context: 64,
+                ..faulty(wrap)
+            },
+        )
+        .unwrap();
         let before = engine.stats();
         score(&mut engine, &[vec![1, 2, 3]]).unwrap();
         for _ in 0..4 {
@@ -403,9 +516,17 @@ fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
         .unwrap();
     let slow = report(Some(slow));
     let share = |r: &PagingReport| r.percent_of_bound.expect("a bound is known");
-    assert!(share(&slow) < 0.7 * share(&quick), "{} against {}", share(&slow), share(&quick));
+    assert!(
+        share(&slow) < 0.7 * share(&quick),
+        "{} against {}",
+        share(&slow),
+        share(&quick)
+    );
     assert!(slow.stall_disk_s > quick.stall_disk_s && slow.stall_s >= slow.stall_disk_s);
-    assert_eq!(slow.disk_bytes_per_pass, quick.disk_bytes_per_pass, "the same bytes, only later");
+    assert_eq!(
+        slow.disk_bytes_per_pass, quick.disk_bytes_per_pass,
+        "the same bytes, only later"
+    );
     assert_eq!(slow.passes, 5);
     assert!(share(&slow) > 0.0 && share(&quick) <= 130.0);
 }
@@ -426,7 +547,10 @@ fn a_file_truncated_under_a_run_is_named() {
             .find_map(|_| score(&mut engine, &[vec![1, 2, 3]]).err())
             .expect("the stream meets the end of the file");
         assert_eq!(e.code(), Code::Corrupt, "{e}");
-        assert!(e.what().contains("layer 1") && e.what().contains("layer.001.dat"), "{e}");
+        assert!(
+            e.what().contains("layer 1") && e.what().contains("layer.001.dat"),
+            "{e}"
+        );
         assert!(e.cause().contains("shorter"), "{e}");
         // Whoever asks again hears the same, not that something is gone.
         assert_eq!(score(&mut engine, &[vec![1]]).unwrap_err(), e);
@@ -435,7 +559,15 @@ fn a_file_truncated_under_a_run_is_named() {
 
 fn crawling(r: Box<dyn Reader>) -> Box<dyn Reader> {
     let delay_by = Duration::from_millis(700);
-    with(Faults { seed: 2, delay: 1.0, delay_by, ..Faults::default() }, r)
+    with(
+        Faults {
+            seed: 2,
+            delay: 1.0,
+            delay_by,
+            ..Faults::default()
+        },
+        r,
+    )
 }
 
 #[test]
@@ -458,12 +590,19 @@ fn a_request_to_stop_ends_a_waiting_pass_at_once() {
     let options = faulty(Some(crawling));
     let mut engine = Engine::open(
         &store,
-        &EngineOptions { keep_logits: true, logits_rows: 1, kv_tokens: None, ..options },
+        &EngineOptions {
+            keep_logits: true,
+            logits_rows: 1,
+            kv_tokens: None,
+            ..options
+        },
         cancel.clone(),
         &mut |_, _| {},
     )
     .unwrap();
-    engine.submit(job(&prompts()[0], 50, SamplingParams::greedy())).unwrap();
+    engine
+        .submit(job(&prompts()[0], 50, SamplingParams::greedy()))
+        .unwrap();
     let flag = cancel.clone();
     let caller = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(150));
@@ -487,7 +626,10 @@ fn a_request_to_stop_ends_the_loading_of_residents() {
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
     let cancel = Arc::new(AtomicBool::new(true));
-    let options = EngineOptions { placement: Placement::Cpu, ..faulty(Some(crawling)) };
+    let options = EngineOptions {
+        placement: Placement::Cpu,
+        ..faulty(Some(crawling))
+    };
     let e = within(Duration::from_secs(4), "opening", || {
         Engine::open(&store, &options, cancel, &mut |_, _| {}).err()
     });
@@ -499,18 +641,26 @@ fn a_pass_that_fails_in_the_middle_does_not_spoil_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
     for depth in [0, 1, 4] {
-        let options = EngineOptions { prefetch_depth: Some(depth), ..faulty(None) };
+        let options = EngineOptions {
+            prefetch_depth: Some(depth),
+            ..faulty(None)
+        };
         let clean = score(&mut open(&store, &options).unwrap(), &prompts()).unwrap();
         let mut engine = open(&store, &options).unwrap();
         // More failures than KV or schedule have room for, should any of them keep what it held.
         for round in 0..40 {
             let full = Error::new(Code::Space, "full", "a test", "none");
-            let e = engine.score(&prompts(), &mut |_| Err(full.clone())).unwrap_err();
+            let e = engine
+                .score(&prompts(), &mut |_| Err(full.clone()))
+                .unwrap_err();
             assert_eq!(e, full, "round {round}");
             // A token that the model does not have fails before the first unit.
             let e = score(&mut engine, &[vec![1, u32::MAX]]).unwrap_err();
             assert!(e.what().contains("4294967295"), "round {round}: {e}");
         }
-        assert!(same_bits(&score(&mut engine, &prompts()).unwrap(), &clean), "depth {depth}");
+        assert!(
+            same_bits(&score(&mut engine, &prompts()).unwrap(), &clean),
+            "depth {depth}"
+        );
     }
 }

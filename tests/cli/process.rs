@@ -7,7 +7,9 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
 }
 
 /// A place of its own for each test: offload folder, caches and files.
@@ -23,7 +25,9 @@ pub struct Ran {
 
 impl Place {
     pub fn new() -> Place {
-        Place { dir: tempfile::tempdir().unwrap() }
+        Place {
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -123,12 +127,32 @@ impl Ran {
         assert_eq!(self.code, code, "{}", self.stderr);
         assert_eq!(self.stdout, "", "a failure prints no result");
         let lines: Vec<&str> = self.stderr.lines().collect();
-        let at = lines.iter().position(|l| l.starts_with("error: ")).unwrap_or_else(|| panic!("{}", self.stderr));
-        assert_eq!(lines.len(), at + 3, "three lines and nothing behind them: {}", self.stderr);
-        assert!(lines[at + 1].starts_with("cause: ") && lines[at + 1].len() > 7, "{}", self.stderr);
-        assert!(lines[at + 2].starts_with("fix: ") && lines[at + 2].len() > 5, "{}", self.stderr);
+        let at = lines
+            .iter()
+            .position(|l| l.starts_with("error: "))
+            .unwrap_or_else(|| panic!("{}", self.stderr));
+        assert_eq!(
+            lines.len(),
+            at + 3,
+            "three lines and nothing behind them: {}",
+            self.stderr
+        );
+        assert!(
+            lines[at + 1].starts_with("cause: ") && lines[at + 1].len() > 7,
+            "{}",
+            self.stderr
+        );
+        assert!(
+            lines[at + 2].starts_with("fix: ") && lines[at + 2].len() > 5,
+            "{}",
+            self.stderr
+        );
         for word in words {
-            assert!(self.stderr.contains(word), "`{word}` is not in: {}", self.stderr);
+            assert!(
+                self.stderr.contains(word),
+                "`{word}` is not in: {}",
+                self.stderr
+            );
         }
     }
 }

@@ -36,7 +36,11 @@ fn ended(child: Child) -> Ran {
     let asked = Instant::now();
     interrupt(&child);
     let ran = Ran::from(child.wait_with_output().unwrap());
-    assert!(asked.elapsed() < Duration::from_secs(20), "it took {:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_secs(20),
+        "it took {:?}",
+        asked.elapsed()
+    );
     ran
 }
 
@@ -45,13 +49,32 @@ fn run_stops_at_the_next_unit_with_130() {
     let p = Place::new();
     let model = large(&p);
     for more in [&["--device-map", "disk"][..], &["--device-map", "cpu"]] {
-        let args = ["run", &model, "--in-place", "-p", "hi", "--raw", "-n", "30000", "--ignore-eos"];
+        let args = [
+            "run",
+            &model,
+            "--in-place",
+            "-p",
+            "hi",
+            "--raw",
+            "-n",
+            "30000",
+            "--ignore-eos",
+        ];
         let mut child = p.command(&[&args[..], more].concat()).spawn().unwrap();
         let mut first = [0u8; 1];
-        child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut first)
+            .unwrap();
         let ran = ended(child);
         assert_eq!(ran.code, 130, "{}", ran.stderr);
-        assert!(ran.stderr.contains("error: interrupted") && !ran.stderr.contains("panicked"), "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains("error: interrupted") && !ran.stderr.contains("panicked"),
+            "{}",
+            ran.stderr
+        );
     }
 }
 
@@ -61,13 +84,29 @@ fn an_interrupted_score_leaves_no_output() {
     let model = large(&p);
     let output = p.path("logits.safetensors");
     let ids: Vec<usize> = (0..400).collect();
-    let input = p.file("in.jsonl", format!("{}\n", json!({"input_ids": ids})).repeat(200));
+    let input = p.file(
+        "in.jsonl",
+        format!("{}\n", json!({"input_ids": ids})).repeat(200),
+    );
     let mut child = p
-        .command(&["score", &model, "--in-place", "--input", &input, "--output", str(&output)])
+        .command(&[
+            "score",
+            &model,
+            "--in-place",
+            "--input",
+            &input,
+            "--output",
+            str(&output),
+        ])
         .spawn()
         .unwrap();
     let mut first = [0u8; 1];
-    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
     let ran = ended(child);
     assert_eq!(ran.code, 130, "{}", ran.stderr);
     let left: Vec<String> = std::fs::read_dir(output.parent().unwrap())
@@ -108,6 +147,7 @@ fn an_interrupted_pack_is_never_trusted() {
         assert!(p.run(&["verify"]).code == 0 || ran.code == 130);
     }
     assert!(interrupted > 0, "no pack was caught at work");
-    p.run(&["run", &model, "-p", "hi", "--raw", "-n", "2", "-q"]).done();
+    p.run(&["run", &model, "-p", "hi", "--raw", "-n", "2", "-q"])
+        .done();
     assert!(p.run(&["verify"]).done().stdout.contains("good"));
 }

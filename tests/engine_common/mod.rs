@@ -12,7 +12,9 @@ use tensorpager::store::{PackOptions, Store};
 use tensorpager::text::SamplingParams;
 
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
 }
 
 pub fn checkpoint(dir: &Path, config_from: Option<&Path>) -> Checkpoint {
@@ -26,7 +28,9 @@ pub fn checkpoint(dir: &Path, config_from: Option<&Path>) -> Checkpoint {
 /// The fixture packed under `offload`.
 pub fn packed(name: &str, offload: &Path) -> Store {
     let ckpt = checkpoint(&fixture(name), None);
-    Store::pack(&ckpt, &PackOptions::new(offload), &mut |_| {}).unwrap().store
+    Store::pack(&ckpt, &PackOptions::new(offload), &mut |_| {})
+        .unwrap()
+        .store
 }
 
 pub fn in_place(name: &str) -> Store {
@@ -35,18 +39,29 @@ pub fn in_place(name: &str) -> Store {
 
 /// accelerate's folder of the weights of `qwen2-bf16`, as it is.
 pub fn accelerate() -> Store {
-    let ckpt = checkpoint(&fixture("accelerate-qwen2-bf16"), Some(&fixture("qwen2-bf16")));
+    let ckpt = checkpoint(
+        &fixture("accelerate-qwen2-bf16"),
+        Some(&fixture("qwen2-bf16")),
+    );
     Store::open_in_place(&ckpt).unwrap()
 }
 
 pub fn open(store: &Store, options: &EngineOptions) -> Result<Engine> {
-    Engine::open(store, options, Arc::new(AtomicBool::new(false)), &mut |_, _| {})
+    Engine::open(
+        store,
+        options,
+        Arc::new(AtomicBool::new(false)),
+        &mut |_, _| {},
+    )
 }
 
 /// Logits of all inputs, each `[tokens, vocab]`. Also proves that every one of them was written exactly once.
 pub fn score(engine: &mut Engine, inputs: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
     let vocab = engine.spec().vocab;
-    let mut out: Vec<Vec<f32>> = inputs.iter().map(|i| vec![f32::NAN; i.len() * vocab]).collect();
+    let mut out: Vec<Vec<f32>> = inputs
+        .iter()
+        .map(|i| vec![f32::NAN; i.len() * vocab])
+        .collect();
     engine.score(inputs, &mut |b| {
         for (row, values) in b.values.chunks_exact(b.ids).enumerate() {
             let at = (b.first_row + row) * vocab + b.first_id;
@@ -56,7 +71,10 @@ pub fn score(engine: &mut Engine, inputs: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> 
         }
         Ok(())
     })?;
-    assert!(out.iter().flatten().all(|v| v.is_finite()), "every logit is written");
+    assert!(
+        out.iter().flatten().all(|v| v.is_finite()),
+        "every logit is written"
+    );
     Ok(out)
 }
 
@@ -98,7 +116,11 @@ pub fn finish(engine: &mut Engine, jobs: &[JobId]) -> Result<Vec<Vec<u32>>> {
         events.clear();
         let before = engine.stats().rows;
         engine.step(&mut events)?;
-        idle = if engine.stats().rows == before { idle + 1 } else { 0 };
+        idle = if engine.stats().rows == before {
+            idle + 1
+        } else {
+            0
+        };
         assert!(idle < 3, "jobs are pending and no pass carries a row");
         for event in &events {
             match event {
@@ -113,7 +135,10 @@ pub fn finish(engine: &mut Engine, jobs: &[JobId]) -> Result<Vec<Vec<u32>>> {
             }
         }
     }
-    assert!(ended.iter().all(|e| *e == Some(FinishReason::Length)), "{ended:?}");
+    assert!(
+        ended.iter().all(|e| *e == Some(FinishReason::Length)),
+        "{ended:?}"
+    );
     Ok(out)
 }
 

@@ -280,8 +280,9 @@ def build_emulation():
 
 def check_emulate(_tools, _write):
     program = build_emulation()
-    print(in_parallel(lambda arguments: run([program, *arguments]), [["--seed", "1"], ["--controls"]])[0], end="")
-    print(f"ok   controls: {run([program, '--controls']).splitlines()[-1]}")
+    tests, controls = in_parallel(lambda arguments: run([program, *arguments]), [["--seed", "1"], ["--controls"]])
+    print(tests, end="")
+    print(f"ok   {controls.splitlines()[-1]}")
 
 
 def main():

@@ -21,7 +21,13 @@ fn engine(store: &Store, placement: Placement, sequences: usize) -> Engine {
         logits_rows: sequences,
         ..EngineOptions::default()
     };
-    Engine::open(store, &options, Arc::new(AtomicBool::new(false)), &mut |_, _| {}).unwrap()
+    Engine::open(
+        store,
+        &options,
+        Arc::new(AtomicBool::new(false)),
+        &mut |_, _| {},
+    )
+    .unwrap()
 }
 
 fn submit(engine: &mut Engine, sequences: usize) {

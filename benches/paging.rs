@@ -38,7 +38,8 @@ fn paging(c: &mut Criterion) {
         "tie_word_embeddings": true, "use_sliding_window": false, "torch_dtype": "bfloat16"
     });
     write_synthetic(dir.path(), &config, &mut |_, _| Ok(())).unwrap();
-    let ckpt = Checkpoint::open(&dir.path().display().to_string(), &OpenOptions::default()).unwrap();
+    let ckpt =
+        Checkpoint::open(&dir.path().display().to_string(), &OpenOptions::default()).unwrap();
     let store = Store::open_in_place(&ckpt).unwrap();
     let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
     let units: Vec<UnitId> = store

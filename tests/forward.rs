@@ -19,7 +19,12 @@ fn folders() -> Vec<PathBuf> {
         .collect();
     match std::env::var_os("TENSORPAGER_FIXTURES") {
         Some(dir) => {
-            for name in ["tiny-qwen2", "tiny-qwen2-tied-f16", "tiny-llama3", "tiny-qwen3"] {
+            for name in [
+                "tiny-qwen2",
+                "tiny-qwen2-tied-f16",
+                "tiny-llama3",
+                "tiny-qwen3",
+            ] {
                 all.push(PathBuf::from(&dir).join(name));
             }
         }
@@ -41,8 +46,15 @@ impl Rig {
     fn new(model: &MemoryModel, threads: usize, isa: Option<&str>) -> Rig {
         let device = Device::cpu(Some(threads), isa).unwrap();
         let s = &model.spec;
-        let forward =
-            Forward::new(&device, s, &model.unit_list(), model.head_dtype(), ROWS, ROWS).unwrap();
+        let forward = Forward::new(
+            &device,
+            s,
+            &model.unit_list(),
+            model.head_dtype(),
+            ROWS,
+            ROWS,
+        )
+        .unwrap();
         let kv = device.kv(&KvShape {
             layers: s.layers,
             blocks: 64,
@@ -64,12 +76,18 @@ impl Rig {
         let mut out = vec![f32::NAN; pass.wanted() * vocab];
         let mut source = model;
         self.forward
-            .run(&self.device, &mut self.kv, &mut source, pass, &mut |first, n, block| {
-                for (r, values) in block.chunks_exact(n).enumerate() {
-                    out[r * vocab + first..][..n].copy_from_slice(values);
-                }
-                Ok(())
-            })
+            .run(
+                &self.device,
+                &mut self.kv,
+                &mut source,
+                pass,
+                &mut |first, n, block| {
+                    for (r, values) in block.chunks_exact(n).enumerate() {
+                        out[r * vocab + first..][..n].copy_from_slice(values);
+                    }
+                    Ok(())
+                },
+            )
             .unwrap();
         assert!(out.iter().all(|v| v.is_finite()), "every logit is written");
         out
@@ -117,8 +135,15 @@ fn logits_lose_less_than_transformers_own_16_bit_run() {
             let error = nmse(&kept, &g.logits);
             // float32 weights have no 16-bit run to beat: only rounding order may differ.
             let bar = g.half_nmse.unwrap_or(1e-9).max(1e-9);
-            println!("{} prompt {i}: nmse {error:.2e}, bar {bar:.2e}", dir.display());
-            assert!(error < bar, "{} prompt {i}: {error:e} against {bar:e}", dir.display());
+            println!(
+                "{} prompt {i}: nmse {error:.2e}, bar {bar:.2e}",
+                dir.display()
+            );
+            assert!(
+                error < bar,
+                "{} prompt {i}: {error:e} against {bar:e}",
+                dir.display()
+            );
         }
     }
 }
@@ -137,7 +162,11 @@ fn greedy_tokens_agree_while_the_margin_allows() {
                 // Where inputs of products are rounded to bfloat16, logits move by up to what transformers' own 16-bit run
                 // loses: a margin within that says nothing about correctness. Elsewhere they hardly move.
                 let rounds = rig.device.describe().contains("avx512-bf16");
-                let moved = if rounds { g.half_max.unwrap_or(0.0) } else { 0.0 };
+                let moved = if rounds {
+                    g.half_max.unwrap_or(0.0)
+                } else {
+                    0.0
+                };
                 if margin < moved.max(0.02) {
                     break;
                 }
@@ -153,7 +182,11 @@ fn greedy_tokens_agree_while_the_margin_allows() {
                 tokens.push(want);
             }
         }
-        assert!(steps >= 5, "{}: only {steps} steps were compared", dir.display());
+        assert!(
+            steps >= 5,
+            "{}: only {steps} steps were compared",
+            dir.display()
+        );
     }
 }
 

@@ -18,12 +18,12 @@ use std::path::{Path, PathBuf};
 
 use self::files::{Folder, MAX_CONFIG_BYTES, clip};
 use self::header::Stored;
-pub use synthetic::{synthetic_bytes, write_synthetic};
 pub use self::hub::{ModelPath, resolve_model};
 pub use self::identity::{FileIdentity, Identity};
 use crate::error::{Code, Error, Result};
 use crate::spec::{UnitKind, UnitSpec, canonical_name};
 use crate::units::{Dtype, FileId};
+pub use synthetic::{synthetic_bytes, write_synthetic};
 
 /// Over all files of a model.
 const MAX_TENSORS: usize = 1 << 18;

@@ -51,7 +51,8 @@ pub fn write_synthetic(
     let mut head = Value::Object(header).to_string().into_bytes();
     head.resize(head.len().div_ceil(8) * 8, b' ');
     let mut file = File::create(dir.join("model.safetensors")).map_err(wrap)?;
-    file.write_all(&(head.len() as u64).to_le_bytes()).map_err(wrap)?;
+    file.write_all(&(head.len() as u64).to_le_bytes())
+        .map_err(wrap)?;
     file.write_all(&head).map_err(wrap)?;
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let mut chunk = vec![0u8; CHUNK_BYTES];
@@ -119,6 +120,10 @@ mod tests {
         )
         .unwrap();
         let spec = parse_config(&config).unwrap();
-        assert!(ckpt.check(&spec.units(&|_| Dtype::BF16)).unwrap().is_empty());
+        assert!(
+            ckpt.check(&spec.units(&|_| Dtype::BF16))
+                .unwrap()
+                .is_empty()
+        );
     }
 }

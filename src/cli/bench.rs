@@ -7,8 +7,8 @@ use clap::{Args, Subcommand};
 use super::model::Model;
 use super::options::{IoArg, SourceOptions, size};
 use super::signals;
-use crate::error::{Code, Error, Result};
 use crate::engine::HostMemory;
+use crate::error::{Code, Error, Result};
 use crate::io::{IoRow, MAX_QUEUE_DEPTH, ReaderKind, Sweep, sweep};
 use crate::units::{flag_size, human_bytes};
 
@@ -31,7 +31,12 @@ struct IoArgs {
     #[command(flatten)]
     source: SourceOptions,
     /// Readers
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "io_uring,threads,mmap")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "io_uring,threads,mmap"
+    )]
     readers: Vec<IoArg>,
     /// Bytes a read
     #[arg(long, value_parser = size, value_delimiter = ',', default_value = "256KiB,1MiB,4MiB")]
@@ -109,7 +114,10 @@ fn check_memory(blocks: &[u64], depths: &[usize]) -> Result<()> {
     }
     Err(Error::new(
         Code::Memory,
-        format!("blocks of that size at depth {depth} take {}", human_bytes(needed)),
+        format!(
+            "blocks of that size at depth {depth} take {}",
+            human_bytes(needed)
+        ),
         format!("{} of memory are available", human_bytes(available)),
         "give a smaller --block or --depth",
     ))

@@ -12,7 +12,12 @@ use crate::units::human_bytes;
 pub struct CleanArgs {
     /// One pack by name; all of them when left out
     pack: Option<String>,
-    #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER"
+    )]
     offload_folder: PathBuf,
     /// Only unfinished or damaged packs, and those whose checkpoint is gone or has changed
     #[arg(long)]
@@ -40,9 +45,17 @@ pub fn run(args: CleanArgs) -> Result<u8> {
         super::run::print(&format!("{text}\n"))?;
         return Ok(0);
     }
-    let verb = if args.dry_run { "would remove" } else { "removed" };
+    let verb = if args.dry_run {
+        "would remove"
+    } else {
+        "removed"
+    };
     for pack in &cleaned.removed {
-        super::run::print(&format!("{verb} {} ({})\n", pack.name, human_bytes(pack.bytes)))?;
+        super::run::print(&format!(
+            "{verb} {} ({})\n",
+            pack.name,
+            human_bytes(pack.bytes)
+        ))?;
     }
     for (name, why) in &cleaned.kept {
         super::run::print(&format!("kept {name}: {why}\n"))?;

@@ -21,11 +21,26 @@ use crate::units::human_bytes;
 
 /// The bundled model: every file of its folder, made by demo/train.py.
 const BUNDLED: [(&str, &[u8]); 5] = [
-    ("config.json", include_bytes!("../../demo/model/config.json")),
-    ("generation_config.json", include_bytes!("../../demo/model/generation_config.json")),
-    ("model.safetensors", include_bytes!("../../demo/model/model.safetensors")),
-    ("tokenizer.json", include_bytes!("../../demo/model/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../demo/model/tokenizer_config.json")),
+    (
+        "config.json",
+        include_bytes!("../../demo/model/config.json"),
+    ),
+    (
+        "generation_config.json",
+        include_bytes!("../../demo/model/generation_config.json"),
+    ),
+    (
+        "model.safetensors",
+        include_bytes!("../../demo/model/model.safetensors"),
+    ),
+    (
+        "tokenizer.json",
+        include_bytes!("../../demo/model/tokenizer.json"),
+    ),
+    (
+        "tokenizer_config.json",
+        include_bytes!("../../demo/model/tokenizer_config.json"),
+    ),
 ];
 /// Problems the model never saw in training, with their answers.
 const HELD_OUT: &str = include_str!("../../demo/model/heldout.json");
@@ -50,7 +65,12 @@ pub struct DemoArgs {
     #[arg(long, value_name = "SIZE", value_parser = size)]
     cpu_memory: Option<u64>,
     /// Where both are kept while the demo runs
-    #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER"
+    )]
     offload_folder: PathBuf,
     /// Computing threads [default: one a core]
     #[arg(long, value_name = "N")]
@@ -143,7 +163,14 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
             ..Job::default()
         };
         let stops = StopStrings::new(["\n"])?;
-        let answer = generate(&mut engine, &tokenizer, job, stops, &mut |_, _| {}, &mut |_| {})?;
+        let answer = generate(
+            &mut engine,
+            &tokenizer,
+            job,
+            stops,
+            &mut |_, _| {},
+            &mut |_| {},
+        )?;
         let ok = answer.text.trim() == problem.answer.trim();
         right += usize::from(ok);
         if i < 6 || !ok {
@@ -151,7 +178,10 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
             say!("  {}{}   {mark}", problem.prompt, answer.text.trim_end());
         }
     }
-    say!("  {right} of {} right, on problems it never saw\n", problems.len());
+    say!(
+        "  {right} of {} right, on problems it never saw\n",
+        problems.len()
+    );
     Ok(right * 100 >= problems.len() * 95)
 }
 
@@ -174,7 +204,11 @@ fn by_turns(all: &[Problem], n: usize) -> Vec<&Problem> {
 fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<()> {
     let source = dir.join("synthetic-7b-layers");
     let made = synthetic::make(&source, args.size, cancel, &mut |done, of| {
-        live(&format!("writing a synthetic checkpoint: {} of {}", human_bytes(done), human_bytes(of)));
+        live(&format!(
+            "writing a synthetic checkpoint: {} of {}",
+            human_bytes(done),
+            human_bytes(of)
+        ));
     })?;
     live("");
     let options = SourceOptions::folder(&source, &dir.join("packed"), true);
@@ -222,7 +256,9 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
             100.0 * report.overlap,
         );
     }
-    say!("The same bytes whatever the number of sequences: what fills a pass is free until compute catches up.");
+    say!(
+        "The same bytes whatever the number of sequences: what fills a pass is free until compute catches up."
+    );
     Ok(())
 }
 

@@ -13,7 +13,12 @@ use crate::units::human_bytes;
 pub struct InspectArgs {
     /// A model; the offload folder's packs are listed when left out
     model: Option<String>,
-    #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER"
+    )]
     offload_folder: PathBuf,
     /// config.json for an accelerate folder that lacks it
     #[arg(long, value_name = "DIR")]

@@ -100,19 +100,36 @@ pub struct SourceOptions {
     /// A folder as the hub delivers it, a packed folder, accelerate's offload folder, or a hub id in the local cache
     pub model: String,
     /// Where packed weights are kept
-    #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER", help_heading = "Weights")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER",
+        help_heading = "Weights"
+    )]
     pub offload_folder: PathBuf,
     /// Stream from the checkpoint's own files: no second copy
     #[arg(long, env = "TENSORPAGER_IN_PLACE", value_parser = BoolishValueParser::new(), help_heading = "Weights")]
     pub in_place: bool,
     /// auto, float16, bfloat16, float32, or a FILE.json of module → type
-    #[arg(long, value_name = "TYPE", default_value = "auto", env = "TENSORPAGER_DTYPE", help_heading = "Weights")]
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "auto",
+        env = "TENSORPAGER_DTYPE",
+        help_heading = "Weights"
+    )]
     pub dtype: String,
     /// Pack even where float16 cannot hold some bfloat16 values (they become infinite)
     #[arg(long, help_heading = "Weights")]
     pub allow_overflow: bool,
     /// config.json and tokenizer for an accelerate folder that lacks them
-    #[arg(long, value_name = "DIR", env = "TENSORPAGER_CONFIG_FROM", help_heading = "Weights")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "TENSORPAGER_CONFIG_FROM",
+        help_heading = "Weights"
+    )]
     pub config_from: Option<PathBuf>,
     /// Let an accelerate index name files outside its folder
     #[arg(long, help_heading = "Weights")]
@@ -126,16 +143,32 @@ pub struct SourceOptions {
 #[derive(Args, Clone, Debug)]
 pub struct MachineOptions {
     /// auto or cpu
-    #[arg(long, default_value = "auto", env = "TENSORPAGER_DEVICE", help_heading = "Machine")]
+    #[arg(
+        long,
+        default_value = "auto",
+        env = "TENSORPAGER_DEVICE",
+        help_heading = "Machine"
+    )]
     pub device: String,
     /// auto, cpu, disk, or a FILE.json of module → tier
-    #[arg(long, value_name = "MAP", default_value = "auto", env = "TENSORPAGER_DEVICE_MAP", help_heading = "Machine")]
+    #[arg(
+        long,
+        value_name = "MAP",
+        default_value = "auto",
+        env = "TENSORPAGER_DEVICE_MAP",
+        help_heading = "Machine"
+    )]
     pub device_map: String,
     /// Bound on this process's peak memory [default: 90 % of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_CPU_MEMORY", help_heading = "Machine")]
     pub cpu_memory: Option<u64>,
     /// cpu=16GiB: the same as --cpu-memory
-    #[arg(long, value_name = "MAP", env = "TENSORPAGER_MAX_MEMORY", help_heading = "Machine")]
+    #[arg(
+        long,
+        value_name = "MAP",
+        env = "TENSORPAGER_MAX_MEMORY",
+        help_heading = "Machine"
+    )]
     pub max_memory: Option<String>,
     /// Units that may be read ahead of the one computing
     #[arg(long, value_name = "N", value_parser = count_or_auto, default_value = "auto", env = "TENSORPAGER_PREFETCH_DEPTH", help_heading = "Machine")]
@@ -147,10 +180,22 @@ pub struct MachineOptions {
     #[arg(long, value_name = "N", value_parser = count_or_auto, default_value = "auto", env = "TENSORPAGER_QUEUE_DEPTH", help_heading = "Machine")]
     pub queue_depth: OrAuto<usize>,
     /// How files are read
-    #[arg(long, value_enum, default_value = "auto", env = "TENSORPAGER_IO", help_heading = "Machine")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        env = "TENSORPAGER_IO",
+        help_heading = "Machine"
+    )]
     pub io: IoArg,
     /// Compare every byte read with its checksum: always, on first read, never
-    #[arg(long, value_enum, default_value = "always", env = "TENSORPAGER_VERIFY", help_heading = "Machine")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "always",
+        env = "TENSORPAGER_VERIFY",
+        help_heading = "Machine"
+    )]
     pub verify: VerifyArg,
     /// Computing threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = threads, env = "TENSORPAGER_THREADS", help_heading = "Machine")]
@@ -169,18 +214,48 @@ pub struct SamplingOptions {
     /// Always take the likeliest token
     #[arg(long, env = "TENSORPAGER_GREEDY", value_parser = BoolishValueParser::new(), help_heading = "Sampling")]
     pub greedy: bool,
-    #[arg(long, value_name = "T", env = "TENSORPAGER_TEMPERATURE", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "T",
+        env = "TENSORPAGER_TEMPERATURE",
+        help_heading = "Sampling"
+    )]
     pub temperature: Option<f32>,
-    #[arg(long, value_name = "K", env = "TENSORPAGER_TOP_K", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "K",
+        env = "TENSORPAGER_TOP_K",
+        help_heading = "Sampling"
+    )]
     pub top_k: Option<usize>,
-    #[arg(long, value_name = "P", env = "TENSORPAGER_TOP_P", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "P",
+        env = "TENSORPAGER_TOP_P",
+        help_heading = "Sampling"
+    )]
     pub top_p: Option<f32>,
-    #[arg(long, value_name = "P", env = "TENSORPAGER_MIN_P", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "P",
+        env = "TENSORPAGER_MIN_P",
+        help_heading = "Sampling"
+    )]
     pub min_p: Option<f32>,
-    #[arg(long, value_name = "X", env = "TENSORPAGER_REPETITION_PENALTY", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "X",
+        env = "TENSORPAGER_REPETITION_PENALTY",
+        help_heading = "Sampling"
+    )]
     pub repetition_penalty: Option<f32>,
     /// The same seed gives the same text
-    #[arg(long, value_name = "N", env = "TENSORPAGER_SEED", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "TENSORPAGER_SEED",
+        help_heading = "Sampling"
+    )]
     pub seed: Option<u64>,
     /// Stop before this text appears (may be given more than once)
     #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
@@ -195,7 +270,9 @@ impl SamplingOptions {
     /// the user wants to sample.
     pub fn over(&self, generation: &GenerationConfig) -> Result<SamplingParams> {
         let mut params = generation.sampling();
-        if params.is_greedy() && (self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some()) {
+        if params.is_greedy()
+            && (self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some())
+        {
             params.temperature = 1.0;
         }
         if let Some(t) = self.temperature {

@@ -17,7 +17,12 @@ pub struct PromptOptions {
     #[arg(long, short = 'p', value_name = "TEXT", conflicts_with_all = ["prompt_file", "messages"], help_heading = "Prompt")]
     pub prompt: Option<String>,
     /// A file with the prompt; - is standard input
-    #[arg(long, value_name = "FILE", conflicts_with = "messages", help_heading = "Prompt")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "messages",
+        help_heading = "Prompt"
+    )]
     pub prompt_file: Option<PathBuf>,
     /// A JSON file: a list of {"role", "content"}
     #[arg(long, value_name = "FILE", help_heading = "Prompt")]
@@ -80,7 +85,10 @@ fn read_text(path: &Path) -> Result<String> {
         Error::new(
             Code::Usage,
             format!("{} is not UTF-8 text", path.display()),
-            format!("byte {} does not belong to any character", e.utf8_error().valid_up_to()),
+            format!(
+                "byte {} does not belong to any character",
+                e.utf8_error().valid_up_to()
+            ),
             "convert it (iconv -t UTF-8) and try again",
         )
     })

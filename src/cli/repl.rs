@@ -62,10 +62,17 @@ pub fn chat(
             prompt,
             ..like.clone()
         };
-        let answer = generate(engine, tokenizer, job, stops.clone(), &mut |_, _| {}, &mut |t| {
-            // A closed pipe is met by the line's end below.
-            let _ = super::run::print(t);
-        });
+        let answer = generate(
+            engine,
+            tokenizer,
+            job,
+            stops.clone(),
+            &mut |_, _| {},
+            &mut |t| {
+                // A closed pipe is met by the line's end below.
+                let _ = super::run::print(t);
+            },
+        );
         super::run::print("\n")?;
         match answer {
             Ok(answer) => messages.push(Message::new("assistant", &answer.text)),

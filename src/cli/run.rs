@@ -74,7 +74,12 @@ pub fn run(args: RunArgs) -> Result<u8> {
     args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
+    let model = Model::open_within(
+        args.machine.cpu_budget()?,
+        &args.source,
+        &cancel,
+        args.quiet,
+    )?;
     let tokenizer = model.tokenizer()?;
     let template = if args.prompt.raw {
         None
@@ -120,7 +125,14 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {
         let system = args.prompt.system.as_deref();
-        return repl::chat(&mut engine, &tokenizer, template.as_ref(), job, stops, system);
+        return repl::chat(
+            &mut engine,
+            &tokenizer,
+            template.as_ref(),
+            job,
+            stops,
+            system,
+        );
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
@@ -152,7 +164,10 @@ pub fn run(args: RunArgs) -> Result<u8> {
         print(&format!("{text}\n"))?;
     } else if !args.quiet {
         let n = answer.tokens.len();
-        eprintln!("{}", closing_lines(prompt_ids.len(), n, &timings, &paging, &engine));
+        eprintln!(
+            "{}",
+            closing_lines(prompt_ids.len(), n, &timings, &paging, &engine)
+        );
     }
     Ok(0)
 }
@@ -215,7 +230,9 @@ pub(super) fn print(text: &str) -> Result<()> {
         .map_err(|e| {
             let error = Error::io("standard output cannot be written", &e);
             match e.kind() {
-                std::io::ErrorKind::BrokenPipe => error.with_fix("keep whatever reads the output open until the end"),
+                std::io::ErrorKind::BrokenPipe => {
+                    error.with_fix("keep whatever reads the output open until the end")
+                }
                 _ => error,
             }
         })

@@ -62,7 +62,12 @@ struct Scored<'a> {
 pub fn run(args: ScoreArgs) -> Result<u8> {
     args.machine.check()?;
     let cancel = signals::cancel_flag()?;
-    let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
+    let model = Model::open_within(
+        args.machine.cpu_budget()?,
+        &args.source,
+        &cancel,
+        args.quiet,
+    )?;
     let inputs = read_inputs(&args.input, &model)?;
     let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
     if longest == 0 {
@@ -97,8 +102,8 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
             file.write(block)?;
         }
         accumulate(&mut rows[block.input], block, &inputs[block.input]);
-        let complete =
-            block.first_id + block.ids == vocab && block.first_row + block.rows == inputs[block.input].len();
+        let complete = block.first_id + block.ids == vocab
+            && block.first_row + block.rows == inputs[block.input].len();
         if complete {
             print_scored(block.input, &rows[block.input])?;
             rows[block.input] = Vec::new();
@@ -131,7 +136,10 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
                 "it is not UTF-8 text",
                 "convert it (iconv -t UTF-8) and try again",
             ),
-            _ => Error::io(format!("line {} of {} cannot be read", i + 1, path.display()), &e),
+            _ => Error::io(
+                format!("line {} of {} cannot be read", i + 1, path.display()),
+                &e,
+            ),
         })?;
         if line.trim().is_empty() {
             continue;
@@ -163,10 +171,17 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
         }
         let spec = &model.store.spec;
         if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
-            return Err(bad(format!("token id {id} is outside the vocabulary of {}", spec.vocab)));
+            return Err(bad(format!(
+                "token id {id} is outside the vocabulary of {}",
+                spec.vocab
+            )));
         }
         if ids.len() > spec.max_positions {
-            return Err(bad(format!("it has {} tokens, the model takes {}", ids.len(), spec.max_positions)));
+            return Err(bad(format!(
+                "it has {} tokens, the model takes {}",
+                ids.len(),
+                spec.max_positions
+            )));
         }
         inputs.push(ids);
     }
@@ -213,7 +228,10 @@ fn accumulate(rows: &mut [LogSum], block: &ScoreBlock<'_>, tokens: &[u32]) {
         };
         state.add(values);
         let target = tokens[row + 1] as usize;
-        if let Some(v) = target.checked_sub(block.first_id).and_then(|t| values.get(t)) {
+        if let Some(v) = target
+            .checked_sub(block.first_id)
+            .and_then(|t| values.get(t))
+        {
             state.target = *v;
         }
     }
@@ -250,7 +268,8 @@ struct LogitsFile {
 
 impl LogitsFile {
     fn create(path: &Path, inputs: &[Vec<u32>], vocab: usize) -> Result<LogitsFile> {
-        let wrap = |e: std::io::Error| Error::io(format!("{} cannot be written", path.display()), &e);
+        let wrap =
+            |e: std::io::Error| Error::io(format!("{} cannot be written", path.display()), &e);
         let mut header = serde_json::Map::new();
         let mut at = 0u64;
         let mut starts = Vec::with_capacity(inputs.len());
@@ -288,7 +307,8 @@ impl LogitsFile {
             vocab,
         };
         let file = &mut made.file;
-        file.write_all(&(head.len() as u64).to_le_bytes()).map_err(wrap)?;
+        file.write_all(&(head.len() as u64).to_le_bytes())
+            .map_err(wrap)?;
         file.write_all(&head).map_err(wrap)?;
         file.set_len(base + at).map_err(wrap)?;
         let ids: Vec<u8> = inputs
@@ -327,10 +347,7 @@ impl Drop for LogitsFile {
 }
 
 /// The ids come behind all logits, one tensor an input; answers where the first begins.
-fn entry_ids(
-    entry: &mut dyn FnMut(String, &str, &[usize]) -> u64,
-    inputs: &[Vec<u32>],
-) -> u64 {
+fn entry_ids(entry: &mut dyn FnMut(String, &str, &[usize]) -> u64, inputs: &[Vec<u32>]) -> u64 {
     let mut first = None;
     for (i, ids) in inputs.iter().enumerate() {
         let at = entry(format!("input_ids.{i}"), "I32", &[ids.len()]);
@@ -345,7 +362,9 @@ mod tests {
 
     #[test]
     fn the_sum_does_not_depend_on_the_blocks() {
-        let values: Vec<f32> = (0..1000).map(|i| ((i * 37) % 101) as f32 * 0.3 - 9.0).collect();
+        let values: Vec<f32> = (0..1000)
+            .map(|i| ((i * 37) % 101) as f32 * 0.3 - 9.0)
+            .collect();
         let exact: f64 = values.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
         for block in [1, 7, 64, 1000] {
             let mut s = LogSum::default();

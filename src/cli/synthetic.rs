@@ -50,7 +50,10 @@ pub fn make(
     if free < bytes + MARGIN_BYTES {
         return Err(Error::new(
             Code::Space,
-            format!("no room for a synthetic checkpoint of {}", human_bytes(bytes)),
+            format!(
+                "no room for a synthetic checkpoint of {}",
+                human_bytes(bytes)
+            ),
             format!("{} has {} free", dir.display(), human_bytes(free)),
             "give a smaller --size, or another --offload-folder",
         ));

@@ -14,7 +14,12 @@ use crate::units::human_bytes;
 pub struct VerifyArgs {
     /// A packed folder, or the name of one in the offload folder; all of them when left out
     pack: Option<String>,
-    #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER"
+    )]
     offload_folder: PathBuf,
     /// One JSON object on stdout
     #[arg(long)]
@@ -75,7 +80,10 @@ fn find(name: &str, offload_folder: &Path) -> Result<PathBuf> {
     Err(Error::new(
         Code::Usage,
         format!("there is no pack `{name}`"),
-        format!("neither it nor {} is a folder", offload_folder.join(name).display()),
+        format!(
+            "neither it nor {} is a folder",
+            offload_folder.join(name).display()
+        ),
         "`tensorpager inspect` lists the packs",
     ))
 }

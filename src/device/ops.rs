@@ -230,7 +230,14 @@ impl Device {
     pub fn kv_append(&self, kv: &mut Kv, layer: usize, spans: &[Span<'_>], k: &Rows, v: &Rows) {
         let Device::Cpu(d) = self;
         d.kv_append(
-            &kv.layout, &mut kv.data, layer, spans, &k.data, k.cols, &v.data, v.cols,
+            &kv.layout,
+            &mut kv.data,
+            layer,
+            spans,
+            &k.data,
+            k.cols,
+            &v.data,
+            v.cols,
         );
     }
 
@@ -250,7 +257,14 @@ impl Device {
             data: &kv.data,
         };
         d.attention(
-            &q.data, q.cols, shape.heads, &view, layer, spans, shape.scale, shape.window,
+            &q.data,
+            q.cols,
+            shape.heads,
+            &view,
+            layer,
+            spans,
+            shape.scale,
+            shape.window,
             &mut out.data,
         );
     }

@@ -59,7 +59,12 @@ fn cgroup_room() -> Option<u64> {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
             if controllers.is_empty() {
-                tightest(Path::new("/sys/fs/cgroup"), path, "memory.max", "memory.current")
+                tightest(
+                    Path::new("/sys/fs/cgroup"),
+                    path,
+                    "memory.max",
+                    "memory.current",
+                )
             } else if controllers.split(',').any(|c| c == "memory") {
                 let root = Path::new("/sys/fs/cgroup/memory");
                 tightest(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -119,7 +124,10 @@ impl Charges {
         budget.checked_sub(self.total()).ok_or_else(|| {
             Error::new(
                 Code::Memory,
-                format!("{} of memory is too little before any weight is loaded", human_bytes(budget)),
+                format!(
+                    "{} of memory is too little before any weight is loaded",
+                    human_bytes(budget)
+                ),
                 format!(
                     "the process takes {}, KV {}, activations and logits {}, slack {}",
                     human_bytes(self.base),
@@ -127,7 +135,10 @@ impl Charges {
                     human_bytes(self.scratch + self.logits),
                     human_bytes(SLACK_BYTES)
                 ),
-                format!("give --cpu-memory more than {}, or a smaller --context", flag_size(self.total())),
+                format!(
+                    "give --cpu-memory more than {}, or a smaller --context",
+                    flag_size(self.total())
+                ),
             )
         })
     }
@@ -140,7 +151,10 @@ mod tests {
     #[test]
     fn this_process_has_a_size() {
         let m = HostMemory::read();
-        assert!(m.resident > 0 && m.peak >= m.resident && m.available > 0, "{m:?}");
+        assert!(
+            m.resident > 0 && m.peak >= m.resident && m.available > 0,
+            "{m:?}"
+        );
         assert!(m.default_budget() < m.available + m.resident);
     }
 
@@ -153,6 +167,9 @@ mod tests {
         fs::write(dir.path().join("a/memory.max"), "1000\n").unwrap();
         fs::write(dir.path().join("a/memory.current"), "700\n").unwrap();
         fs::write(dir.path().join("a/memory.stat"), "anon 500\nfile 200\n").unwrap();
-        assert_eq!(tightest(dir.path(), "/a/b", "memory.max", "memory.current"), Some(500));
+        assert_eq!(
+            tightest(dir.path(), "/a/b", "memory.max", "memory.current"),
+            Some(500)
+        );
     }
 }

@@ -40,7 +40,10 @@ fn simulate(limits: Limits, jobs: &[Job], budget: usize) -> Vec<Vec<u32>> {
         passes += 1;
         assert!(s.pass().rows() > 0 && passes < 10_000, "no progress");
         assert!(s.pass().rows() <= limits.rows && s.pass().wanted() <= limits.wanted);
-        assert!(s.copies().is_empty(), "full blocks are shared, never written");
+        assert!(
+            s.copies().is_empty(),
+            "full blocks are shared, never written"
+        );
         let mut row = 0;
         for segment in &s.pass().segments {
             for i in 0..segment.len as usize {
@@ -61,7 +64,11 @@ fn simulate(limits: Limits, jobs: &[Job], budget: usize) -> Vec<Vec<u32>> {
         for (segment, tokens) in choosers.zip(&choosing) {
             for (at, token) in tokens.iter().enumerate() {
                 let block = segment.table[at / BLOCK_TOKENS] as usize;
-                assert_eq!(memory[block][at % BLOCK_TOKENS], *token, "token {at} of the past");
+                assert_eq!(
+                    memory[block][at % BLOCK_TOKENS],
+                    *token,
+                    "token {at} of the past"
+                );
             }
         }
         events.clear();
@@ -79,7 +86,11 @@ fn simulate(limits: Limits, jobs: &[Job], budget: usize) -> Vec<Vec<u32>> {
             }
         }
     }
-    assert_eq!(s.pool.free_blocks(), limits.kv_blocks, "every block came back");
+    assert_eq!(
+        s.pool.free_blocks(),
+        limits.kv_blocks,
+        "every block came back"
+    );
     said
 }
 
@@ -132,7 +143,10 @@ fn a_common_beginning_is_computed_once_even_in_one_pass() {
 fn what_could_never_run_is_refused() {
     let mut s = Scheduler::new(limits(8));
     assert_eq!(s.submit(job(vec![], 1)).unwrap_err().code(), Code::Usage);
-    assert_eq!(s.submit(job(vec![1; 64], 1)).unwrap_err().code(), Code::Usage);
+    assert_eq!(
+        s.submit(job(vec![1; 64], 1)).unwrap_err().code(),
+        Code::Usage
+    );
     assert!(s.submit(job(vec![1; 63], 1)).is_ok());
 }
 
@@ -151,7 +165,9 @@ fn a_failed_row_leaves_the_others_alone() {
     };
     s.advance(&mut choose, &mut events);
     assert_eq!(s.pending(), 0);
-    let failed = events.iter().filter(|e| matches!(e, Event::Failed { job, .. } if *job == ids[1]));
+    let failed = events
+        .iter()
+        .filter(|e| matches!(e, Event::Failed { job, .. } if *job == ids[1]));
     assert_eq!(failed.count(), 1);
     assert_eq!(events.len(), 5);
 }

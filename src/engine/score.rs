@@ -118,7 +118,9 @@ impl Engine {
             return false;
         }
         let part = &s.tokens[done..done + rows];
-        self.scheduler.pass.push_text(part, done, s.table.blocks(), rows);
+        self.scheduler
+            .pass
+            .push_text(part, done, s.table.blocks(), rows);
         parts.push((s.input, done, rows));
         true
     }
@@ -128,7 +130,10 @@ impl Engine {
             return Err(Error::new(
                 Code::Usage,
                 format!("input {index} has {} tokens", tokens.len()),
-                format!("an input has 1 to {} tokens under this context", self.context),
+                format!(
+                    "an input has 1 to {} tokens under this context",
+                    self.context
+                ),
                 "split it, or raise --context",
             ));
         }

@@ -131,12 +131,7 @@ impl Forward {
         self.head(device, source, pass, sink)
     }
 
-    fn embed(
-        &mut self,
-        device: &Device,
-        source: &mut dyn UnitSource,
-        pass: &Pass,
-    ) -> Result<()> {
+    fn embed(&mut self, device: &Device, source: &mut dyn UnitSource, pass: &Pass) -> Result<()> {
         let x = &mut self.scratch.x;
         source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
             device.put_row(row, x, i);

@@ -69,7 +69,9 @@ impl Pass {
     pub fn check(&self, vocab: usize, kv_blocks: usize) -> Result<()> {
         let rows: usize = self.segments.iter().map(|s| s.len as usize).sum();
         if rows != self.tokens.len() || rows != self.positions.len() {
-            return Err(Error::internal("a pass whose segments do not cover its rows"));
+            return Err(Error::internal(
+                "a pass whose segments do not cover its rows",
+            ));
         }
         for s in &self.segments {
             let tokens = (s.start + s.len) as usize;

@@ -10,7 +10,10 @@ use crate::spec::{UnitKind, canonical_name};
 /// A unit that no entry covers is an error: accelerate refuses such a map too.
 pub fn parse_device_map(json: &Value, kinds: &[UnitKind]) -> Result<Vec<Tier>> {
     let entries = json.as_object().ok_or_else(|| {
-        bad("it is not a JSON object".into(), "write {\"model.layers.0\": \"cpu\", \"\": \"disk\"}")
+        bad(
+            "it is not a JSON object".into(),
+            "write {\"model.layers.0\": \"cpu\", \"\": \"disk\"}",
+        )
     })?;
     let mut rules: Vec<(Vec<String>, Tier)> = Vec::new();
     for (module, device) in entries {
@@ -26,7 +29,13 @@ pub fn parse_device_map(json: &Value, kinds: &[UnitKind]) -> Result<Vec<Tier>> {
                 .iter()
                 .find(|(path, _)| module.starts_with(path))
                 // The final norm is a few kilobytes: no pass streams it, so it rests in memory wherever the map puts it.
-                .map(|(_, tier)| if *kind == UnitKind::Norm { Tier::Cpu } else { *tier })
+                .map(|(_, tier)| {
+                    if *kind == UnitKind::Norm {
+                        Tier::Cpu
+                    } else {
+                        *tier
+                    }
+                })
                 .ok_or_else(|| {
                     bad(
                         format!("no entry covers `{}`", module.join(".")),
@@ -110,7 +119,10 @@ mod tests {
     #[test]
     fn the_final_norm_is_never_left_on_disk() {
         let kinds = [UnitKind::Layer(0), UnitKind::Norm];
-        assert_eq!(parse_device_map(&json!({"": "disk"}), &kinds).unwrap(), [Tier::Disk, Tier::Cpu]);
+        assert_eq!(
+            parse_device_map(&json!({"": "disk"}), &kinds).unwrap(),
+            [Tier::Disk, Tier::Cpu]
+        );
     }
 
     #[test]

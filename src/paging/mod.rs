@@ -9,8 +9,8 @@ mod stats;
 mod stream;
 
 pub use device_map::parse_device_map;
-pub use pager::{Lease, Pager, PagerOptions, unit_name};
 pub(crate) use pager::interrupted;
+pub use pager::{Lease, Pager, PagerOptions, unit_name};
 pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, is_streamed};
 pub use rates::{DiskRates, RATES_FILE};
 pub use slot::{PageRead, SlotLayout, SlotWeight};

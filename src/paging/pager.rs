@@ -147,8 +147,13 @@ impl Pager {
             gathered: gathered_tx,
             stop: stop.clone(),
         };
-        let (thread, reader, reader_name, direct) =
-            spawn(shared.clone(), ports, &arena, options, plan.slots.max(units))?;
+        let (thread, reader, reader_name, direct) = spawn(
+            shared.clone(),
+            ports,
+            &arena,
+            options,
+            plan.slots.max(units),
+        )?;
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
             cycle,
@@ -353,8 +358,8 @@ impl Pager {
                 let at = start_of(tokens[order[next] as usize]);
                 // Rows come in ascending order, so a block is either the last one taken or new.
                 let first_new = g.blocks.last().map_or(0, |last| last + 1);
-                let fresh = first_new.max(at / BLOCK_BYTES)
-                    ..(at + row_bytes as u64).div_ceil(BLOCK_BYTES);
+                let fresh =
+                    first_new.max(at / BLOCK_BYTES)..(at + row_bytes as u64).div_ceil(BLOCK_BYTES);
                 if g.blocks.len() + fresh.clone().count() > room {
                     break;
                 }
@@ -426,7 +431,10 @@ impl Pager {
         if started.elapsed() > self.stall_limit * 2 {
             return Err(Error::new(
                 Code::Stalled,
-                format!("no layer arrived for {:.0} s", started.elapsed().as_secs_f64()),
+                format!(
+                    "no layer arrived for {:.0} s",
+                    started.elapsed().as_secs_f64()
+                ),
                 format!("the {} reader gives no answer", self.reader_name),
                 "check the drive (dmesg), or try --io threads",
             ));

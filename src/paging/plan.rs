@@ -83,9 +83,7 @@ impl Plan {
         let plan = match placement {
             Placement::Cpu => all,
             Placement::Disk => none,
-            Placement::Units(tiers) => {
-                Plan::with_tiers(layouts, tiers.clone(), depth, tied_head)
-            }
+            Placement::Units(tiers) => Plan::with_tiers(layouts, tiers.clone(), depth, tied_head),
             Placement::Auto if all.arena_bytes() <= budget => all,
             Placement::Auto => largest_spread(layouts, budget, depth, tied_head).unwrap_or(none),
         };
@@ -101,12 +99,7 @@ impl Plan {
         Ok(plan)
     }
 
-    fn with_tiers(
-        layouts: &[SlotLayout],
-        tiers: Vec<Tier>,
-        depth: usize,
-        tied_head: bool,
-    ) -> Plan {
+    fn with_tiers(layouts: &[SlotLayout], tiers: Vec<Tier>, depth: usize, tied_head: bool) -> Plan {
         let mut resident_bytes = 0;
         let mut streamed_bytes = 0;
         let mut slot_bytes = 0;
@@ -196,10 +189,7 @@ fn largest_spread(
         Plan::with_tiers(layouts, tiers, depth, tied_head)
     };
     // Sizes differ between layers and head blocks, so fitting is only nearly monotone in k: look from the top.
-    (0..n)
-        .rev()
-        .map(spread)
-        .find(|p| p.arena_bytes() <= budget)
+    (0..n).rev().map(spread).find(|p| p.arena_bytes() <= budget)
 }
 
 #[cfg(test)]
@@ -231,7 +221,10 @@ mod tests {
         for mib in (210..4000).step_by(37) {
             let p = Plan::new(&m, mib << 20, 1, &Placement::Auto, true).unwrap();
             assert!(p.arena_bytes() <= mib << 20);
-            assert!(p.streamed_bytes <= last, "more memory must never stream more");
+            assert!(
+                p.streamed_bytes <= last,
+                "more memory must never stream more"
+            );
             last = p.streamed_bytes;
         }
         assert_eq!(last, 0);
@@ -243,7 +236,10 @@ mod tests {
         let e = Plan::new(&m, 100 << 20, 1, &Placement::Auto, true).unwrap_err();
         assert_eq!(e.code(), Code::Memory);
         let missing: u64 = crate::units::parse_size(
-            e.fix().split_whitespace().find(|w| w.ends_with("MiB")).unwrap(),
+            e.fix()
+                .split_whitespace()
+                .find(|w| w.ends_with("MiB"))
+                .unwrap(),
         )
         .unwrap();
         assert!(Plan::new(&m, (100 << 20) + missing, 1, &Placement::Auto, true).is_ok());

@@ -98,7 +98,11 @@ fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
         return None;
     }
     let largest = 1 << (room / deepest).min(4 << 20).ilog2();
-    let smaller = if largest > 1 << 20 { largest >> 2 } else { largest >> 1 };
+    let smaller = if largest > 1 << 20 {
+        largest >> 2
+    } else {
+        largest >> 1
+    };
     Some((vec![smaller, largest], vec![8, deepest as usize]))
 }
 
@@ -133,9 +137,15 @@ mod tests {
         for room in [4 << 20, 5 << 20, 33 << 20, 127 << 20, 128 << 20, u64::MAX] {
             let (blocks, depths) = probe_settings(room).unwrap();
             let most = blocks.iter().max().unwrap() * depths.iter().max().unwrap();
-            assert!(most as u64 <= room && blocks.iter().all(|b| b % 4096 == 0), "{room} {blocks:?}");
+            assert!(
+                most as u64 <= room && blocks.iter().all(|b| b % 4096 == 0),
+                "{room} {blocks:?}"
+            );
         }
-        assert_eq!(probe_settings(u64::MAX), Some((vec![1 << 20, 4 << 20], vec![8, 32])));
+        assert_eq!(
+            probe_settings(u64::MAX),
+            Some((vec![1 << 20, 4 << 20], vec![8, 32]))
+        );
     }
 
     #[test]

@@ -238,11 +238,10 @@ impl Stream {
         if verify {
             let started = Instant::now();
             let file = FileId(op.file);
-            let checked = self.shared.checksums.check(
-                file,
-                op.offset / BLOCK_BYTES,
-                &op.frame[..op.want],
-            );
+            let checked =
+                self.shared
+                    .checksums
+                    .check(file, op.offset / BLOCK_BYTES, &op.frame[..op.want]);
             counters
                 .verify_ns
                 .fetch_add(started.elapsed().as_nanos() as u64, Relaxed);
@@ -325,12 +324,10 @@ impl Stream {
                 (0, _) => disconnected(self.ports.gather.try_recv(), |g| {
                     self.gather = Some((g, 0, 0))
                 }),
-                (_, None) => disconnected(self.ports.schedule.try_recv(), |u| {
-                    self.next_unit = Some(u)
-                }),
-                (_, Some(_)) => {
-                    disconnected(self.ports.free.try_recv(), |r| self.spare = Some(r))
+                (_, None) => {
+                    disconnected(self.ports.schedule.try_recv(), |u| self.next_unit = Some(u))
                 }
+                (_, Some(_)) => disconnected(self.ports.free.try_recv(), |r| self.spare = Some(r)),
             };
             return !gone;
         }
@@ -358,10 +355,7 @@ impl Stream {
     }
 }
 
-fn disconnected<T>(
-    got: Result<T, crossbeam_channel::TryRecvError>,
-    keep: impl FnOnce(T),
-) -> bool {
+fn disconnected<T>(got: Result<T, crossbeam_channel::TryRecvError>, keep: impl FnOnce(T)) -> bool {
     match got {
         Ok(t) => {
             keep(t);

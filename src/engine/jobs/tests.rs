@@ -72,7 +72,11 @@ fn a_torn_end_is_cut_and_a_torn_middle_refused() {
         std::fs::write(&path, &whole[..whole.len() - cut]).unwrap();
         let mut log = RowLog::open(&path).unwrap();
         rows_of(&mut log).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), whole[..whole.len() / 3 * 2], "cut {cut}");
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            whole[..whole.len() / 3 * 2],
+            "cut {cut}"
+        );
     }
     // A first row torn right at its start is ours; a note is not.
     for (text, kept) in [("{\"id\":\"batch_r", ""), ("note", "note"), ("\0\0\0", "")] {
@@ -82,7 +86,7 @@ fn a_torn_end_is_cut_and_a_torn_middle_refused() {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), kept);
     }
     let mut broken = whole.clone();
-    broken[whole.len() / 3 + 2] = b'}';
+    broken[whole.len() / 3 + 1] = b'}';
     std::fs::write(&path, &broken).unwrap();
     let mut log = RowLog::open(&path).unwrap();
     assert_eq!(rows_of(&mut log).unwrap_err().code(), Code::Usage);
@@ -100,19 +104,33 @@ fn shards_from_the_environment() {
     let is = |i, n| Some(Shard { index: i, count: n });
     assert_eq!(env(&[]).unwrap(), None);
     assert_eq!(
-        env(&[("SLURM_ARRAY_TASK_ID", "5"), ("SLURM_ARRAY_TASK_COUNT", "3"),
-              ("SLURM_ARRAY_TASK_MIN", "1"), ("SLURM_ARRAY_TASK_STEP", "2")]).unwrap(),
+        env(&[
+            ("SLURM_ARRAY_TASK_ID", "5"),
+            ("SLURM_ARRAY_TASK_COUNT", "3"),
+            ("SLURM_ARRAY_TASK_MIN", "1"),
+            ("SLURM_ARRAY_TASK_STEP", "2")
+        ])
+        .unwrap(),
         is(2, 3)
     );
-    assert_eq!(env(&[("JOB_COMPLETION_INDEX", "0"), ("JOB_COMPLETIONS", "2")]).unwrap(), is(0, 2));
+    assert_eq!(
+        env(&[("JOB_COMPLETION_INDEX", "0"), ("JOB_COMPLETIONS", "2")]).unwrap(),
+        is(0, 2)
+    );
     for bad in [
         env(&[("JOB_COMPLETION_INDEX", "1")]),
         env(&[("SLURM_ARRAY_TASK_ID", "x")]),
-        env(&[("SLURM_ARRAY_TASK_ID", "9"), ("SLURM_ARRAY_TASK_COUNT", "3")]),
+        env(&[
+            ("SLURM_ARRAY_TASK_ID", "9"),
+            ("SLURM_ARRAY_TASK_COUNT", "3"),
+        ]),
     ] {
         assert_eq!(bad.unwrap_err().code(), Code::Usage);
     }
-    assert_eq!(Shard::parse("1/4").unwrap().path(Path::new("a/b.jsonl")), Path::new("a/b.1-of-4.jsonl"));
+    assert_eq!(
+        Shard::parse("1/4").unwrap().path(Path::new("a/b.jsonl")),
+        Path::new("a/b.1-of-4.jsonl")
+    );
     assert_eq!(Shard::WHOLE.path(Path::new("b")), Path::new("b"));
     for bad in ["4/4", "1", "a/b", "0/0", "-1/2"] {
         assert!(Shard::parse(bad).is_err(), "{bad}");

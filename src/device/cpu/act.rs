@@ -215,8 +215,13 @@ impl ActRows {
                 }
                 return;
             }
-            let at = self.layout.place(self.format, row, col);
-            match self.format {
+            // The constant number of lanes, equal to the format's, spares a division.
+            let format = match self.format {
+                Format::Split { .. } => Format::Split { lanes: S::LANES },
+                other => other,
+            };
+            let at = self.layout.place(format, row, col);
+            match format {
                 Format::Plain => s.store(self.base.add(at), v),
                 Format::Split { .. } => {
                     s.store_split(self.base.add(at), self.base.add(at + S::LANES), v)

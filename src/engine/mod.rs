@@ -1,1 +1,213 @@
+//! The engine as a library: submit, step, cancel. No process-global state; `cli` is one client of it.
+//!
+//! Each [`Engine::step`] is one pass over all units. It carries the next token of every running sequence and chunks of
+//! the prompts that are not in the KV cache yet, as many as the pass may hold, first come first served.
 
+pub mod jobs;
+mod memory;
+mod open;
+mod pacer;
+mod sample;
+pub mod schedule;
+mod score;
+mod sequence;
+mod source;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
+pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
+pub use score::ScoreBlock;
+pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
+
+use crate::device::{Device, Kv};
+use crate::error::{Code, Error, Result};
+use crate::model::forward::{Forward, LogitsSink};
+use crate::paging::{Pager, PagingStats, Plan};
+use crate::spec::ModelSpec;
+use crate::units::Dtype;
+use pacer::Pacer;
+use sample::Samplers;
+use schedule::{ScheduleStats, Scheduler};
+use source::Paged;
+
+/// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineStats {
+    pub paging: PagingStats,
+    /// Time in the ops of the forward pass, waits left out.
+    pub compute: Duration,
+    /// Time inside passes.
+    pub pass: Duration,
+    /// Rows (tokens) that went through the layers.
+    pub rows: u64,
+}
+
+impl EngineStats {
+    pub fn since(&self, earlier: &EngineStats) -> EngineStats {
+        EngineStats {
+            paging: self.paging.since(&earlier.paging),
+            compute: self.compute - earlier.compute,
+            pass: self.pass - earlier.pass,
+            rows: self.rows - earlier.rows,
+        }
+    }
+}
+
+/// A model ready to run under its budget. See [`Engine::open`].
+pub struct Engine {
+    spec: ModelSpec,
+    dtype: Dtype,
+    device: Device,
+    forward: Forward,
+    pager: Pager,
+    kv: Kv,
+    scheduler: Scheduler,
+    pacer: Pacer,
+    /// Bytes from disk bound a pass from below; without them there is nothing to hide compute behind.
+    streams: bool,
+    context: usize,
+    logits: Vec<f32>,
+    samplers: Samplers,
+    pass_time: Duration,
+    rows: u64,
+    cancel: Arc<AtomicBool>,
+}
+
+impl Engine {
+    /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
+    pub fn submit(&mut self, job: Job) -> Result<JobId> {
+        self.scheduler.submit(job)
+    }
+
+    /// Forgets a job at once and gives back its KV. Unknown ids are ignored: it may just have finished.
+    pub fn cancel(&mut self, id: JobId) {
+        self.scheduler.cancel(id);
+    }
+
+    /// Jobs that are not finished.
+    pub fn pending(&self) -> usize {
+        self.scheduler.pending()
+    }
+
+    /// Jobs in the passes now; the others wait for room.
+    pub fn running(&self) -> usize {
+        self.scheduler.running()
+    }
+
+    /// Jobs that wait and have generated nothing.
+    pub fn unstarted(&self) -> impl Iterator<Item = JobId> + '_ {
+        self.scheduler.unstarted()
+    }
+
+    /// One pass. Appends what happened to `events`. Does nothing when no job is pending. After an error nothing computed is
+    /// trusted any more: a further step computes every pending job's KV anew.
+    pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        if self.cancel.load(Relaxed) {
+            return Err(crate::paging::interrupted());
+        }
+        let most = self.forward.max_tokens();
+        let budget = match self.streams {
+            true => self.pacer.budget(most),
+            false => most,
+        };
+        self.scheduler.schedule(budget)?;
+        if self.scheduler.pass.rows() == 0 {
+            return Ok(());
+        }
+        for copy in self.scheduler.copies() {
+            self.device.kv_copy(&mut self.kv, copy.from, copy.to);
+        }
+        let vocab = self.spec.vocab;
+        let mut logits = std::mem::take(&mut self.logits);
+        let before = self.stats();
+        let ran = self.run_pass(&mut |first, n, block| {
+            for (row, values) in block.chunks_exact(n).enumerate() {
+                logits[row * vocab + first..][..n].copy_from_slice(values);
+            }
+            Ok(())
+        });
+        self.logits = logits;
+        if let Err(e) = ran {
+            self.scheduler.set_back_all();
+            return Err(e);
+        }
+        let took = self.stats().since(&before);
+        self.pacer.record(
+            took.rows as usize,
+            took.compute.as_secs_f64(),
+            took.paging.disk_busy.as_secs_f64(),
+        );
+        self.samplers
+            .choose(&mut self.scheduler, &self.logits, vocab, events);
+        Ok(())
+    }
+
+    /// Runs the scheduled pass, streaming its logits into `sink`.
+    fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
+        let started = Instant::now();
+        self.pager.begin_pass()?;
+        let mut source = Paged(&mut self.pager);
+        let pass = &self.scheduler.pass;
+        self.forward
+            .run(&self.device, &mut self.kv, &mut source, pass, sink)?;
+        self.pass_time += started.elapsed();
+        self.rows += pass.rows() as u64;
+        Ok(())
+    }
+
+    /// What the scheduler did so far.
+    pub fn schedule_stats(&self) -> ScheduleStats {
+        self.scheduler.stats()
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            paging: self.pager.stats(),
+            compute: self.forward.computed(),
+            pass: self.pass_time,
+            rows: self.rows,
+        }
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The weights' type; float32 where types are mixed.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn plan(&self) -> &Plan {
+        self.pager.plan()
+    }
+
+    pub fn pager(&self) -> &Pager {
+        &self.pager
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Rows a pass may hold.
+    pub fn max_pass_tokens(&self) -> usize {
+        self.forward.max_tokens()
+    }
+}
+
+fn no_kv_room(missing: usize) -> Error {
+    Error::new(
+        Code::Memory,
+        "the KV cache is full",
+        format!("{missing} more blocks of 16 tokens are needed"),
+        "raise --context or --cpu-memory, or shorten the input",
+    )
+}

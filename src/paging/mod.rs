@@ -1,1 +1,18 @@
+//! Units into slots just ahead of the forward pass: the only place that sees both the disk and the device.
 
+mod device_map;
+mod pager;
+mod plan;
+mod rates;
+mod slot;
+mod stats;
+mod stream;
+
+pub use device_map::parse_device_map;
+pub use pager::{Lease, Pager, PagerOptions, unit_name};
+pub(crate) use pager::interrupted;
+pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, is_streamed};
+pub use rates::{DiskRates, RATES_FILE};
+pub use slot::{PageRead, SlotLayout, SlotWeight};
+pub use stats::PagingStats;
+pub use stream::VerifyWhen;

@@ -1,1 +1,5 @@
+//! What a run tells about itself: progress while it works, figures at its end.
 
+pub mod job;
+pub mod progress;
+pub mod summary;

@@ -3,7 +3,8 @@
 mod config;
 mod units;
 
-pub use units::{Role, TensorSpec, UnitKind, UnitSpec};
+pub use config::parse_config;
+pub use units::{HEAD_ROWS_MULTIPLE, Role, TensorSpec, UnitKind, UnitSpec, canonical_name};
 
 use crate::units::Dtype;
 

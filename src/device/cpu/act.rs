@@ -1,4 +1,4 @@
-//! Inputs of matrix products: rounded once to the weights' type, kept as the instruction set wants them.
+//! Inputs of matrix products, kept as the instruction set multiplies them.
 //!
 //! Layout: [block of K][row][K_BLOCK]. A product walks all rows of one block of K at a time, so that is what lies together.
 
@@ -49,10 +49,11 @@ impl Layout {
     }
 }
 
-/// Rows of activations rounded to `dtype` (round to nearest even), room for them allocated once.
+/// Rows of activations for products with weights of `dtype`, room for them allocated once.
 ///
-/// Where the CPU multiplies bfloat16 pairs they are kept as bfloat16, else as float32 values that `dtype` can hold, so that a
-/// product widens nothing but weights. A row is followed by zeros up to a whole vector.
+/// Where the CPU multiplies bfloat16 pairs they are rounded to bfloat16 (to nearest even), once. Elsewhere products multiply
+/// float32: weights are widened, and rounding activations would cost accuracy and save nothing, so they stay as they are.
+/// A row is followed by zeros up to a whole vector.
 pub struct ActBuf {
     data: Floats,
     dtype: Dtype,
@@ -90,7 +91,7 @@ impl ActBuf {
         self.cols
     }
 
-    /// Rounds to `dtype` from the next op on: to that of the weights its rows will meet. Empties the buffer.
+    /// For weights of `dtype` from the next op on. Empties the buffer.
     pub fn set_dtype(&mut self, dtype: Dtype) {
         self.dtype = dtype;
         self.rows = 0;
@@ -129,7 +130,6 @@ impl ActBuf {
             base: self.data.as_mut_ptr(),
             layout,
             format: self.format,
-            dtype: self.dtype,
         };
         let end = cols.next_multiple_of(ROW_ALIGN.min(layout.row.max(1)));
         for row in 0..rows {
@@ -184,7 +184,6 @@ pub(crate) struct ActRows {
     base: *mut f32,
     layout: Layout,
     format: Format,
-    dtype: Dtype,
 }
 
 // SAFETY: the ops give each element to one task only, and the buffer is mutably borrowed while they run.
@@ -193,17 +192,16 @@ unsafe impl Send for ActRows {}
 unsafe impl Sync for ActRows {}
 
 impl ActRows {
-    /// Rounds and writes `n <= LANES` values at `row`, `col`.
+    /// Writes `n <= LANES` values, rounded where they are packed, at `row`, `col`.
     ///
     /// # Safety
     /// `row` and `col..col + n` lie inside the shape given to `begin`, the buffer is still borrowed, and no other thread
     /// touches these elements.
     #[inline(always)]
     pub(crate) unsafe fn put<S: Simd>(self, s: S, row: usize, col: usize, v: S::V, n: usize) {
-        let v = match self.dtype {
-            Dtype::F32 => v,
-            Dtype::BF16 => s.round_bf16(v),
-            Dtype::F16 => s.round_f16(v),
+        let v = match self.format {
+            Format::Packed => s.round_bf16(v),
+            Format::Plain | Format::Split { .. } => v,
         };
         // SAFETY: the caller's promise. A vector at a multiple of its length crosses no block and no group.
         unsafe {

@@ -185,11 +185,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn round_f16(self, x: __m256) -> __m256 {
-        // SAFETY: see above.
-        unsafe { _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
-    }
-    #[inline(always)]
     fn sum(self, x: __m256) -> f32 {
         self.sum4([x, x, x, x])[0]
     }

@@ -253,15 +253,6 @@ macro_rules! simd_with_512_bits {
                 }
             }
             #[inline(always)]
-            fn round_f16(self, x: __m512) -> __m512 {
-                // SAFETY: see above.
-                unsafe {
-                    _mm512_cvtph_ps(_mm512_cvtps_ph::<
-                        { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
-                    >(x))
-                }
-            }
-            #[inline(always)]
             fn sum(self, x: __m512) -> f32 {
                 self.sum4([x, x, x, x])[0]
             }

@@ -83,8 +83,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn abs(self, x: Self::V) -> Self::V;
     /// Rounded once to bfloat16 (to nearest even; NaN stays NaN), still as float32.
     fn round_bf16(self, x: Self::V) -> Self::V;
-    /// Rounded once to float16 (to nearest even, overflow to infinity), still as float32.
-    fn round_f16(self, x: Self::V) -> Self::V;
     /// The sum of the lanes, neighbours first: ((0+1)+(2+3))+((4+5)+(6+7)) and so on.
     fn sum(self, x: Self::V) -> f32;
     /// Four sums at once, each bit-identical to [`Simd::sum`].

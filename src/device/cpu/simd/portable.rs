@@ -137,10 +137,6 @@ impl Simd for Portable {
         map(x, |x| half::bf16::from_f32(x).to_f32())
     }
     #[inline(always)]
-    fn round_f16(self, x: V) -> V {
-        map(x, |x| half::f16::from_f32(x).to_f32())
-    }
-    #[inline(always)]
     fn sum(self, x: V) -> f32 {
         ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
     }

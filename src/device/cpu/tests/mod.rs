@@ -44,7 +44,15 @@ impl Random {
     }
 }
 
-/// `x` rounded once to `dtype`: what products see.
+/// What a product on `dev` with weights of `dtype` sees of `x`: rounded once where it multiplies bfloat16 pairs.
+pub(super) fn seen(dev: &CpuDevice, dtype: Dtype, x: f32) -> f32 {
+    match (dev.isa(), dtype) {
+        ("avx512-bf16", Dtype::BF16) => rounded(dtype, x),
+        _ => x,
+    }
+}
+
+/// `x` rounded once to `dtype`.
 pub(super) fn rounded(dtype: Dtype, x: f32) -> f32 {
     match dtype {
         Dtype::F32 => x,

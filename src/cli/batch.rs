@@ -1,0 +1,528 @@
+//! `batch`: a JSONL job, at the highest throughput, resumed wherever it was cut off.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::batch_bench::{self, BenchOptions};
+use super::model::{Model, OpenFor};
+use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
+use super::run::print;
+use super::signals::{self, TwoStage};
+use crate::engine::jobs::{
+    BatchJob, JobSpec, JobSummary, MaxErrors, Order, Paths, Rules, Shard, Sizing, SizingInput,
+    Source, TextTools, default_errors, fingerprint,
+};
+use crate::engine::{Engine, HostMemory};
+use crate::error::{Code, Error, Result};
+use crate::report::job::{Figures, JobView, ProgressKind};
+use crate::report::summary::{PagingReport, Timings};
+use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
+
+/// Tokens of a chat answer where neither row, user nor model says how many, as with `run`.
+const DEFAULT_MAX_TOKENS: usize = 512;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OrderArg {
+    Input,
+    Completion,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProgressArg {
+    Auto,
+    Bar,
+    Plain,
+    Json,
+    None,
+}
+
+/// Where rows come from, shared with batch-check.
+#[derive(Args, Clone, Debug)]
+pub struct InputOptions {
+    /// Requests, one JSON object a line, in the OpenAI batch format
+    #[arg(
+        long,
+        short = 'i',
+        value_name = "FILE.jsonl",
+        conflicts_with = "prompts",
+        help_heading = "Job"
+    )]
+    pub input: Option<PathBuf>,
+    /// Plain text instead: a prompt a line
+    #[arg(long, value_name = "FILE.txt", help_heading = "Job")]
+    pub prompts: Option<PathBuf>,
+    /// Continue the prompts as they are, without the chat template
+    #[arg(long, requires = "prompts", help_heading = "Job")]
+    pub raw: bool,
+    /// The rows r with r mod n = i, into an output of their own [default: as Slurm or Kubernetes say]
+    #[arg(
+        long,
+        value_name = "i/n",
+        env = "TENSORPAGER_SHARD",
+        help_heading = "Job"
+    )]
+    pub shard: Option<String>,
+    /// What answers call the model
+    #[arg(long, value_name = "NAME", help_heading = "Job")]
+    pub served_model_name: Option<String>,
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  tensorpager batch ./Qwen2.5-7B-Instruct -i prompts.jsonl -o answers.jsonl
+  tensorpager batch ./Qwen2.5-7B-Instruct --prompts questions.txt -o answers.jsonl --max-tokens 64
+  tensorpager batch ./Qwen2.5-7B-Instruct --bench 256 --input-len 32 --output-len 64
+
+The same command again goes on where the last one stopped. Exit codes: 0 all rows answered, 3 some failed
+(see the errors file), 130 interrupted: Ctrl-C once finishes what runs, twice stops at once.")]
+pub struct BatchArgs {
+    #[command(flatten)]
+    source: SourceOptions,
+    #[command(flatten)]
+    input: InputOptions,
+    /// Answers, a row each, in the OpenAI batch format
+    #[arg(
+        long,
+        short = 'o',
+        value_name = "FILE.jsonl",
+        required_unless_present = "bench",
+        help_heading = "Job"
+    )]
+    output: Option<PathBuf>,
+    /// Rows that failed, with their line numbers [default: OUTPUT.errors.jsonl]
+    #[arg(long, value_name = "FILE.jsonl", help_heading = "Job")]
+    errors: Option<PathBuf>,
+    /// Try rows again that failed before
+    #[arg(long, help_heading = "Job")]
+    retry_errors: bool,
+    /// Give up when more rows than this have failed: a number or a share such as 2%
+    #[arg(long, value_name = "N|N%", help_heading = "Job")]
+    max_errors: Option<String>,
+    /// Begin anew, whatever the output holds
+    #[arg(long, help_heading = "Job")]
+    overwrite: bool,
+    /// Of the answers, once all are there
+    #[arg(long, value_enum, default_value = "input", help_heading = "Job")]
+    order: OrderArg,
+    /// Sequences that run at once [default: up to 256]
+    #[arg(
+        long,
+        alias = "max-num-seqs",
+        value_name = "N",
+        env = "TENSORPAGER_MAX_SEQUENCES",
+        help_heading = "Job"
+    )]
+    max_sequences: Option<usize>,
+    /// Memory for keys and values [default: from the rows, at most a quarter of the budget]
+    #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
+    kv_memory: Option<u64>,
+    #[command(flatten)]
+    bench: BenchOptions,
+    #[command(flatten)]
+    sampling: SamplingOptions,
+    #[command(flatten)]
+    machine: MachineOptions,
+    /// How progress is shown, on stderr
+    #[arg(long, value_enum, default_value = "auto", env = "TENSORPAGER_PROGRESS")]
+    progress: ProgressArg,
+    /// End stdout with one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Nothing on stderr but errors
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// What `--json` ends with.
+#[derive(Serialize)]
+struct BatchReport<'a> {
+    model: &'a str,
+    device: &'a str,
+    dtype: &'a str,
+    output: String,
+    errors: String,
+    /// Of this job or shard.
+    rows: u64,
+    rows_done: u64,
+    rows_failed: u64,
+    rows_remaining: u64,
+    /// What this start did.
+    this_run: Figures,
+    prompt_tokens: u64,
+    output_tokens: u64,
+    sequences: usize,
+    kv_tokens: usize,
+    context: usize,
+    timings: Timings,
+    paging: PagingReport,
+}
+
+/// Text tools and rules of a model, shared with batch-check.
+pub struct Texts {
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    pub generation: GenerationConfig,
+}
+
+impl Texts {
+    pub fn tools(&self) -> TextTools<'_> {
+        TextTools {
+            tokenizer: &self.tokenizer,
+            template: self.template.as_ref(),
+        }
+    }
+
+    pub fn rules(
+        &self,
+        label: &str,
+        fingerprint: u64,
+        sampling: &SamplingOptions,
+        context: Option<usize>,
+    ) -> Result<Rules> {
+        let eos = match self.generation.eos_token_ids.is_empty() {
+            true => self.tokenizer.eos_id().into_iter().collect(),
+            false => self.generation.eos_token_ids.clone(),
+        };
+        Ok(Rules {
+            model: label.to_owned(),
+            fingerprint,
+            sampling: sampling.over(&self.generation)?,
+            max_tokens: sampling.max_tokens,
+            stop: sampling.stop.clone(),
+            stop_tokens: match sampling.ignore_eos {
+                true => Vec::new(),
+                false => eos,
+            },
+            chat_max_tokens: self.generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
+            context,
+        })
+    }
+}
+
+impl InputOptions {
+    /// `has_template`: plain prompts are a user's messages where the model can chat.
+    pub fn source(&self, has_template: bool) -> Result<Source> {
+        match (&self.input, &self.prompts) {
+            (Some(path), None) => Ok(Source::Jsonl(path.clone())),
+            (None, Some(path)) => Ok(Source::Prompts {
+                path: path.clone(),
+                chat: has_template && !self.raw,
+            }),
+            _ => Err(Error::new(
+                Code::Usage,
+                "there is nothing to answer",
+                "no input is given",
+                "give -i FILE.jsonl or --prompts FILE.txt",
+            )),
+        }
+    }
+
+    pub fn shard(&self) -> Result<Shard> {
+        match &self.shard {
+            Some(text) => Shard::parse(text),
+            None => Ok(Shard::from_env(|name| std::env::var(name).ok())?.unwrap_or(Shard::WHOLE)),
+        }
+    }
+}
+
+pub fn run(args: BatchArgs) -> Result<u8> {
+    let started = Instant::now();
+    let signals = signals::two_stage()?;
+    if args.max_sequences == Some(0) {
+        return Err(Error::new(
+            Code::Usage,
+            "--max-sequences 0 makes no sense",
+            "nothing would ever run",
+            "give 1 or more",
+        ));
+    }
+    let shard = args.input.shard()?;
+    let quiet = args.quiet || args.progress == ProgressArg::None;
+    let budget = args.machine.cpu_budget()?;
+    let model = Model::open_within(budget, &args.source, &signals.cancel, quiet)?;
+    let texts = Texts {
+        tokenizer: model.tokenizer()?,
+        template: model.chat_template()?,
+        generation: model.generation_config()?,
+    };
+    if args.bench.bench.is_some() {
+        let how = batch_bench::Setup {
+            options: &args.bench,
+            machine: &args.machine,
+            sequences: args.max_sequences,
+            kv_bytes: args.kv_memory,
+            json: args.json,
+            quiet,
+        };
+        return batch_bench::run(&model, &texts, &how, &signals, started);
+    }
+    let Some(output) = &args.output else {
+        return Err(Error::internal("an output was required"));
+    };
+    let spec = job_spec(&args, &model, &texts, shard, shard.path(output))?;
+    let mut job = BatchJob::open(spec, &mut |_| {})?;
+    announce(&job, shard, quiet);
+    let load = Instant::now();
+    let mut opened = open_engine(&args, &model, &texts, &job, &signals, quiet)?;
+    let load_s = load.elapsed().as_secs_f64();
+    signals.working();
+    let mut view = JobView::new(kind(args.progress, args.quiet));
+    let summary = match &mut opened {
+        None => job.settled()?,
+        Some((engine, sizing)) => {
+            let ran = job.run(
+                engine,
+                texts.tools(),
+                sizing.sequences,
+                &signals.stop,
+                &mut |p| {
+                    view.update(p);
+                },
+            );
+            if let Ok(summary) = &ran {
+                view.finish(&summary.progress);
+            }
+            ran?
+        }
+    };
+    let timings = Timings {
+        pack_s: model.pack_s,
+        load_s,
+        decode_s: summary.progress.elapsed.as_secs_f64(),
+        output_tokens_per_s: Figures::new(&summary.progress).output_tokens_per_s,
+        total_s: started.elapsed().as_secs_f64(),
+        ..Timings::default()
+    };
+    if args.json {
+        report(&args, &model, &job, &summary, opened.as_ref(), timings)?;
+    }
+    if !quiet {
+        eprintln!("{}", last_words(&job, &summary));
+    }
+    Ok(match (summary.remaining, summary.failed) {
+        (0, 0) => 0,
+        (0, _) => 3,
+        _ => 130,
+    })
+}
+
+fn job_spec(
+    args: &BatchArgs,
+    model: &Model,
+    texts: &Texts,
+    shard: Shard,
+    output: PathBuf,
+) -> Result<JobSpec> {
+    let label = args
+        .input
+        .served_model_name
+        .as_deref()
+        .unwrap_or(&model.label);
+    let print = fingerprint(&model.store)?;
+    Ok(JobSpec {
+        source: args.input.source(texts.template.is_some())?,
+        paths: Paths {
+            errors: match &args.errors {
+                Some(path) => shard.path(path),
+                None => default_errors(&output),
+            },
+            output,
+        },
+        rules: texts.rules(label, print, &args.sampling, args.machine.context)?,
+        shard,
+        order: match args.order {
+            OrderArg::Input => Order::Input,
+            OrderArg::Completion => Order::Completion,
+        },
+        overwrite: args.overwrite,
+        retry_errors: args.retry_errors,
+        max_errors: args
+            .max_errors
+            .as_deref()
+            .map(MaxErrors::parse)
+            .transpose()?,
+        created: source_date_epoch()?,
+    })
+}
+
+/// The reproducible builds' convention: the time that outputs are to carry.
+fn source_date_epoch() -> Result<Option<u64>> {
+    match std::env::var("SOURCE_DATE_EPOCH") {
+        Err(_) => Ok(None),
+        Ok(text) => text.trim().parse().map(Some).map_err(|_| {
+            Error::new(
+                Code::Usage,
+                "SOURCE_DATE_EPOCH is not a time",
+                format!("it is `{text}`"),
+                "unset it, or give seconds since 1970",
+            )
+        }),
+    }
+}
+
+fn announce(job: &BatchJob, shard: Shard, quiet: bool) {
+    if quiet {
+        return;
+    }
+    if shard.count > 1 {
+        eprintln!(
+            "shard {}/{}: {} rows, into {}",
+            shard.index,
+            shard.count,
+            job.rows(),
+            job.paths().output.display()
+        );
+    }
+    if job.done() + job.failed() > 0 {
+        eprintln!(
+            "resuming: {} of {} rows are answered, {} failed",
+            job.done(),
+            job.rows(),
+            job.failed()
+        );
+    }
+}
+
+/// The engine under the user's budget, sized for the rows that remain; none where none do.
+fn open_engine(
+    args: &BatchArgs,
+    model: &Model,
+    texts: &Texts,
+    job: &BatchJob,
+    signals: &TwoStage,
+    quiet: bool,
+) -> Result<Option<(Engine, Sizing)>> {
+    if job.remaining() == 0 {
+        return Ok(None);
+    }
+    let sample = job.sample(&texts.tools())?;
+    let sizing = Sizing::choose(
+        &model.store.spec,
+        &sample,
+        &SizingInput {
+            sequences: args.max_sequences,
+            kv_bytes: args.kv_memory,
+            context: args.machine.context,
+            budget: budget(&args.machine)?,
+            weights: model.weight_bytes(),
+            element_bytes: model.element_bytes(),
+            rows: job.remaining(),
+        },
+    );
+    let engine = engine_for(model, texts, &args.machine, &sizing, signals, quiet)?;
+    Ok(Some((engine, sizing)))
+}
+
+pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
+    Ok(machine
+        .cpu_budget()?
+        .unwrap_or_else(|| HostMemory::read().default_budget()))
+}
+
+pub(super) fn engine_for(
+    model: &Model,
+    texts: &Texts,
+    machine: &MachineOptions,
+    sizing: &Sizing,
+    signals: &TwoStage,
+    quiet: bool,
+) -> Result<Engine> {
+    let want = OpenFor {
+        context: sizing.context,
+        logits_rows: sizing.sequences,
+        max_sequences: sizing.sequences,
+        kv_tokens: Some(sizing.kv_tokens),
+        sample_limit: Some(texts.tokenizer.id_limit()),
+        ..OpenFor::default()
+    };
+    model.engine(machine, &want, &signals.cancel, quiet)
+}
+
+fn report(
+    args: &BatchArgs,
+    model: &Model,
+    job: &BatchJob,
+    summary: &JobSummary,
+    opened: Option<&(Engine, Sizing)>,
+    timings: Timings,
+) -> Result<()> {
+    let p = &summary.progress;
+    let (paging, sizing) = match opened {
+        Some((engine, sizing)) => {
+            let settings = model.read_settings(&args.machine, &p.stats);
+            (PagingReport::new(engine, &p.stats, &settings), *sizing)
+        }
+        None => (PagingReport::default(), Sizing::default()),
+    };
+    let report = BatchReport {
+        model: &job.rules().model,
+        device: opened.map_or("cpu", |(e, _)| e.device().name()),
+        dtype: &model.dtype(),
+        output: job.paths().output.display().to_string(),
+        errors: job.paths().errors.display().to_string(),
+        rows: job.rows(),
+        rows_done: job.done(),
+        rows_failed: summary.failed,
+        rows_remaining: summary.remaining,
+        this_run: Figures::new(p),
+        prompt_tokens: p.prompt_tokens,
+        output_tokens: p.output_tokens,
+        sequences: sizing.sequences,
+        kv_tokens: sizing.kv_tokens,
+        context: opened.map_or(0, |(e, _)| e.context()),
+        timings,
+        paging,
+    };
+    let text = serde_json::to_string(&report)
+        .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
+    print(&format!("{text}\n"))
+}
+
+fn last_words(job: &BatchJob, s: &JobSummary) -> String {
+    let f = Figures::new(&s.progress);
+    let mut text = format!(
+        "{} of {} rows answered; {} tokens out in {:.1} s: {:.1} tokens/s",
+        job.done(),
+        job.rows(),
+        f.output_tokens,
+        f.elapsed_s,
+        f.output_tokens_per_s
+    );
+    if f.shared_prompt_tokens > 0 {
+        text += &format!("; {} prompt tokens shared", f.shared_prompt_tokens);
+    }
+    if s.failed > 0 {
+        text += &format!(
+            "; {} failed: see {}",
+            s.failed,
+            job.paths().errors.display()
+        );
+    }
+    if s.other_model > 0 {
+        text += &format!(
+            "\n{} rows ask for another model than {}; they were answered by this one",
+            s.other_model,
+            job.rules().model
+        );
+    }
+    if s.remaining > 0 {
+        text += &format!(
+            "\ninterrupted: {} rows remain; the same command goes on",
+            s.remaining
+        );
+    }
+    text
+}
+
+fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {
+    match (arg, quiet) {
+        (ProgressArg::Json, _) => ProgressKind::Json,
+        (_, true) | (ProgressArg::None, _) => ProgressKind::None,
+        (ProgressArg::Auto, _) => ProgressKind::Auto,
+        (ProgressArg::Bar, _) => ProgressKind::Bar,
+        (ProgressArg::Plain, _) => ProgressKind::Plain,
+    }
+}

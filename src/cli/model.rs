@@ -1,0 +1,432 @@
+//! From a MODEL argument to something that runs: found, packed if need be, opened under its budget.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
+use crate::checkpoint::{Checkpoint, OpenOptions};
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
+};
+use crate::error::{Code, Error, Result};
+use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
+use crate::report::progress::ByteProgress;
+use crate::report::summary::ReadSettings;
+use crate::spec::UnitKind;
+use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
+use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
+use crate::units::parse_size;
+
+/// Bytes from which on a run's own disk rate means something.
+const MEASURABLE_BYTES: u64 = 1 << 30;
+
+/// A model found and ready to be opened.
+pub struct Model {
+    pub label: String,
+    pub store: Store,
+    pub pack_s: f64,
+}
+
+/// What a command wants of the engine, besides what the machine options say.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenFor {
+    pub context: usize,
+    /// Rows of the longest prompt: a pass need not be larger.
+    pub prompt_tokens: usize,
+    pub logits_rows: usize,
+    pub max_sequences: usize,
+    pub kv_tokens: Option<usize>,
+    pub keep_logits: bool,
+    pub sample_limit: Option<usize>,
+}
+
+impl Default for OpenFor {
+    fn default() -> OpenFor {
+        OpenFor {
+            context: 2048,
+            prompt_tokens: usize::MAX,
+            logits_rows: 1,
+            max_sequences: 1,
+            kv_tokens: None,
+            keep_logits: true,
+            sample_limit: None,
+        }
+    }
+}
+
+impl Model {
+    /// Finds the checkpoint, packs it on first use (with a bar and an ETA) or opens it in place.
+    pub fn open(source: &SourceOptions, cancel: &Arc<AtomicBool>, quiet: bool) -> Result<Model> {
+        Model::open_within(None, source, cancel, quiet)
+    }
+
+    /// [`Model::open`], packing within `budget` bytes of memory.
+    pub fn open_within(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
+        let ckpt = open_checkpoint(source)?;
+        let started = Instant::now();
+        let mut options = pack_options(source, cancel)?;
+        if let Some(budget) = budget {
+            let room = budget.saturating_sub(HostMemory::read().resident + SLACK_BYTES);
+            options.buffer_bytes = options.buffer_bytes.min(room);
+        }
+        let in_place = match source.in_place {
+            true => InPlace::Always,
+            false => InPlace::WhenShort,
+        };
+        let options = PackOptions {
+            in_place,
+            ..options
+        };
+        let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
+        Ok(Model {
+            label: prepared.store.label.clone(),
+            pack_s: match prepared.packed {
+                Some(_) => started.elapsed().as_secs_f64(),
+                None => 0.0,
+            },
+            store: prepared.store,
+        })
+    }
+
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::load(&self.store.text_dir)
+    }
+
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        ChatTemplate::load(&self.store.text_dir)
+    }
+
+    pub fn generation_config(&self) -> Result<GenerationConfig> {
+        GenerationConfig::load(&self.store.text_dir)
+    }
+
+    /// Ids that end an answer: the model's own, else the tokenizer's end-of-text.
+    pub fn stop_tokens(&self, generation: &GenerationConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+        if generation.eos_token_ids.is_empty() {
+            tokenizer.eos_id().into_iter().collect()
+        } else {
+            generation.eos_token_ids.clone()
+        }
+    }
+
+    /// `float16`, `bfloat16`, `float32` or `mixed`.
+    pub fn dtype(&self) -> String {
+        self.store.dtype.to_string()
+    }
+
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        self.store.files.iter().map(|f| f.path.clone()).collect()
+    }
+
+    /// Bytes of all units.
+    pub fn weight_bytes(&self) -> u64 {
+        self.store.units.iter().map(|u| u.bytes).sum()
+    }
+
+    /// Bytes of one element of the KV cache.
+    pub fn element_bytes(&self) -> usize {
+        kv_dtype(&self.store).bytes()
+    }
+
+    fn rates(&self) -> DiskRates {
+        DiskRates::of(&self.store.dir, !self.store.in_place)
+    }
+
+    pub fn record_disk_rate(&self, gb_per_s: f64) {
+        self.rates().raise(gb_per_s);
+    }
+
+    /// The best rate this disk is known to give on these files, measured now when none is.
+    /// `room`: memory it may take meanwhile.
+    pub fn probe_disk(&self, room: u64) -> Result<Option<f64>> {
+        self.rates().best_or_probe(&self.weight_files(), room)
+    }
+
+    /// Measures the disk before the engine takes its memory, so that both stay within one budget; not where all weights
+    /// will fit anyway.
+    fn probe_before(&self, options: &EngineOptions) -> Result<()> {
+        let host = HostMemory::read();
+        let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+        let room = budget.saturating_sub(host.resident + SLACK_BYTES);
+        let weights = self.weight_bytes();
+        let streams = match options.placement {
+            Placement::Auto => weights > room,
+            Placement::Cpu => false,
+            _ => true,
+        };
+        if streams {
+            self.probe_disk(room)?;
+        }
+        Ok(())
+    }
+
+    /// Opens the engine under the user's budget.
+    pub fn engine(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Engine> {
+        let options = self.engine_options(machine, want)?;
+        self.probe_before(&options)?;
+        let mut bar = ByteProgress::new("loading", quiet);
+        let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
+            bar.update(done, of);
+        });
+        bar.finish();
+        engine
+    }
+
+    fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
+        check_device(&machine.device)?;
+        let defaults = EngineOptions::default();
+        Ok(EngineOptions {
+            cpu_memory: machine.cpu_budget()?,
+            placement: self.placement(&machine.device_map)?,
+            prefetch_depth: match machine.prefetch_depth {
+                OrAuto::Auto => None,
+                OrAuto::Is(n) => Some(n),
+            },
+            page_bytes: Some(machine.page_size.or(DEFAULT_PAGE_BYTES)),
+            pager: PagerOptions {
+                reader: super::bench::kind(machine.io),
+                queue_depth: queue_depth(machine),
+                verify: verify_when(machine.verify),
+                ..PagerOptions::default()
+            },
+            threads: machine.threads,
+            context: want.context,
+            max_sequences: want.max_sequences,
+            kv_tokens: want.kv_tokens,
+            pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
+            logits_rows: want.logits_rows,
+            keep_logits: want.keep_logits,
+            sample_limit: want.sample_limit,
+            isa: None,
+        })
+    }
+
+    fn placement(&self, map: &str) -> Result<Placement> {
+        match map {
+            "auto" => Ok(Placement::Auto),
+            "cpu" => Ok(Placement::Cpu),
+            "disk" => Ok(Placement::Disk),
+            "gpu" => Err(no_gpu()),
+            file => {
+                let json = read_device_map(file)?;
+                let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
+                Ok(Placement::Units(parse_device_map(&json, &kinds)?))
+            }
+        }
+    }
+
+    /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
+    pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
+        let p = &during.paging;
+        if p.disk_bytes >= MEASURABLE_BYTES {
+            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+        }
+        ReadSettings {
+            page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
+            queue_depth: queue_depth(machine),
+            verify: verify_when(machine.verify),
+            self_recorded: self.store.checksums.recorded(),
+            probed_disk_gb_per_s: self.rates().best(),
+        }
+    }
+}
+
+pub(super) fn open_checkpoint(source: &SourceOptions) -> Result<Checkpoint> {
+    Checkpoint::open(
+        &source.model,
+        &OpenOptions {
+            config_from: source.config_from.clone(),
+            allow_external: source.allow_external,
+        },
+    )
+}
+
+pub(super) fn pack_options(
+    source: &SourceOptions,
+    cancel: &Arc<AtomicBool>,
+) -> Result<PackOptions> {
+    Ok(PackOptions {
+        dtype: DtypePolicy::parse(&source.dtype)?,
+        allow_overflow: source.allow_overflow,
+        offload_limit: source.offload_limit,
+        cancel: cancel.clone(),
+        ..PackOptions::new(&source.offload_folder)
+    })
+}
+
+type Prepare = fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
+
+/// Runs `how` with a progress bar, and prints what it has to say.
+pub(super) fn prepare(
+    ckpt: &Checkpoint,
+    options: &PackOptions,
+    quiet: bool,
+    how: Prepare,
+) -> Result<Prepared> {
+    let mut bar = ByteProgress::new("packing", quiet);
+    let mut told = false;
+    let prepared = how(ckpt, options, &mut |progress| match progress {
+        PackProgress::Packing {
+            bytes_done,
+            bytes_total,
+            ..
+        } => bar.update(bytes_done, bytes_total),
+        PackProgress::Waiting { holder, .. } => {
+            if !told && !quiet {
+                told = true;
+                eprintln!("waiting: {holder} has this folder");
+            }
+        }
+        PackProgress::Finishing => {}
+    });
+    bar.finish();
+    let prepared = prepared?;
+    if !quiet {
+        for note in &prepared.notes {
+            eprintln!("{note}");
+        }
+        if let Some(report) = &prepared.packed {
+            eprintln!("packed {}: {}", prepared.store.label, report.summary());
+            for w in &report.warnings {
+                eprintln!(
+                    "warning: {}: {} NaN, {} infinite, {} too large for the type",
+                    w.tensor, w.nan, w.infinite, w.overflow
+                );
+            }
+        }
+    }
+    Ok(prepared)
+}
+
+fn queue_depth(machine: &MachineOptions) -> usize {
+    machine
+        .queue_depth
+        .or(PagerOptions::default().queue_depth)
+        .max(1)
+}
+
+fn verify_when(arg: VerifyArg) -> VerifyWhen {
+    match arg {
+        VerifyArg::Always => VerifyWhen::Always,
+        VerifyArg::First => VerifyWhen::First,
+        VerifyArg::Never => VerifyWhen::Never,
+    }
+}
+
+fn check_device(device: &str) -> Result<()> {
+    match device {
+        "auto" | "cpu" => Ok(()),
+        d if d == "cuda" || d.starts_with("cuda:") => Err(no_gpu()),
+        d => Err(Error::new(
+            Code::Usage,
+            format!("`{d}` is not a device"),
+            "the devices are auto and cpu",
+            "give --device cpu",
+        )),
+    }
+}
+
+fn read_device_map(file: &str) -> Result<serde_json::Value> {
+    let bad = |cause: String| {
+        Error::new(
+            Code::Usage,
+            format!("the device map {file} cannot be used"),
+            cause,
+            "give auto, cpu, disk, or a JSON file of module → tier",
+        )
+    };
+    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+    serde_json::from_str(&text).map_err(|e| bad(e.to_string()))
+}
+
+fn no_gpu() -> Error {
+    Error::new(
+        Code::Unsupported,
+        "the GPU cannot be used",
+        "this version computes on the CPU only",
+        "give --device cpu",
+    )
+}
+
+impl MachineOptions {
+    /// What can be known to be wrong before a model is opened.
+    pub fn check(&self) -> Result<()> {
+        check_device(&self.device)?;
+        if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
+            read_device_map(&self.device_map)?;
+        }
+        self.cpu_budget().map(|_| ())
+    }
+
+    /// `--cpu-memory`, or what `--max-memory` says of the CPU.
+    pub fn cpu_budget(&self) -> Result<Option<u64>> {
+        if self.cpu_memory.is_some() {
+            return Ok(self.cpu_memory);
+        }
+        let Some(map) = &self.max_memory else {
+            return Ok(None);
+        };
+        let mut budget = None;
+        for entry in map.split(',') {
+            let (device, amount) = entry.split_once('=').ok_or_else(|| {
+                Error::new(
+                    Code::Usage,
+                    format!("`{entry}` in --max-memory makes no sense"),
+                    "an entry is a device and a size",
+                    "write cpu=16GiB",
+                )
+            })?;
+            let bytes = parse_size(amount)?;
+            if device.trim() == "cpu" {
+                budget = Some(bytes);
+            }
+        }
+        Ok(budget)
+    }
+
+    /// Everything on disk, as the demonstrations want it. Without a budget the smallest plan is what it takes.
+    pub fn all_on_disk(cpu_memory: Option<u64>, threads: Option<usize>) -> MachineOptions {
+        MachineOptions {
+            device: "cpu".into(),
+            device_map: "disk".into(),
+            cpu_memory,
+            max_memory: None,
+            prefetch_depth: OrAuto::Auto,
+            page_size: OrAuto::Auto,
+            queue_depth: OrAuto::Auto,
+            io: super::options::IoArg::Auto,
+            verify: VerifyArg::Always,
+            threads,
+            context: None,
+        }
+    }
+}
+
+impl SourceOptions {
+    /// A folder with the defaults of everything else.
+    pub fn folder(model: &Path, offload_folder: &Path, in_place: bool) -> SourceOptions {
+        SourceOptions {
+            model: model.display().to_string(),
+            offload_folder: offload_folder.to_path_buf(),
+            in_place,
+            dtype: "auto".into(),
+            allow_overflow: false,
+            config_from: None,
+            allow_external: false,
+            offload_limit: None,
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! `run`: generate from a prompt, or chat.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::generate::{Answer, generate};
+use super::model::{Model, OpenFor};
+use super::options::{MachineOptions, SamplingOptions, SourceOptions};
+use super::prompt::{Prompt, PromptOptions, prompt_ids};
+use super::{repl, signals};
+use crate::engine::{Engine, Job};
+use crate::error::{Code, Error, Result};
+use crate::report::summary::{PagingReport, Timings, closing_lines, tokens_per_s};
+use crate::text::{GenerationConfig, StopStrings};
+
+/// Tokens generated where neither the user nor the model says how many.
+const DEFAULT_MAX_TOKENS: usize = 512;
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  tensorpager run ./Qwen2.5-7B-Instruct --prompt 'Why is the sky blue?'
+  tensorpager run ./Qwen2.5-7B-Instruct --cpu-memory 4GiB --greedy --json < question.txt
+  tensorpager run ./Qwen2.5-7B-Instruct            (a chat)")]
+pub struct RunArgs {
+    #[command(flatten)]
+    source: SourceOptions,
+    #[command(flatten)]
+    prompt: PromptOptions,
+    #[command(flatten)]
+    sampling: SamplingOptions,
+    #[command(flatten)]
+    machine: MachineOptions,
+    /// Print one JSON object on stdout instead of the text
+    #[arg(long)]
+    json: bool,
+    /// Nothing on stderr but errors
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct RunReport<'a> {
+    model: &'a str,
+    device: &'a str,
+    dtype: &'a str,
+    prompt_tokens: usize,
+    prompt_token_ids: &'a [u32],
+    token_ids: &'a [u32],
+    text: &'a str,
+    finish_reason: &'a str,
+    timings: Timings,
+    paging: PagingReport,
+}
+
+pub fn run(args: RunArgs) -> Result<u8> {
+    let started = Instant::now();
+    let cancel = signals::cancel_flag()?;
+    let prompt = args.prompt.read()?;
+    if matches!(prompt, Prompt::Chat) && args.json {
+        return Err(Error::new(
+            Code::Usage,
+            "--json needs a prompt",
+            "without one this is a chat",
+            "give --prompt, --prompt-file, --messages or text on standard input",
+        ));
+    }
+    // What cannot be is refused before hours of packing.
+    args.machine.check()?;
+    args.sampling.over(&GenerationConfig::default())?;
+    let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
+    let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
+    let tokenizer = model.tokenizer()?;
+    let template = if args.prompt.raw {
+        None
+    } else {
+        model.chat_template()?
+    };
+    let ids = prompt_ids(&prompt, &args.prompt, &tokenizer, template.as_ref())?;
+    let generation = model.generation_config()?;
+    let max_tokens = args
+        .sampling
+        .max_tokens
+        .or(generation.max_new_tokens)
+        .unwrap_or(DEFAULT_MAX_TOKENS);
+    let job = Job {
+        max_tokens,
+        sampling: args.sampling.over(&generation)?,
+        choice: 0,
+        stop_tokens: if args.sampling.ignore_eos {
+            Vec::new()
+        } else {
+            model.stop_tokens(&generation, &tokenizer)
+        },
+        prompt: ids,
+        ..Job::default()
+    };
+    let context = match (args.machine.context, &prompt) {
+        (Some(context), _) => context,
+        (None, Prompt::Chat) => repl::DEFAULT_CONTEXT,
+        (None, _) => job.prompt.len().saturating_add(max_tokens),
+    };
+    let load = Instant::now();
+    let open_for = OpenFor {
+        context,
+        prompt_tokens: match prompt {
+            // Every turn brings the conversation so far.
+            Prompt::Chat => context,
+            _ => job.prompt.len(),
+        },
+        sample_limit: Some(tokenizer.id_limit()),
+        ..OpenFor::default()
+    };
+    let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
+    let load_s = load.elapsed().as_secs_f64();
+    if matches!(prompt, Prompt::Chat) {
+        let system = args.prompt.system.as_deref();
+        return repl::chat(&mut engine, &tokenizer, template.as_ref(), job, stops, system);
+    }
+    let prompt_ids = job.prompt.clone();
+    let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
+    let settings = model.read_settings(&args.machine, &answer.during_decode);
+    let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
+    let timings = Timings {
+        pack_s: model.pack_s,
+        load_s,
+        time_to_first_token_s: answer.to_first_token.as_secs_f64(),
+        decode_s: answer.decode.as_secs_f64(),
+        output_tokens_per_s: tokens_per_s(answer.tokens.len(), answer.decode),
+        total_s: started.elapsed().as_secs_f64(),
+    };
+    if args.json {
+        let report = RunReport {
+            model: &model.label,
+            device: engine.device().name(),
+            dtype: &model.dtype(),
+            prompt_tokens: prompt_ids.len(),
+            prompt_token_ids: &prompt_ids,
+            token_ids: &answer.tokens,
+            text: &answer.text,
+            finish_reason: answer.reason.name(),
+            timings,
+            paging,
+        };
+        let text = serde_json::to_string(&report)
+            .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
+        print(&format!("{text}\n"))?;
+    } else if !args.quiet {
+        let n = answer.tokens.len();
+        eprintln!("{}", closing_lines(prompt_ids.len(), n, &timings, &paging, &engine));
+    }
+    Ok(0)
+}
+
+/// Streams the answer to stdout (unless it is to be JSON), with prefill progress on stderr before the first token.
+fn answer(
+    engine: &mut Engine,
+    tokenizer: &crate::text::Tokenizer,
+    job: Job,
+    stops: StopStrings,
+    args: &RunArgs,
+    cancel: &Arc<AtomicBool>,
+) -> Result<Answer> {
+    let live = !args.quiet && std::io::stderr().is_terminal();
+    let mut failed = None;
+    let mut said = false;
+    let answer = generate(
+        engine,
+        tokenizer,
+        job,
+        stops,
+        &mut |done, of| {
+            if live {
+                if done < of {
+                    eprint!("\rprefill {done}/{of} tokens …");
+                } else {
+                    eprint!("\r\x1b[K");
+                }
+            }
+        },
+        &mut |text| {
+            said |= !text.is_empty();
+            if !args.json
+                && failed.is_none()
+                && let Err(e) = print(text)
+            {
+                // A closed pipe (| head) is the reader's way to say enough.
+                cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+                failed = Some(e);
+            }
+        },
+    );
+    match (answer, failed) {
+        (_, Some(e)) => Err(e),
+        (answer, None) => {
+            // A refusal before the first word prints no empty line.
+            if !args.json && (said || answer.is_ok()) {
+                print("\n")?;
+            }
+            answer
+        }
+    }
+}
+
+/// To stdout, at once.
+pub(super) fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|e| {
+            let error = Error::io("standard output cannot be written", &e);
+            match e.kind() {
+                std::io::ErrorKind::BrokenPipe => error.with_fix("keep whatever reads the output open until the end"),
+                _ => error,
+            }
+        })
+}

@@ -1,0 +1,339 @@
+//! The body of a request: every field is understood, refused by name, or not there.
+
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::fields::Fields;
+use super::request::{Endpoint, RowError, Rules, TextTools};
+use crate::text::{Message, RenderOptions, SamplingParams, StopStrings};
+
+/// As in OpenAI's API.
+const MAX_CHOICES: u64 = 128;
+const MAX_TOP_LOGPROBS: u64 = 20;
+const MAX_STOP_STRINGS: usize = 16;
+/// What a completion without `max_tokens` gets, as in OpenAI's API and vLLM.
+const COMPLETION_MAX_TOKENS: usize = 16;
+
+/// A prompt as tokens.
+pub type Prompt = Vec<u32>;
+
+/// A request ready to run.
+#[derive(Clone, Debug)]
+pub struct Body {
+    pub prompt: Prompt,
+    pub max_tokens: usize,
+    pub sampling: SamplingParams,
+    pub choices: u32,
+    pub stop: StopStrings,
+    pub stop_tokens: Vec<u32>,
+    /// Log-probabilities wanted, with so many of the likeliest tokens.
+    pub logprobs: Option<usize>,
+    /// The model the row asks for, where it does.
+    pub model: Option<String>,
+}
+
+impl Body {
+    pub fn parse(
+        endpoint: Endpoint,
+        custom_id: &str,
+        body: Map<String, Value>,
+        rules: &Rules,
+        text: &TextTools<'_>,
+    ) -> Result<Body, RowError> {
+        let mut f = Fields::new(body);
+        let model = f.text("model")?;
+        let (logprobs, prompt) = match endpoint {
+            Endpoint::Chat => (chat_logprobs(&mut f)?, chat_prompt(&mut f, text)?),
+            Endpoint::Completions => {
+                let top = f.count("logprobs", 0..=MAX_TOP_LOGPROBS)?;
+                (top, completion_prompt(&mut f, text)?)
+            }
+        };
+        let max_tokens = max_tokens(&mut f, endpoint, rules)?;
+        let choices = f.count("n", 1..=MAX_CHOICES)?.unwrap_or(1) as u32;
+        let mut sampling = sampling(&mut f, custom_id, rules)?;
+        sampling.logit_bias = logit_bias(&mut f, text)?;
+        sampling.validate().map_err(|e| {
+            let param = e.what().split_whitespace().next().unwrap_or_default();
+            RowError::about(
+                "invalid_value",
+                param,
+                format!("{}: {}", e.what(), e.cause()),
+            )
+        })?;
+        let stop = stop_strings(&mut f, rules)?;
+        let mut stop_tokens = match f.flag("ignore_eos")? {
+            Some(true) => Vec::new(),
+            _ => rules.stop_tokens.clone(),
+        };
+        stop_tokens.extend(token_list(&mut f, "stop_token_ids", text)?.unwrap_or_default());
+        refuse_the_rest(f, endpoint, choices)?;
+        Ok(Body {
+            prompt,
+            max_tokens,
+            sampling,
+            choices,
+            stop,
+            stop_tokens,
+            logprobs,
+            model,
+        })
+    }
+}
+
+/// Fields that ask for nothing are let through; all others are named.
+fn refuse_the_rest(mut f: Fields, endpoint: Endpoint, choices: u32) -> Result<(), RowError> {
+    let none = || Value::Array(Vec::new());
+    f.neutral("stream", &[false.into()])?;
+    // Labels for the service's own accounting: no answer depends on them.
+    f.take("user");
+    f.take("metadata");
+    f.neutral("store", &[false.into()])?;
+    f.neutral("service_tier", &["auto".into(), "default".into()])?;
+    f.neutral("min_tokens", &[0.into()])?;
+    f.neutral("skip_special_tokens", &[true.into()])?;
+    f.neutral("include_stop_str_in_output", &[false.into()])?;
+    f.neutral("response_format", &[serde_json::json!({"type": "text"})])?;
+    f.neutral("use_beam_search", &[false.into()])?;
+    f.neutral("echo", &[false.into()])?;
+    match endpoint {
+        Endpoint::Chat => {
+            f.neutral("tools", &[none()])?;
+            f.neutral("tool_choice", &["none".into(), "auto".into()])?;
+            f.neutral("parallel_tool_calls", &[true.into(), false.into()])?;
+            f.neutral("modalities", &[serde_json::json!(["text"])])?;
+            f.neutral("add_generation_prompt", &[true.into()])?;
+            f.neutral("continue_final_message", &[false.into()])?;
+        }
+        Endpoint::Completions => {
+            f.neutral("best_of", &[choices.into()])?;
+            f.neutral("suffix", &["".into()])?;
+        }
+    }
+    f.finish(match endpoint {
+        Endpoint::Chat => "a chat completion",
+        Endpoint::Completions => "a completion",
+    })
+}
+
+fn chat_logprobs(f: &mut Fields) -> Result<Option<usize>, RowError> {
+    let wanted = f.flag("logprobs")?.unwrap_or(false);
+    let top = f.count("top_logprobs", 0..=MAX_TOP_LOGPROBS)?;
+    match (wanted, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => Err(RowError::about(
+            "invalid_value",
+            "top_logprobs",
+            "`top_logprobs` needs `logprobs`: true",
+        )),
+    }
+}
+
+fn chat_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError> {
+    let Some(messages) = f.take("messages") else {
+        let e = "`messages` is missing: a list of {\"role\", \"content\"}";
+        return Err(RowError::about("missing_field", "messages", e));
+    };
+    let variables = f.object("chat_template_kwargs")?;
+    let wrong = |cause: &str| RowError::about("invalid_value", "messages", cause);
+    let messages = Message::list(&messages, "`messages`").map_err(|e| wrong(e.cause()))?;
+    for message in &messages {
+        for part in message.parts().into_iter().flatten() {
+            match part.get("type").and_then(Value::as_str) {
+                Some("text") => {}
+                Some(kind) if kind.contains("image") || kind.contains("video") => {
+                    let e =
+                        format!("a part of type `{kind}`: images and video are not available yet");
+                    return Err(RowError::about("images_unavailable", "messages", e));
+                }
+                Some(kind) => {
+                    let e = format!("a part of type `{kind}`: only text is understood");
+                    return Err(RowError::about("unsupported_field", "messages", e));
+                }
+                None => return Err(wrong("a part of `content` has no `type`")),
+            }
+        }
+    }
+    let Some(template) = text.template else {
+        let e = "this model comes without a chat template: use /v1/completions with `prompt`";
+        return Err(RowError::about("no_chat_template", "messages", e));
+    };
+    let options = RenderOptions {
+        add_generation_prompt: true,
+        variables: variables.as_ref(),
+        ..RenderOptions::default()
+    };
+    let rendered = template
+        .render(&messages, &options)
+        .map_err(|e| RowError::about("chat_template", "messages", explain(&e)))?;
+    text.tokenizer
+        .encode(&rendered, false)
+        .map_err(|e| RowError::about("tokenizer", "messages", explain(&e)))
+}
+
+fn completion_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError> {
+    let special = f.flag("add_special_tokens")?.unwrap_or(true);
+    let encode = |s: &str| {
+        text.tokenizer
+            .encode(s, special)
+            .map_err(|e| RowError::about("tokenizer", "prompt", explain(&e)))
+    };
+    let wanted = "a string, a list of token ids, or a list with one of either";
+    match f.take("prompt") {
+        None => Err(RowError::about(
+            "missing_field",
+            "prompt",
+            "`prompt` is missing",
+        )),
+        Some(Value::String(s)) => encode(&s),
+        Some(Value::Array(list)) => match list.as_slice() {
+            [Value::String(s)] => encode(s),
+            [Value::Array(ids)] => ids_of("prompt", ids, text),
+            [Value::Number(_), ..] => ids_of("prompt", &list, text),
+            [Value::String(_), ..] => Err(RowError::about(
+                "unsupported_field",
+                "prompt",
+                format!(
+                    "`prompt` holds {} prompts; write a row for each",
+                    list.len()
+                ),
+            )),
+            _ => Err(RowError::value("prompt", wanted, &Value::Array(list))),
+        },
+        Some(v) => Err(RowError::value("prompt", wanted, &v)),
+    }
+}
+
+/// Token ids that the tokenizer has.
+fn ids_of(key: &str, list: &[Value], text: &TextTools<'_>) -> Result<Vec<u32>, RowError> {
+    let limit = text.tokenizer.id_limit();
+    let id = |v: &Value| {
+        v.as_u64()
+            .filter(|id| (*id as usize) < limit)
+            .map(|id| id as u32)
+            .ok_or_else(|| RowError::value(key, &format!("made of token ids below {limit}"), v))
+    };
+    list.iter().map(id).collect()
+}
+
+fn token_list(
+    f: &mut Fields,
+    key: &str,
+    text: &TextTools<'_>,
+) -> Result<Option<Vec<u32>>, RowError> {
+    match f.take(key) {
+        None => Ok(None),
+        Some(Value::Array(list)) => ids_of(key, &list, text).map(Some),
+        Some(v) => Err(RowError::value(key, "a list of token ids", &v)),
+    }
+}
+
+fn max_tokens(f: &mut Fields, endpoint: Endpoint, rules: &Rules) -> Result<usize, RowError> {
+    let old = f.count("max_tokens", 1..=u64::MAX)?;
+    let new = match endpoint {
+        Endpoint::Chat => f.count("max_completion_tokens", 1..=u64::MAX)?,
+        Endpoint::Completions => None,
+    };
+    if let (Some(a), Some(b)) = (old, new)
+        && a != b
+    {
+        let e = "`max_tokens` and `max_completion_tokens` contradict each other";
+        return Err(RowError::about("invalid_value", "max_completion_tokens", e));
+    }
+    let silent = match endpoint {
+        Endpoint::Chat => rules.chat_max_tokens,
+        Endpoint::Completions => COMPLETION_MAX_TOKENS,
+    };
+    Ok(old.or(new).or(rules.max_tokens).unwrap_or(silent))
+}
+
+/// The job's settings with the row's laid over them. A row that truncates but names no temperature wants to sample.
+fn sampling(f: &mut Fields, custom_id: &str, rules: &Rules) -> Result<SamplingParams, RowError> {
+    let mut p = rules.sampling.clone();
+    let temperature = f.number("temperature")?;
+    let (top_p, min_p) = (f.number("top_p")?, f.number("min_p")?);
+    // vLLM's −1 and 0 both mean all tokens.
+    let top_k = match f.take("top_k") {
+        None => None,
+        Some(v) if v.as_i64() == Some(-1) => Some(0),
+        Some(v) => Some(
+            v.as_u64()
+                .ok_or_else(|| RowError::value("top_k", "a whole number, or -1 for all", &v))?
+                as usize,
+        ),
+    };
+    if p.is_greedy() && (top_p.is_some() || min_p.is_some() || top_k.is_some()) {
+        p.temperature = 1.0;
+    }
+    p.temperature = temperature.unwrap_or(p.temperature);
+    p.top_p = top_p.unwrap_or(p.top_p);
+    p.min_p = min_p.unwrap_or(p.min_p);
+    p.top_k = top_k.unwrap_or(p.top_k);
+    for (key, value) in [
+        ("repetition_penalty", &mut p.repetition_penalty),
+        ("presence_penalty", &mut p.presence_penalty),
+        ("frequency_penalty", &mut p.frequency_penalty),
+    ] {
+        *value = f.number(key)?.unwrap_or(*value);
+    }
+    p.seed = match f.take("seed") {
+        // Rows differ in their draws even where their prompts are the same.
+        None => xxh3_64_with_seed(custom_id.as_bytes(), p.seed),
+        Some(v) => match (v.as_u64(), v.as_i64()) {
+            (Some(n), _) => n,
+            (None, Some(n)) => n as u64,
+            (None, None) => return Err(RowError::value("seed", "a whole number", &v)),
+        },
+    };
+    Ok(p)
+}
+
+fn logit_bias(f: &mut Fields, text: &TextTools<'_>) -> Result<Vec<(u32, f32)>, RowError> {
+    let limit = text.tokenizer.id_limit();
+    let Some(map) = f.object("logit_bias")? else {
+        return Ok(Vec::new());
+    };
+    map.iter()
+        .map(|(id, bias)| {
+            let token = id.parse::<u32>().ok().filter(|t| (*t as usize) < limit);
+            match (token, bias.as_f64()) {
+                (Some(token), Some(bias)) => Ok((token, bias as f32)),
+                _ => Err(RowError::about(
+                    "invalid_value",
+                    "logit_bias",
+                    format!("`logit_bias` maps token ids below {limit} to numbers, and holds {id}: {bias}"),
+                )),
+            }
+        })
+        .collect()
+}
+
+fn stop_strings(f: &mut Fields, rules: &Rules) -> Result<StopStrings, RowError> {
+    let wanted = "a string or a list of strings";
+    let stops = match f.take("stop") {
+        None => rules.stop.clone(),
+        Some(Value::String(s)) => vec![s],
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|v| {
+                v.as_str()
+                    .map(str::to_owned)
+                    .ok_or_else(|| RowError::value("stop", wanted, v))
+            })
+            .collect::<Result<_, _>>()?,
+        Some(v) => return Err(RowError::value("stop", wanted, &v)),
+    };
+    if stops.len() > MAX_STOP_STRINGS {
+        let e = format!(
+            "`stop` holds {} strings; at most {MAX_STOP_STRINGS}",
+            stops.len()
+        );
+        return Err(RowError::about("invalid_value", "stop", e));
+    }
+    StopStrings::new(stops).map_err(|e| RowError::about("invalid_value", "stop", explain(&e)))
+}
+
+fn explain(e: &crate::error::Error) -> String {
+    format!("{}: {}", e.what(), e.cause())
+}

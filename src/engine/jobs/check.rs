@@ -1,0 +1,99 @@
+//! Looks a job over before it runs: every row parsed and counted, no model loaded.
+
+use super::input::Source;
+use super::request::{RowError, Rules, TextTools};
+use super::scan::{Scan, State, parse_line};
+use super::shard::Shard;
+use crate::error::Result;
+
+/// What a job will take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    pub rows: u64,
+    pub bad: u64,
+    /// Sequences: a row's `n` counts.
+    pub sequences: u64,
+    pub prompt_tokens: u64,
+    /// At most, with every answer as long as it may be.
+    pub output_tokens: u64,
+    pub longest_prompt: u64,
+    /// Prompt and answer together.
+    pub longest_row: u64,
+}
+
+/// Parses and tokenizes every row of the shard. `context`: rows whose prompt fills it are bad. Each bad row is told to `bad`
+/// with its line number. `progress(rows)` now and then.
+pub fn check(
+    source: &Source,
+    shard: Shard,
+    rules: &Rules,
+    text: &TextTools<'_>,
+    context: usize,
+    bad: &mut dyn FnMut(u64, Option<&str>, &RowError),
+    progress: &mut dyn FnMut(u64),
+) -> Result<CheckReport> {
+    let key = rules.key();
+    let scan = Scan::read(source, shard, key, &mut |_| {})?;
+    let mut lines = source.lines()?;
+    let mut report = CheckReport::default();
+    for mark in &scan.marks {
+        let Some(line) = lines.next_line()? else {
+            break;
+        };
+        if mark.state == State::Elsewhere {
+            continue;
+        }
+        report.rows += 1;
+        if report.rows.is_multiple_of(256) {
+            progress(report.rows);
+        }
+        let (custom_id, counted) = match parse_line(source, &line, key).request {
+            Err((custom_id, e)) => (custom_id, Err(e)),
+            Ok(request) if mark.state == State::Duplicate => {
+                let first = scan
+                    .find(&request.custom_id)
+                    .map_or(0, |i| scan.marks[i].line);
+                let message = format!("the custom_id is already on line {first}");
+                let e = RowError::about("duplicate_custom_id", "custom_id", message);
+                (Some(request.custom_id), Err(e))
+            }
+            Ok(request) => {
+                let custom_id = request.custom_id.clone();
+                (
+                    Some(custom_id),
+                    request
+                        .body(rules, text)
+                        .and_then(|b| fits(b.prompt.len(), context).map(|()| b)),
+                )
+            }
+        };
+        match counted {
+            Ok(body) => {
+                let prompt = body.prompt.len() as u64;
+                let answer = body.max_tokens.min(context - body.prompt.len()) as u64;
+                let n = u64::from(body.choices);
+                report.sequences += n;
+                report.prompt_tokens += prompt;
+                report.output_tokens += answer * n;
+                report.longest_prompt = report.longest_prompt.max(prompt);
+                report.longest_row = report.longest_row.max(prompt + answer);
+            }
+            Err(e) => {
+                report.bad += 1;
+                bad(line.number, custom_id.as_deref(), &e);
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn fits(prompt: usize, context: usize) -> Result<(), RowError> {
+    match prompt {
+        0 => Err(RowError::new("invalid_prompt", "the prompt has no tokens")),
+        n if n >= context => Err(RowError::new(
+            "invalid_prompt",
+            format!("the prompt has {n} tokens, the context holds {context}"),
+        )),
+        _ => Ok(()),
+    }
+}

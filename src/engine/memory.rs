@@ -1,0 +1,158 @@
+//! How much memory there is, how much this process has taken, and what the parts of an engine may take.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::{Code, Error, Result};
+use crate::units::{flag_size, human_bytes};
+
+/// Kept aside in every budget for what is allocated while running: text, JSON, the allocator's own slack, thread stacks.
+pub const SLACK_BYTES: u64 = 24 << 20;
+
+/// Host memory as the kernel sees it now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostMemory {
+    /// What could still be allocated, the tightest of machine and cgroups.
+    pub available: u64,
+    /// This process's peak so far.
+    pub peak: u64,
+    /// This process's resident set now.
+    pub resident: u64,
+}
+
+impl HostMemory {
+    pub fn read() -> HostMemory {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let machine = kib_field(&meminfo, "MemAvailable:").unwrap_or(1 << 30);
+        HostMemory {
+            available: machine.min(cgroup_room().unwrap_or(u64::MAX)),
+            peak: kib_field(&status, "VmHWM:").unwrap_or(0),
+            resident: kib_field(&status, "VmRSS:").unwrap_or(0),
+        }
+    }
+
+    /// 90 % of what this process could have in all: what it holds and what is free.
+    pub fn default_budget(&self) -> u64 {
+        (self.available + self.resident) / 10 * 9
+    }
+}
+
+/// The peak resident set so far, bytes.
+pub fn peak_bytes() -> u64 {
+    HostMemory::read().peak
+}
+
+/// `Name:   1234 kB` as /proc writes it.
+fn kib_field(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|l| l.strip_prefix(name))?;
+    let kib: u64 = rest.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Room left under the tightest cgroup (v1 or v2) this process lies in.
+fn cgroup_room() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    groups
+        .lines()
+        .filter_map(|line| {
+            let mut parts = line.splitn(3, ':');
+            let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            if controllers.is_empty() {
+                tightest(Path::new("/sys/fs/cgroup"), path, "memory.max", "memory.current")
+            } else if controllers.split(',').any(|c| c == "memory") {
+                let root = Path::new("/sys/fs/cgroup/memory");
+                tightest(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+            } else {
+                None
+            }
+        })
+        .min()
+}
+
+/// Walks from the process's group up to the root: any ancestor may be the tight one. Page cache counts as used here but
+/// gives way under pressure, so it is added back.
+fn tightest(root: &Path, group: &str, limit: &str, used: &str) -> Option<u64> {
+    let mut dir = root.join(group.trim_start_matches('/'));
+    let mut room: Option<u64> = None;
+    loop {
+        let number = |name: &str| -> Option<u64> {
+            fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
+        };
+        // `max`, or v1's huge number, says that there is no limit.
+        if let Some(limit) = number(limit).filter(|l| *l < 1 << 60) {
+            let cache = fs::read_to_string(dir.join("memory.stat"))
+                .ok()
+                .and_then(|s| {
+                    s.lines().find_map(|l| {
+                        let (name, value) = l.split_once(' ')?;
+                        matches!(name, "file" | "total_cache").then(|| value.parse().ok())?
+                    })
+                })
+                .unwrap_or(0);
+            let here = limit.saturating_sub(number(used).unwrap_or(0).saturating_sub(cache));
+            room = Some(room.map_or(here, |r| r.min(here)));
+        }
+        if dir == root || !dir.pop() || !dir.starts_with(root) {
+            return room;
+        }
+    }
+}
+
+/// What the parts of an engine take besides weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Charges {
+    /// Resident before the engine allocates anything: code, tokenizer, checksums.
+    pub base: u64,
+    pub kv: u64,
+    pub scratch: u64,
+    pub logits: u64,
+}
+
+impl Charges {
+    pub fn total(&self) -> u64 {
+        self.base + self.kv + self.scratch + self.logits + SLACK_BYTES
+    }
+
+    /// What is left of `budget` for the pager.
+    pub fn left_of(&self, budget: u64) -> Result<u64> {
+        budget.checked_sub(self.total()).ok_or_else(|| {
+            Error::new(
+                Code::Memory,
+                format!("{} of memory is too little before any weight is loaded", human_bytes(budget)),
+                format!(
+                    "the process takes {}, KV {}, activations and logits {}, slack {}",
+                    human_bytes(self.base),
+                    human_bytes(self.kv),
+                    human_bytes(self.scratch + self.logits),
+                    human_bytes(SLACK_BYTES)
+                ),
+                format!("give --cpu-memory more than {}, or a smaller --context", flag_size(self.total())),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_a_size() {
+        let m = HostMemory::read();
+        assert!(m.resident > 0 && m.peak >= m.resident && m.available > 0, "{m:?}");
+        assert!(m.default_budget() < m.available + m.resident);
+    }
+
+    #[test]
+    fn a_group_and_its_ancestors_are_read_and_cache_is_added_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b");
+        fs::create_dir_all(&inner).unwrap();
+        fs::write(inner.join("memory.max"), "max\n").unwrap();
+        fs::write(dir.path().join("a/memory.max"), "1000\n").unwrap();
+        fs::write(dir.path().join("a/memory.current"), "700\n").unwrap();
+        fs::write(dir.path().join("a/memory.stat"), "anon 500\nfile 200\n").unwrap();
+        assert_eq!(tightest(dir.path(), "/a/b", "memory.max", "memory.current"), Some(500));
+    }
+}

@@ -1,0 +1,272 @@
+//! From a store and a budget to an engine: every byte is placed before the first one is read.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use super::memory::{Charges, HostMemory, SLACK_BYTES};
+use super::pacer::Pacer;
+use super::sample::Samplers;
+use super::schedule::{Limits, Scheduler};
+use super::{Engine, no_kv_room};
+use crate::device::{Device, KvShape};
+use crate::error::{Code, Error, Result};
+use crate::model::forward::Forward;
+use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
+use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout};
+use crate::spec::UnitKind;
+use crate::store::Store;
+use crate::units::{Dtype, UnitId, flag_size, human_bytes};
+
+/// Rows a pass holds when nobody says otherwise: enough that a prompt costs few passes, little enough to fit anywhere.
+pub const DEFAULT_PASS_TOKENS: usize = 2048;
+pub const DEFAULT_PAGE_BYTES: u64 = 4 << 20;
+pub const DEFAULT_PREFETCH_DEPTH: usize = 1;
+
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Bound on the process's peak resident set; by default 90 % of what is free.
+    pub cpu_memory: Option<u64>,
+    pub placement: Placement,
+    pub prefetch_depth: Option<usize>,
+    pub page_bytes: Option<u64>,
+    pub pager: PagerOptions,
+    pub threads: Option<usize>,
+    /// Longest sequence, prompt and answer together.
+    pub context: usize,
+    /// Sequences that may run at once.
+    pub max_sequences: usize,
+    /// KV room in tokens; by default every sequence may reach the context.
+    pub kv_tokens: Option<usize>,
+    /// Rows a pass may hold; shrinks to fit the budget.
+    pub pass_tokens: usize,
+    /// Rows whose logits a pass may give (scoring wants them all).
+    pub logits_rows: usize,
+    /// Whole rows of logits are kept for the sampler; scoring streams them instead.
+    pub keep_logits: bool,
+    /// Ids from here on are never sampled (the tokenizer's size).
+    pub sample_limit: Option<usize>,
+    /// Forces an instruction set (tests): `portable`, `avx2`, `avx512`, `avx512bf16`.
+    pub isa: Option<String>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            cpu_memory: None,
+            placement: Placement::Auto,
+            prefetch_depth: None,
+            page_bytes: None,
+            pager: PagerOptions::default(),
+            threads: None,
+            context: 2048,
+            max_sequences: 1,
+            kv_tokens: None,
+            pass_tokens: DEFAULT_PASS_TOKENS,
+            logits_rows: 1,
+            keep_logits: true,
+            sample_limit: None,
+            isa: None,
+        }
+    }
+}
+
+/// Called while resident units load: bytes so far, bytes in all.
+pub type OpenProgress<'a> = &'a mut dyn FnMut(u64, u64);
+
+impl Engine {
+    /// Plans, allocates, starts the reader and loads the resident units.
+    pub fn open(
+        store: &Store,
+        options: &EngineOptions,
+        cancel: Arc<AtomicBool>,
+        progress: OpenProgress<'_>,
+    ) -> Result<Engine> {
+        let spec = store.spec.clone();
+        let dtype = kv_dtype(store);
+        let host = HostMemory::read();
+        let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+        let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+        let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
+        let layouts: Vec<SlotLayout> = store
+            .units
+            .iter()
+            .map(|u| SlotLayout::new(u, &file_bytes, page_bytes))
+            .collect();
+
+        let context = options.context.min(spec.max_positions).max(2);
+        let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
+        // One block more a sequence: each ends somewhere inside its last one.
+        let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
+        let kv_bytes = kv_blocks as u64
+            * block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
+        let device = Device::cpu(options.threads, options.isa.as_deref())?;
+        let wanted = options.logits_rows.max(1);
+        let charges = |tokens: usize| Charges {
+            base: host.resident,
+            kv: kv_bytes,
+            scratch: Forward::scratch_bytes(&spec, tokens, wanted),
+            logits: if options.keep_logits {
+                (wanted * spec.vocab * 4) as u64
+            } else {
+                0
+            },
+        };
+        let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
+        let (pass_tokens, plan) = fit(options, budget, wanted, &charges, |left| {
+            Plan::new(&layouts, left, depth, &options.placement, spec.tied_head)
+        })?;
+
+        let units: Vec<(UnitId, UnitKind, usize)> = store
+            .units
+            .iter()
+            .map(|u| (u.id, u.kind, u.places.first().map_or(0, |p| p.rows)))
+            .collect();
+        let forward = Forward::new(
+            &device,
+            &spec,
+            &units,
+            head_dtype(store),
+            pass_tokens,
+            wanted,
+        )?;
+        let kv = device.kv(&KvShape {
+            layers: spec.layers,
+            blocks: kv_blocks,
+            kv_heads: spec.kv_heads,
+            head_size: spec.head_size,
+            dtype,
+        });
+        let pager = Pager::start(
+            store,
+            layouts,
+            plan,
+            &options.pager,
+            cancel.clone(),
+            progress,
+        )?;
+        if KvPool::blocks_for(2) > kv_blocks {
+            return Err(no_kv_room(1));
+        }
+        let sample_limit = options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab);
+        let context = context.min(kv_blocks * BLOCK_TOKENS);
+        let limits = Limits {
+            context,
+            sequences: options.max_sequences,
+            rows: pass_tokens,
+            wanted,
+            kv_blocks,
+        };
+        Ok(Engine {
+            logits: if options.keep_logits {
+                vec![0.0; wanted * spec.vocab]
+            } else {
+                Vec::new()
+            },
+            samplers: Samplers::new(sample_limit, device.threads()),
+            scheduler: Scheduler::new(limits),
+            pacer: Pacer::default(),
+            streams: pager.plan().streamed_bytes > 0,
+            context,
+            pass_time: Duration::ZERO,
+            rows: 0,
+            cancel,
+            spec,
+            dtype,
+            device,
+            forward,
+            pager,
+            kv,
+        })
+    }
+}
+
+/// The largest pass (halving from what was asked) under which the smallest placement still fits, and its plan. A large
+/// pass may take at most an eighth of the budget from the weights.
+fn fit(
+    options: &EngineOptions,
+    budget: u64,
+    wanted: usize,
+    charges: &dyn Fn(usize) -> Charges,
+    plan: impl Fn(u64) -> Result<Plan>,
+) -> Result<(usize, Plan)> {
+    let least = wanted.max(16).min(options.pass_tokens.max(1)).max(wanted);
+    let mut tokens = options.pass_tokens.max(least);
+    loop {
+        let c = charges(tokens);
+        let modest = c.scratch <= budget / 8 || tokens == least;
+        let fitted = if modest {
+            Some(c.left_of(budget).and_then(&plan))
+        } else {
+            None
+        };
+        match fitted {
+            Some(Ok(plan)) => return Ok((tokens, plan)),
+            Some(Err(e)) if tokens == least => return Err(name_the_budget(e, budget, &c, &plan)),
+            _ => tokens = (tokens / 2).max(least),
+        }
+    }
+}
+
+/// Turns "too little" into the smallest budget that would do.
+fn name_the_budget(
+    e: Error,
+    budget: u64,
+    charges: &Charges,
+    plan: &impl Fn(u64) -> Result<Plan>,
+) -> Error {
+    if e.code() != Code::Memory {
+        return e;
+    }
+    let (mut low, mut high) = (0u64, 1u64 << 46);
+    while high - low > 1 << 20 {
+        let middle = low + (high - low) / 2;
+        match plan(middle) {
+            Ok(_) => high = middle,
+            Err(_) => low = middle,
+        }
+    }
+    let smallest = high + charges.total();
+    Error::new(
+        Code::Memory,
+        format!("the model does not fit in {}", human_bytes(budget)),
+        format!(
+            "the smallest plan takes {}: slots and residents {}, KV {}, activations and logits {}, the process itself {}",
+            human_bytes(smallest),
+            human_bytes(high),
+            human_bytes(charges.kv),
+            human_bytes(charges.scratch + charges.logits),
+            human_bytes(charges.base + SLACK_BYTES)
+        ),
+        format!(
+            "give --cpu-memory {} or more, or a smaller --context",
+            flag_size(smallest)
+        ),
+    )
+}
+
+/// The type of keys and values: the one all matrices share, or float32 where they differ.
+pub fn kv_dtype(store: &Store) -> Dtype {
+    let mut matrices = store
+        .units
+        .iter()
+        .filter(|u| matches!(u.kind, UnitKind::Layer(_) | UnitKind::Head(_)))
+        .flat_map(|u| &u.places)
+        .filter(|p| p.rows > 1)
+        .map(|p| p.dtype);
+    let first = matrices.next().unwrap_or(Dtype::F32);
+    if matrices.all(|d| d == first) {
+        first
+    } else {
+        Dtype::F32
+    }
+}
+
+fn head_dtype(store: &Store) -> Dtype {
+    store
+        .units
+        .iter()
+        .find(|u| matches!(u.kind, UnitKind::Head(_)))
+        .and_then(|u| u.places.first())
+        .map_or(Dtype::F32, |p| p.dtype)
+}

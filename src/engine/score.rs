@@ -1,0 +1,146 @@
+//! Logits at every position of given tokens: several inputs share a pass, long ones take several.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::{Engine, no_kv_room};
+use crate::error::{Code, Error, Result};
+use crate::model::kv::KvTable;
+
+/// Part of the logits of one input: `values` is `[rows, ids]`, row-major, float32.
+pub struct ScoreBlock<'a> {
+    /// Index of the input, in the order given.
+    pub input: usize,
+    pub first_row: usize,
+    pub rows: usize,
+    pub first_id: usize,
+    pub ids: usize,
+    pub values: &'a [f32],
+}
+
+struct Scoring<'t> {
+    input: usize,
+    tokens: &'t [u32],
+    table: KvTable,
+}
+
+impl Engine {
+    /// Streams the logits of all `inputs` into `sink`. Blocks of one input come in order of rows, and within the rows of
+    /// a pass in order of ids; blocks of inputs that share a pass interleave. No job may be pending.
+    pub fn score(
+        &mut self,
+        inputs: &[Vec<u32>],
+        sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut open: Vec<Scoring<'_>> = Vec::new();
+        let result = self.score_into(inputs, sink, &mut open);
+        // Whatever ended it, the KV blocks go back.
+        for s in &mut open {
+            self.scheduler.pool.release(&mut s.table);
+        }
+        result
+    }
+
+    fn score_into<'t>(
+        &mut self,
+        inputs: &'t [Vec<u32>],
+        sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
+        open: &mut Vec<Scoring<'t>>,
+    ) -> Result<()> {
+        for (i, tokens) in inputs.iter().enumerate() {
+            self.check_input(i, tokens)?;
+        }
+        let most = self.forward.max_tokens().min(self.forward.max_wanted());
+        let mut next = 0;
+        // (input, first row in the input, rows) of each segment of the pass
+        let mut parts: Vec<(usize, usize, usize)> = Vec::new();
+        while next < inputs.len() || !open.is_empty() {
+            if self.cancel.load(Relaxed) {
+                return Err(crate::paging::interrupted());
+            }
+            self.scheduler.pass.clear();
+            parts.clear();
+            for s in open.iter_mut() {
+                self.push_part(s, most, &mut parts);
+            }
+            while next < inputs.len() && self.scheduler.pass.rows() < most {
+                let mut s = Scoring {
+                    input: next,
+                    tokens: &inputs[next],
+                    table: KvTable::default(),
+                };
+                if !self.push_part(&mut s, most, &mut parts) {
+                    break;
+                }
+                open.push(s);
+                next += 1;
+            }
+            if parts.is_empty() {
+                return Err(no_kv_room(1));
+            }
+            self.run_pass(&mut |first_id, ids, block| {
+                let mut at = 0;
+                for &(input, first_row, rows) in &parts {
+                    sink(&ScoreBlock {
+                        input,
+                        first_row,
+                        rows,
+                        first_id,
+                        ids,
+                        values: &block[at * ids..(at + rows) * ids],
+                    })?;
+                    at += rows;
+                }
+                Ok(())
+            })?;
+            for s in open.iter_mut() {
+                if s.table.len() == s.tokens.len() {
+                    self.scheduler.pool.release(&mut s.table);
+                }
+            }
+            open.retain(|s| !s.table.is_empty());
+        }
+        Ok(())
+    }
+
+    /// Puts as many of the input's next tokens into the pass as fit. False when none did.
+    fn push_part(
+        &mut self,
+        s: &mut Scoring<'_>,
+        most: usize,
+        parts: &mut Vec<(usize, usize, usize)>,
+    ) -> bool {
+        let done = s.table.len();
+        let mut rows = (s.tokens.len() - done).min(most - self.scheduler.pass.rows());
+        // What the free blocks and the room in the last one hold.
+        let room = self.scheduler.pool.room_for(&s.table);
+        rows = rows.min(room);
+        if rows == 0 || self.scheduler.pool.extend(&mut s.table, rows).is_err() {
+            return false;
+        }
+        let part = &s.tokens[done..done + rows];
+        self.scheduler.pass.push_text(part, done, s.table.blocks(), rows);
+        parts.push((s.input, done, rows));
+        true
+    }
+
+    fn check_input(&self, index: usize, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() || tokens.len() > self.context {
+            return Err(Error::new(
+                Code::Usage,
+                format!("input {index} has {} tokens", tokens.len()),
+                format!("an input has 1 to {} tokens under this context", self.context),
+                "split it, or raise --context",
+            ));
+        }
+        let vocab = self.spec.vocab;
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("input {index} has token id {id}"),
+                format!("the model's vocabulary has {vocab} ids"),
+                "use the tokenizer that belongs to this model",
+            ));
+        }
+        Ok(())
+    }
+}

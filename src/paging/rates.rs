@@ -1,0 +1,153 @@
+//! The best disk rate any setting ever reached on a folder and this machine: what "share of the bound" is a share of.
+//!
+//! Kept beside the weights where the folder is ours, else under the user's cache directory. A run never lowers it: the
+//! bound must not follow a slow run down.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::io::{ReaderKind, Sweep, sweep};
+
+/// File name of the record.
+pub const RATES_FILE: &str = "rates.json";
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Record {
+    machine: String,
+    disk_gb_per_s: f64,
+}
+
+/// Where the record of one model's files lies.
+#[derive(Clone, Debug)]
+pub struct DiskRates {
+    path: PathBuf,
+}
+
+impl DiskRates {
+    /// `folder`: the packed folder, or the source when it is streamed in place (`ours` false).
+    pub fn of(folder: &Path, ours: bool) -> DiskRates {
+        let path = if ours {
+            folder.join(RATES_FILE)
+        } else {
+            let key = xxhash_rust::xxh3::xxh3_64(folder.as_os_str().as_encoded_bytes());
+            cache_dir().join(format!("rates-{key:016x}.json"))
+        };
+        DiskRates { path }
+    }
+
+    /// The best rate on record for this machine, 10⁹ bytes a second.
+    pub fn best(&self) -> Option<f64> {
+        let text = std::fs::read_to_string(&self.path).ok()?;
+        let record: Record = serde_json::from_str(&text).ok()?;
+        (record.machine == machine() && record.disk_gb_per_s > 0.0).then_some(record.disk_gb_per_s)
+    }
+
+    /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
+    pub fn raise(&self, rate: f64) {
+        if rate.is_finite() && rate > self.best().unwrap_or(0.0) {
+            let record = Record {
+                machine: machine(),
+                disk_gb_per_s: rate,
+            };
+            if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
+                let _ = std::fs::create_dir_all(dir);
+                let _ = std::fs::write(&self.path, text);
+            }
+        }
+    }
+
+    /// The best known rate, measured now (about a second) when none is, with at most `room` bytes of memory. Without room
+    /// for a few reads there is nothing worth measuring.
+    pub fn best_or_probe(&self, files: &[PathBuf], room: u64) -> Result<Option<f64>> {
+        if let Some(rate) = self.best() {
+            return Ok(Some(rate));
+        }
+        let Some((block_bytes, depths)) = probe_settings(room) else {
+            return Ok(None);
+        };
+        let rows = sweep(
+            &Sweep {
+                files: files.to_vec(),
+                kinds: vec![ReaderKind::Auto],
+                block_bytes,
+                depths,
+                each: Duration::from_millis(300),
+            },
+            &mut |_| {},
+        )?;
+        let best = rows
+            .iter()
+            .filter(|r| r.direct)
+            .map(|r| r.gb_per_s)
+            .fold(0.0, f64::max);
+        if best == 0.0 {
+            return Ok(None);
+        }
+        self.raise(best);
+        Ok(Some(best))
+    }
+}
+
+/// Block sizes and depths whose largest product fits in `room`.
+fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
+    let deepest = 32;
+    if room < deepest * (128 << 10) {
+        return None;
+    }
+    let largest = 1 << (room / deepest).min(4 << 20).ilog2();
+    let smaller = if largest > 1 << 20 { largest >> 2 } else { largest >> 1 };
+    Some((vec![smaller, largest], vec![8, deepest as usize]))
+}
+
+/// This machine, as records name it: kernel's machine id, else the host's name.
+fn machine() -> String {
+    ["/etc/machine-id", "/proc/sys/kernel/hostname"]
+        .iter()
+        .find_map(|p| {
+            let text = std::fs::read_to_string(p).ok()?;
+            let text = text.trim();
+            (!text.is_empty()).then(|| text.to_string())
+        })
+        .unwrap_or_default()
+}
+
+fn cache_dir() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|h| Path::new(&h).join(".cache"));
+    std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("tensorpager")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probing_keeps_within_its_room() {
+        assert_eq!(probe_settings(3 << 20), None);
+        for room in [4 << 20, 5 << 20, 33 << 20, 127 << 20, 128 << 20, u64::MAX] {
+            let (blocks, depths) = probe_settings(room).unwrap();
+            let most = blocks.iter().max().unwrap() * depths.iter().max().unwrap();
+            assert!(most as u64 <= room && blocks.iter().all(|b| b % 4096 == 0), "{room} {blocks:?}");
+        }
+        assert_eq!(probe_settings(u64::MAX), Some((vec![1 << 20, 4 << 20], vec![8, 32])));
+    }
+
+    #[test]
+    fn a_slower_rate_never_replaces_a_faster_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let rates = DiskRates::of(dir.path(), true);
+        assert_eq!(rates.best(), None);
+        rates.raise(2.0);
+        rates.raise(1.0);
+        rates.raise(f64::NAN);
+        assert_eq!(rates.best(), Some(2.0));
+        rates.raise(3.0);
+        assert_eq!(rates.best(), Some(3.0));
+    }
+}

@@ -1,0 +1,61 @@
+//! What the pager counted. The reading side writes, the computing side reads; neither waits for the other.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Written by the reading thread.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub disk_bytes: AtomicU64,
+    /// Bytes whose checksum was compared (or recorded) before anyone could use them.
+    pub verified_bytes: AtomicU64,
+    pub busy_ns: AtomicU64,
+    pub verify_ns: AtomicU64,
+    /// Blocks that did not match and were read once more.
+    pub rereads: AtomicU64,
+}
+
+/// A snapshot; the difference of two is what happened between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PagingStats {
+    pub passes: u64,
+    /// Units handed to the forward pass.
+    pub units: u64,
+    /// Bytes of the streamed units handed to the forward pass, and of embedding blocks gathered for it.
+    pub used_bytes: u64,
+    /// Bytes read from disk, those read ahead included.
+    pub disk_bytes: u64,
+    pub verified_bytes: u64,
+    /// Time with at least one read outstanding.
+    pub disk_busy: Duration,
+    pub verify: Duration,
+    /// Time the computing side waited for a unit or for embedding rows.
+    pub stall_disk: Duration,
+    pub rereads: u64,
+}
+
+impl PagingStats {
+    pub(super) fn add_counters(mut self, c: &Counters) -> PagingStats {
+        self.disk_bytes = c.disk_bytes.load(Relaxed);
+        self.verified_bytes = c.verified_bytes.load(Relaxed);
+        self.disk_busy = Duration::from_nanos(c.busy_ns.load(Relaxed));
+        self.verify = Duration::from_nanos(c.verify_ns.load(Relaxed));
+        self.rereads = c.rereads.load(Relaxed);
+        self
+    }
+
+    /// What happened since `earlier`.
+    pub fn since(&self, earlier: &PagingStats) -> PagingStats {
+        PagingStats {
+            passes: self.passes - earlier.passes,
+            units: self.units - earlier.units,
+            used_bytes: self.used_bytes - earlier.used_bytes,
+            disk_bytes: self.disk_bytes - earlier.disk_bytes,
+            verified_bytes: self.verified_bytes - earlier.verified_bytes,
+            disk_busy: self.disk_busy - earlier.disk_busy,
+            verify: self.verify - earlier.verify,
+            stall_disk: self.stall_disk - earlier.stall_disk,
+            rereads: self.rereads - earlier.rereads,
+        }
+    }
+}

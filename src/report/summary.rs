@@ -1,0 +1,197 @@
+//! The closing figures of a run, for people and as JSON. The field names are a contract (DESIGN: "Command line").
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::engine::{Engine, EngineStats};
+use crate::paging::{Tier, VerifyWhen};
+use crate::units::human_bytes;
+
+/// Seconds, each from the start of what it names.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Timings {
+    pub pack_s: f64,
+    /// Opening: planning, allocating, loading resident units.
+    pub load_s: f64,
+    pub time_to_first_token_s: f64,
+    /// From the first token to the last.
+    pub decode_s: f64,
+    pub output_tokens_per_s: f64,
+    pub total_s: f64,
+}
+
+/// What the pager did in the decode passes. Rates in 10⁹ bytes a second.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PagingReport {
+    pub passes: u64,
+    pub units: u64,
+    pub bytes_per_pass: u64,
+    pub disk_bytes: u64,
+    pub disk_bytes_per_pass: u64,
+    pub disk_s: f64,
+    pub disk_gb_per_s: f64,
+    pub h2d_bytes: u64,
+    pub h2d_s: f64,
+    pub h2d_gb_per_s: f64,
+    pub stall_s: f64,
+    pub stall_disk_s: f64,
+    pub stall_copy_s: f64,
+    pub compute_s: f64,
+    pub overlap: f64,
+    pub resident_gpu_bytes: u64,
+    pub resident_cpu_bytes: u64,
+    pub prefetch_depth: usize,
+    pub page_size: u64,
+    pub queue_depth: usize,
+    pub io: &'static str,
+    pub direct: bool,
+    pub verify: &'static str,
+    pub verified_bytes: u64,
+    pub probed_disk_gb_per_s: Option<f64>,
+    pub percent_of_bound: Option<f64>,
+    pub peak_memory_bytes: u64,
+}
+
+/// How the reader was set up, for the report's sake.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadSettings {
+    pub page_bytes: u64,
+    pub queue_depth: usize,
+    pub verify: VerifyWhen,
+    /// The source had no checksums: those of the first read are what later reads are compared with.
+    pub self_recorded: bool,
+    /// The best rate any setting reached on this folder and machine, 10⁹ bytes a second.
+    pub probed_disk_gb_per_s: Option<f64>,
+}
+
+impl PagingReport {
+    /// `during`: the passes reported on.
+    pub fn new(engine: &Engine, during: &EngineStats, settings: &ReadSettings) -> PagingReport {
+        let plan = engine.plan();
+        let pager = engine.pager();
+        let p = &during.paging;
+        let passes = p.passes.max(1) as f64;
+        let disk_s = p.disk_busy.as_secs_f64();
+        let compute_s = during.compute.as_secs_f64();
+        let used_per_pass = p.used_bytes as f64 / passes;
+        let share = bound_share(
+            used_per_pass,
+            compute_s / passes,
+            during.pass.as_secs_f64() / passes,
+            settings.probed_disk_gb_per_s,
+        );
+        PagingReport {
+            passes: p.passes,
+            units: p.units,
+            bytes_per_pass: plan.resident_bytes + plan.streamed_bytes,
+            disk_bytes: p.disk_bytes,
+            disk_bytes_per_pass: used_per_pass as u64,
+            disk_s,
+            disk_gb_per_s: rate(p.disk_bytes, disk_s),
+            stall_s: p.stall_disk.as_secs_f64(),
+            stall_disk_s: p.stall_disk.as_secs_f64(),
+            compute_s,
+            overlap: share.unwrap_or(0.0),
+            resident_cpu_bytes: plan.resident_bytes,
+            prefetch_depth: plan.depth,
+            page_size: settings.page_bytes,
+            queue_depth: settings.queue_depth,
+            io: pager.reader_name(),
+            direct: pager.direct(),
+            verify: match (settings.verify, settings.self_recorded) {
+                (VerifyWhen::Never, _) => "never",
+                (_, true) => "self",
+                (VerifyWhen::Always, _) => "always",
+                (VerifyWhen::First, _) => "first",
+            },
+            verified_bytes: p.verified_bytes,
+            probed_disk_gb_per_s: settings.probed_disk_gb_per_s,
+            percent_of_bound: share.map(|s| s * 100.0),
+            peak_memory_bytes: crate::engine::peak_bytes(),
+            ..PagingReport::default()
+        }
+    }
+}
+
+/// The bound over the measured pass: max(bytes / best disk rate, compute) / pass. `None` where bytes were streamed and
+/// no rate of this disk is known, or nothing ran.
+fn bound_share(bytes: f64, compute_s: f64, pass_s: f64, best_gb_per_s: Option<f64>) -> Option<f64> {
+    if pass_s <= 0.0 {
+        return None;
+    }
+    let disk_s = match (bytes > 0.0, best_gb_per_s) {
+        (false, _) => 0.0,
+        (true, Some(rate)) if rate > 0.0 => bytes / (rate * 1e9),
+        (true, _) => return None,
+    };
+    Some(disk_s.max(compute_s) / pass_s)
+}
+
+fn rate(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 {
+        bytes as f64 / seconds / 1e9
+    } else {
+        0.0
+    }
+}
+
+/// Tokens a second from the first token to the last; `tokens` counts both.
+pub fn tokens_per_s(tokens: usize, decode: Duration) -> f64 {
+    let s = decode.as_secs_f64();
+    if tokens > 1 && s > 0.0 {
+        (tokens - 1) as f64 / s
+    } else {
+        0.0
+    }
+}
+
+/// Two lines for people: what it cost, and where the time went.
+pub fn closing_lines(
+    prompt_tokens: usize,
+    tokens: usize,
+    t: &Timings,
+    paging: &PagingReport,
+    engine: &Engine,
+) -> String {
+    let plan = engine.plan();
+    let total = engine.plan().tiers.len();
+    let resident = plan.tiers.iter().filter(|t| **t == Tier::Cpu).count();
+    let mut text = format!(
+        "{prompt_tokens} prompt tokens, first token after {:.2} s; {tokens} tokens at {:.2} tokens/s\n",
+        t.time_to_first_token_s, t.output_tokens_per_s
+    );
+    if plan.streamed_bytes == 0 {
+        text += &format!(
+            "all weights in RAM ({}); ",
+            human_bytes(plan.resident_bytes)
+        );
+    } else {
+        text += &format!(
+            "{} from disk a pass at {:.2} GB/s, {resident} of {total} units in RAM ({}); waited for the disk {:.0} % of the time; ",
+            human_bytes(paging.disk_bytes_per_pass),
+            paging.disk_gb_per_s,
+            human_bytes(plan.resident_bytes),
+            100.0 * paging.stall_disk_s / (paging.stall_disk_s + paging.compute_s).max(1e-9),
+        );
+    }
+    match paging.percent_of_bound {
+        Some(p) => text += &format!("{p:.0} % of this machine's bound; "),
+        None => text += "bound unknown (run `tensorpager bench io` once); ",
+    }
+    text + &format!("peak memory {}", human_bytes(paging.peak_memory_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slower_pass_is_further_from_the_bound() {
+        let at = |pass| bound_share(1e9, 0.2, pass, Some(2.0)).unwrap();
+        assert!((at(0.5) - 1.0).abs() < 1e-9, "the disk alone takes 0.5 s");
+        assert!((at(1.0) - 0.5).abs() < 1e-9, "a sleep in the reader shows");
+        assert_eq!(bound_share(1e9, 0.2, 0.5, None), None);
+        assert_eq!(bound_share(0.0, 0.2, 0.4, None), Some(0.5));
+    }
+}

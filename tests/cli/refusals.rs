@@ -1,0 +1,384 @@
+//! Wrong input of each kind: three lines that name it, the right exit code, no panic, no result.
+
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use super::process::{Place, fixture, str};
+
+fn qwen2() -> String {
+    str(&fixture("qwen2-bf16")).to_string()
+}
+
+#[test]
+fn models_that_are_none() {
+    let p = Place::new();
+    p.run(&["run", "/no/such/folder", "-p", "x"])
+        .refused(2, &["/no/such/folder"]);
+    p.run(&["run", "some-org/some-model", "-p", "x"])
+        .refused(2, &["some-org/some-model"]);
+    std::fs::create_dir(p.path("empty")).unwrap();
+    p.run(&["run", "empty", "-p", "x"]).refused(1, &["empty"]);
+    let file = p.file("plain.txt", "x");
+    p.run(&["run", &file, "-p", "x"]).refused(2, &["plain.txt"]);
+    std::fs::create_dir(p.path("weightless")).unwrap();
+    p.file("weightless/config.json", "{}");
+    p.run(&["run", "weightless", "-p", "x"])
+        .refused(1, &["weightless"]);
+    assert!(
+        !p.offload().exists(),
+        "nothing was made for a model that is none"
+    );
+}
+
+#[test]
+fn broken_configs() {
+    let config = |change: &dyn Fn(&mut Value)| -> (Place, String) {
+        let p = Place::new();
+        let copy = p.copy("qwen2-bf16", "model");
+        let path = copy.join("config.json");
+        let mut value: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut value);
+        std::fs::write(&path, value.to_string()).unwrap();
+        (p, str(&copy).to_string())
+    };
+    let refused = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let (p, model) = config(change);
+        for more in [&[][..], &["--in-place"]] {
+            let mut args = vec!["run", &model, "-p", "x"];
+            args.extend(more);
+            p.run(&args).refused(1, words);
+        }
+        p.run(&["pack", &model]).refused(1, words);
+    };
+    refused(&|c| c["model_type"] = json!("hyena"), &["hyena"]);
+    refused(
+        &|c| {
+            c.as_object_mut().unwrap().remove("model_type");
+        },
+        &["model_type"],
+    );
+    refused(
+        &|c| {
+            c.as_object_mut().unwrap().remove("hidden_size");
+        },
+        &["hidden_size"],
+    );
+    refused(
+        &|c| c["num_attention_heads"] = json!(0),
+        &["num_attention_heads"],
+    );
+    refused(&|c| c["hidden_act"] = json!("gelu_new"), &["gelu_new"]);
+    refused(&|c| c["num_hidden_layers"] = json!(4), &["layers.3"]);
+    refused(
+        &|c| c["intermediate_size"] = json!(88),
+        &["mlp", "84", "88"],
+    );
+    refused(&|c| c["vocab_size"] = json!(289), &["288", "289"]);
+    let p = Place::new();
+    let copy = p.copy("qwen2-bf16", "model");
+    std::fs::write(copy.join("config.json"), "{\"model_type\": ").unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["config.json"]);
+    std::fs::remove_file(copy.join("config.json")).unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["config.json"]);
+}
+
+#[test]
+fn damaged_weights_and_tokenizers() {
+    let p = Place::new();
+    let copy = p.copy("qwen2-bf16", "model");
+    let weights = copy.join("model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &whole[..whole.len() / 2]).unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["model.safetensors"]);
+    std::fs::write(&weights, &whole[..5]).unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["model.safetensors"]);
+    std::fs::write(&weights, &whole).unwrap();
+    std::fs::write(copy.join("tokenizer.json"), "{}").unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["tokenizer.json"]);
+    std::fs::remove_file(copy.join("tokenizer.json")).unwrap();
+    p.run(&["run", str(&copy), "-p", "x"])
+        .refused(1, &["tokenizer"]);
+    // Scoring ids needs no tokenizer.
+    p.run_with(&["score", str(&copy)], "{\"input_ids\": [1, 2]}\n")
+        .done();
+    let shards = p.copy("llama3-bf16", "shards");
+    std::fs::remove_file(shards.join("model-00003-of-00006.safetensors")).unwrap();
+    p.run(&["run", str(&shards), "-p", "x"])
+        .refused(1, &["model-00003-of-00006.safetensors"]);
+    p.run(&["run", str(&fixture("accelerate-qwen2-bf16")), "-p", "x"])
+        .refused(1, &["--config-from"]);
+}
+
+#[test]
+fn flags_that_make_no_sense_are_usage_errors() {
+    let p = Place::new();
+    let model = qwen2();
+    for (flags, words) in [
+        (&["--no-such-flag"][..], &["--no-such-flag"][..]),
+        (&["--page-size", "1000"], &["--page-size"]),
+        (&["--page-size", "3MiB"], &["power of two"]),
+        (&["--page-size", "32KiB"], &["64KiB"]),
+        (&["--cpu-memory", "lots"], &["lots"]),
+        (&["--cpu-memory", "-1"], &["-1"]),
+        (&["--cpu-memory", "1.2.3GiB"], &["1.2.3GiB"]),
+        (&["--max-memory", "cpu:1GiB"], &["cpu:1GiB"]),
+        (&["--max-memory", "cpu=much"], &["much"]),
+        (&["--io", "carrier-pigeon"], &["carrier-pigeon", "io_uring"]),
+        (&["--verify", "sometimes"], &["sometimes", "always"]),
+        (&["--threads", "0"], &["--threads"]),
+        (&["--threads", "1000000"], &["--threads"]),
+        (
+            &["--prefetch-depth", "18446744073709551615"],
+            &["--prefetch-depth"],
+        ),
+        (&["--queue-depth", "x"], &["--queue-depth"]),
+        (&["--max-tokens", "0"], &["--max-tokens"]),
+        (&["--max-tokens", "-3"], &["-3"]),
+        (&["--context", "0"], &["--context"]),
+        (&["--device", "abacus"], &["abacus"]),
+        (&["--device-map", "/no/such.json"], &["/no/such.json"]),
+        (&["--dtype", "int3"], &["int3"]),
+        (&["--raw", "--system", "s"], &["--system"]),
+        (&["--temperature=-1"], &["temperature"]),
+        (&["--top-p", "nan"], &["top_p"]),
+        (&["--top-p", "1.5"], &["top_p"]),
+        (&["--min-p=-0.1"], &["min_p"]),
+        (&["--repetition-penalty", "0"], &["repetition_penalty"]),
+        (&["--seed", "x"], &["--seed"]),
+        (&["--stop", ""], &["stop"]),
+        (&["--prompt-file", "also.txt"], &["--prompt-file"]),
+        (&["--messages", "also.json"], &["--messages"]),
+    ] {
+        let mut args = vec!["run", &model, "--prompt", "hi"];
+        args.extend(flags);
+        p.run(&args).refused(2, words);
+    }
+    p.run(&["run"]).refused(2, &["MODEL"]);
+    p.run(&["frobnicate"]).refused(2, &["frobnicate"]);
+    p.run(&["bench", "io", &model, "--seconds", "0"])
+        .refused(2, &["--seconds"]);
+    p.run(&["pack", &model, "--in-place"])
+        .refused(2, &["--in-place"]);
+    p.run(&["run", &model, "--in-place", "--dtype", "float32", "-p", "x"])
+        .refused(2, &["cast"]);
+    p.run(&["run", &model, "--dtype", "/no/such.json", "-p", "x"])
+        .refused(1, &["/no/such.json"]);
+    p.run(&["run", &model, "--device", "cuda", "-p", "x"])
+        .refused(1, &["GPU"]);
+    assert!(!p.offload().exists(), "a mistyped flag packs nothing");
+    // A bare call gets the help, and asking for it is no failure.
+    let bare = p.run(&[]);
+    assert!(bare.code == 2 && bare.stderr.contains("Usage") && bare.stdout.is_empty());
+    let help = p.run(&["run", "--help"]).done();
+    assert!(help.stdout.contains("--prefetch-depth") && help.stderr.is_empty());
+    assert!(
+        p.run(&["--version"])
+            .done()
+            .stdout
+            .starts_with("tensorpager ")
+    );
+}
+
+#[test]
+fn device_maps() {
+    let p = Place::new();
+    let model = qwen2();
+    let go = |json: &str| {
+        let map = p.file("map.json", json);
+        p.run(&[
+            "run",
+            &model,
+            "-p",
+            "hi",
+            "-n",
+            "4",
+            "--greedy",
+            "--device-map",
+            &map,
+        ])
+    };
+    let plain = p
+        .run(&["run", &model, "-p", "hi", "-n", "4", "--greedy"])
+        .done()
+        .stdout;
+    for good in [
+        "{\"\": \"disk\"}",
+        "{\"\": \"cpu\"}",
+        "{\"model\": \"disk\", \"lm_head\": \"cpu\"}",
+    ] {
+        assert_eq!(go(good).done().stdout, plain, "{good}");
+    }
+    go("{\"model.layers\": \"disk\"}").refused(2, &["embed_tokens"]);
+    go("{\"\": \"moon\"}").refused(2, &["moon"]);
+    go("{\"\": 0}").refused(2, &["GPU"]);
+    go("[1]").refused(2, &["device map"]);
+    go("{").refused(2, &["map.json"]);
+}
+
+#[test]
+fn prompts_that_cannot_be_answered() {
+    let p = Place::new();
+    let model = qwen2();
+    let bytes = p.file("bytes.txt", b"good \xff\xfe bad");
+    p.run(&["run", &model, "--prompt-file", &bytes])
+        .refused(2, &["bytes.txt", "UTF-8", "byte 5"]);
+    p.run(&["run", &model, "--prompt-file", "/no/such.txt"])
+        .refused(1, &["/no/such.txt"]);
+    p.run_with(&["run", &model], b"\xff").refused(2, &["UTF-8"]);
+    let long = "word ".repeat(2000);
+    p.run(&["run", &model, "-p", &long])
+        .refused(2, &["too long", "512"]);
+    p.run(&["run", &model, "-p", "several words here", "--context", "4"])
+        .refused(2, &["too long", "--context"]);
+    p.run(&["run", &model, "--raw", "-p", ""])
+        .refused(2, &["prompt"]);
+    for bad in ["{}", "[{\"content\": \"hi\"}]", "[", "\"hi\""] {
+        let file = p.file("messages.json", bad);
+        p.run(&["run", &model, "--messages", &file])
+            .refused(2, &["messages.json"]);
+    }
+    #[cfg(unix)]
+    {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+        let mut command = p.command(&["run", &model, "--prompt"]);
+        command.arg(OsStr::from_bytes(b"\xff\xfe"));
+        super::process::Ran::from(command.output().unwrap()).refused(2, &["UTF-8"]);
+    }
+}
+
+#[test]
+fn lines_that_cannot_be_scored() {
+    let p = Place::new();
+    let model = qwen2();
+    let output = p.path("out.safetensors");
+    let go = |input: &[u8]| p.run_with(&["score", &model, "--output", str(&output)], input);
+    let good = b"{\"input_ids\": [1, 2]}\n".to_vec();
+    let after_good = |bad: &[u8]| [&good[..], bad].concat();
+    go(b"").refused(2, &["nothing to score"]);
+    go(b"\n \n").refused(2, &["nothing to score"]);
+    for (bad, words) in [
+        (&b"nonsense"[..], &["line 2"][..]),
+        (b"{\"input_ids\": [1, -2]}", &["line 2", "-2"]),
+        (b"{\"input_ids\": [1, 2.5]}", &["line 2"]),
+        (b"{\"input_ids\": []}", &["line 2", "no tokens"]),
+        (b"{}", &["line 2", "input_ids"]),
+        (
+            b"{\"input_ids\": [1], \"messages\": []}",
+            &["line 2", "exactly one"],
+        ),
+        (b"{\"inputs\": [1]}", &["line 2", "inputs"]),
+        (
+            b"{\"input_ids\": [1, 288]}",
+            &["line 2", "288", "vocabulary"],
+        ),
+        (b"{\"input_ids\": [1, 4294967296]}", &["line 2"]),
+        (b"\xff\xfe", &["line 2", "UTF-8"]),
+    ] {
+        go(&after_good(bad)).refused(2, words);
+    }
+    let long = format!("{{\"input_ids\": {:?}}}", vec![1; 513]);
+    go(&after_good(long.as_bytes())).refused(2, &["line 2", "513", "512"]);
+    p.run(&["score", &model, "--input", "/no/such.jsonl"])
+        .refused(1, &["/no/such.jsonl"]);
+    assert!(!output.exists(), "a refusal leaves no output");
+    let there: Vec<_> = std::fs::read_dir(output.parent().unwrap())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .filter(|n| n.starts_with("out."))
+        .collect();
+    assert!(there.is_empty(), "{there:?}");
+}
+
+#[test]
+fn places_that_cannot_be_written() {
+    let p = Place::new();
+    let model = qwen2();
+    let input = "{\"input_ids\": [1, 2]}\n";
+    p.run_with(
+        &["score", &model, "--output", "/no/such/dir/x.safetensors"],
+        input,
+    )
+    .refused(1, &["/no/such/dir"]);
+    let dir = p.path("adir");
+    std::fs::create_dir(&dir).unwrap();
+    p.run_with(&["score", &model, "--output", str(&dir)], input)
+        .refused(1, &["adir"]);
+    let file = p.file("not-a-folder", "x");
+    p.run(&[
+        "pack",
+        &model,
+        "--offload-folder",
+        &format!("{file}/inside"),
+    ])
+    .refused(1, &["not-a-folder"]);
+    p.run(&["verify", "no-such-pack"])
+        .refused(2, &["no-such-pack"]);
+    p.run(&["clean", "no-such-pack"])
+        .refused(2, &["no-such-pack"]);
+}
+
+#[test]
+fn a_closed_pipe_is_an_error_and_no_panic() {
+    let p = Place::new();
+    let model = qwen2();
+    p.run(&["pack", &model]).done();
+    for args in [
+        &["run", &model, "-p", "hi", "-n", "400", "--ignore-eos"][..],
+        &["run", &model, "-p", "hi", "-n", "4", "--json"],
+        &["inspect"],
+        &["inspect", &model, "--units"],
+        &["verify"],
+        &[
+            "bench",
+            "io",
+            &model,
+            "--seconds",
+            "0.01",
+            "--readers",
+            "threads",
+            "--block",
+            "64KiB",
+            "--depth",
+            "1",
+        ],
+        &["pack", &model],
+        &["clean"],
+    ] {
+        let mut command = p.command(args);
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = command.stdout(Stdio::from(writer)).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+        assert!(
+            stderr.contains("standard output") && !stderr.contains("panicked"),
+            "{args:?}: {stderr}"
+        );
+    }
+}
+
+#[test]
+fn flags_may_come_from_the_environment() {
+    let p = Place::new();
+    let model = qwen2();
+    let args = ["run", &model, "-p", "hi", "-n", "4", "--json"];
+    let packed = |value: &serde_json::Value| value["timings"]["pack_s"].as_f64().unwrap() > 0.0;
+    let in_place = p.env("TENSORPAGER_IN_PLACE", "1", &args).json();
+    assert!(!packed(&in_place) && in_place["paging"]["verify"] == "self");
+    assert!(packed(
+        &p.env("TENSORPAGER_IN_PLACE", "false", &args).json()
+    ));
+    assert_eq!(
+        p.env("TENSORPAGER_VERIFY", "never", &args).json()["paging"]["verify"],
+        "never"
+    );
+    p.env("TENSORPAGER_THREADS", "many", &args)
+        .refused(2, &["--threads"]);
+}

@@ -197,7 +197,10 @@ fn a_half_output_is_rounded_once() {
         for dtype in [Dtype::F16, Dtype::BF16] {
             let mut half = ActBuf::new(dtype, rows, heads * size);
             dev.attention_dense(&dense, &mut half);
-            let want: Vec<f32> = rows_of(&exact).iter().map(|x| seen(&dev, dtype, *x)).collect();
+            let want: Vec<f32> = rows_of(&exact)
+                .iter()
+                .map(|x| seen(&dev, dtype, *x))
+                .collect();
             assert_eq!(bits(&rows_of(&half)), bits(&want));
         }
     }

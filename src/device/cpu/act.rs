@@ -117,6 +117,11 @@ impl ActBuf {
 
     /// Takes a shape for an op that is about to write every element, and zeroes what follows each row.
     pub(crate) fn begin(&mut self, rows: usize, cols: usize, isa: Isa) -> ActRows {
+        self.begin_as(rows, cols, isa.format(self.dtype))
+    }
+
+    /// As `begin`, in a format that need not be an instruction set's.
+    pub(super) fn begin_as(&mut self, rows: usize, cols: usize, format: Format) -> ActRows {
         let layout = Layout::new(rows, cols);
         assert!(
             layout.elements() <= self.data.len(),
@@ -125,7 +130,7 @@ impl ActBuf {
         );
         self.rows = rows;
         self.cols = cols;
-        self.format = isa.format(self.dtype);
+        self.format = format;
         let to = ActRows {
             base: self.data.as_mut_ptr(),
             layout,
@@ -213,8 +218,13 @@ impl ActRows {
                 }
                 return;
             }
-            let at = self.layout.place(self.format, row, col);
-            match self.format {
+            // The constant number of lanes, equal to the format's, spares a division.
+            let format = match self.format {
+                Format::Split { .. } => Format::Split { lanes: S::LANES },
+                other => other,
+            };
+            let at = self.layout.place(format, row, col);
+            match format {
                 Format::Plain => s.store(self.base.add(at), v),
                 Format::Split { .. } => {
                     s.store_split(self.base.add(at), self.base.add(at + S::LANES), v)

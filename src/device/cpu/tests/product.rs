@@ -2,6 +2,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::device::cpu::Mode;
+use crate::device::cpu::linear::tile4;
+use crate::device::cpu::scratch::K_BLOCK;
+use crate::device::cpu::simd::{Format, Isa, Op, Product, Simd};
 
 fn reference(
     dev: &CpuDevice,
@@ -123,21 +126,119 @@ fn weights_shorter_than_their_shape_are_refused() {
     dev.linear(&a, 1, &w, None, &mut [0.0; 3], 3, Mode::Store);
 }
 
-/// `vdpbf16ps` in plain Rust: pairs, denormals as zero. The hardware's two additions may be fused or not, hence a tolerance.
+/// `vdpbf16ps` in plain Rust: pairs of neighbours, denormals as zero. The hardware's two additions may be fused or not, hence a
+/// tolerance.
 fn pairs_model(a: &[f32], w: &[f32]) -> f64 {
     let flush = |x: f32| if x.is_subnormal() { 0.0 } else { x };
     let mut lanes = [0f32; 16];
-    for (step, (a, w)) in a.chunks(32).zip(w.chunks(32)).enumerate() {
-        let _ = step;
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            for j in [2 * i, 2 * i + 1] {
-                if j < a.len() {
-                    *lane = flush(flush(a[j]) * flush(w[j]) + *lane);
+    for (i, (a, w)) in a.iter().zip(w).enumerate() {
+        let lane = &mut lanes[i % 32 / 2];
+        *lane = flush(flush(*a) * flush(*w) + *lane);
+    }
+    lanes.iter().map(|x| f64::from(*x)).sum()
+}
+
+/// Stands in for `vdpbf16ps` where the CPU has none, so that packed activations and their products run everywhere.
+#[derive(Clone, Copy)]
+struct PairsModel;
+
+impl<S: Simd> Product<S> for PairsModel {
+    /// The even elements of 2·LANES, and the odd ones.
+    type Operand = (S::V, S::V);
+    const STEP: usize = 2 * S::LANES;
+    const PHASES: usize = 1;
+    const ACT_BYTES: usize = 2;
+    const WEIGHT_BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn act(s: S, p: *const u8, _phase: usize) -> Self::Operand {
+        // SAFETY: the caller's promise is the same.
+        unsafe { (s.load_bf16_even(p), s.load_bf16_odd(p)) }
+    }
+    #[inline(always)]
+    unsafe fn weight(s: S, p: *const u8, phase: usize) -> Self::Operand {
+        // SAFETY: the caller's promise is the same.
+        unsafe { <Self as Product<S>>::act(s, p, phase) }
+    }
+    #[inline(always)]
+    fn accumulate(s: S, a: Self::Operand, w: Self::Operand, acc: S::V) -> S::V {
+        s.fma(a.1, w.1, s.fma(a.0, w.0, acc))
+    }
+}
+
+/// Rows `x` [R][k] packed as bfloat16 against four weight rows, block by block.
+struct PackedTile<'a> {
+    x: &'a [f32],
+    w: &'a Weights,
+    sums: &'a mut [[f32; 4]; 3],
+}
+
+impl Op for PackedTile<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let k = self.w.cols;
+        let mut a = ActBuf::new(Dtype::BF16, 3, k);
+        let to = a.begin_as(3, k, Format::Packed);
+        for row in 0..3 {
+            for col in (0..k).step_by(S::LANES) {
+                let n = (k - col).min(S::LANES);
+                // SAFETY: row and columns are inside the shape, x holds 3 × k.
+                unsafe {
+                    to.put(
+                        s,
+                        row,
+                        col,
+                        s.load_upto(self.x.as_ptr().add(row * k + col), n),
+                        n,
+                    )
                 }
             }
         }
+        for row in 0..3 {
+            let want: Vec<f32> = self.x[row * k..][..k]
+                .iter()
+                .map(|x| rounded(Dtype::BF16, *x))
+                .collect();
+            assert_eq!(a.row(row), want);
+        }
+        let w = self.w.view();
+        for first in (0..k).step_by(K_BLOCK) {
+            let at = |i: usize| w.data[i * w.row_stride + 2 * first..].as_ptr();
+            let acts = [0, 1, 2].map(|r| a.operand().at(first, r));
+            // SAFETY: four rows of k weights, three of activations with zeros up to a whole step.
+            unsafe {
+                let len = K_BLOCK.min(k - first);
+                tile4::<S, PairsModel, 3>(s, acts, [0, 1, 2, 3].map(at), len, 0, self.sums);
+            }
+        }
     }
-    lanes.iter().map(|x| f64::from(*x)).sum()
+}
+
+#[test]
+fn packed_activations_multiply_in_pairs() {
+    let mut rng = Random(6);
+    for name in CpuDevice::isas() {
+        for k in [1, 31, 32, 33, 500, 1024, 1100] {
+            let w = Weights::new(&mut rng, Dtype::BF16, 4, k, 1, 2);
+            let x = rng.floats(3 * k);
+            let mut sums = [[0.0; 4]; 3];
+            Isa::named(name).unwrap().run(PackedTile {
+                x: &x,
+                w: &w,
+                sums: &mut sums,
+            });
+            let mut want = vec![];
+            for row in x.chunks(k) {
+                for w in w.values.chunks(k) {
+                    let products = row
+                        .iter()
+                        .zip(w)
+                        .map(|(x, w)| f64::from(rounded(Dtype::BF16, *x)) * f64::from(*w));
+                    want.push(products.sum());
+                }
+            }
+            close(sums.as_flattened(), &want, tolerance(k), 1e-6);
+        }
+    }
 }
 
 #[test]

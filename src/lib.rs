@@ -2,29 +2,29 @@
 //!
 //! The modules stand in the order of the way of a byte.
 
-/// The one error type: what, cause, fix.
+// The one error type: what, cause, fix.
 pub mod error;
-/// Sizes, ids, alignment.
+// Sizes, ids, alignment.
 pub mod units;
-/// `config.json` → geometry, units, expected tensors.
+// `config.json` → geometry, units, expected tensors.
 pub mod spec;
-/// What the source holds: safetensors, shards, accelerate folders, the hub cache.
+// What the source holds: safetensors, shards, accelerate folders, the hub cache.
 pub mod checkpoint;
-/// What `offload_folder` holds: manifest, layout, pack, verify, lock.
+// What `offload_folder` holds: manifest, layout, pack, verify, lock.
 pub mod store;
-/// Bytes from disk into host memory: arena, readers.
+// Bytes from disk into host memory: arena, readers.
 pub mod io;
-/// The ops of the forward pass, on a CPU (and, later, on a GPU).
+// The ops of the forward pass, on a CPU (and, later, on a GPU).
 pub mod device;
-/// Units into slots just ahead of the forward pass.
+// Units into slots just ahead of the forward pass.
 pub mod paging;
-/// RoPE, KV cache, the ragged pass, the forward pass.
+// RoPE, KV cache, the ragged pass, the forward pass.
 pub mod model;
-/// Tokenizer, chat template, sampler.
+// Tokenizer, chat template, sampler.
 pub mod text;
-/// Sequences and sessions over a model.
+// Sequences and sessions over a model.
 pub mod engine;
-/// Progress and run summaries.
+// Progress and run summaries.
 pub mod report;
-/// The command line, one file a command.
+// The command line, one file a command.
 pub mod cli;

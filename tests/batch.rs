@@ -220,7 +220,7 @@ fn a_cancelled_job_is_gone_and_the_others_go_on() {
 fn row(i: usize) -> Value {
     if i % 5 == 4 {
         let mut body = json!({"prompt": format!("the sea, number {i}"), "max_tokens": 3 + i % 5});
-        if i % 2 == 0 {
+        if i.is_multiple_of(2) {
             body["logprobs"] = json!(2);
         }
         return json!({"custom_id": format!("row-{i}"), "url": "/v1/completions", "body": body});
@@ -719,7 +719,7 @@ fn interrupted_once_it_finishes_what_runs() {
     assert_eq!(code(&out), 130, "{}", String::from_utf8_lossy(&out.stderr));
     let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     let finished = read_rows(&output).len() as u64;
-    assert!(finished >= 2 && finished < 400);
+    assert!((2..400).contains(&finished));
     assert_eq!(report["rows_done"], finished);
     assert_eq!(report["rows_remaining"], 400 - finished);
 }

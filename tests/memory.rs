@@ -42,6 +42,8 @@ struct Ran {
 }
 
 fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
+    // wait4 below reaps it, for the sake of its resource usage.
+    #[allow(clippy::zombie_processes)]
     let mut child = Command::new(env!("CARGO_BIN_EXE_tensorpager"))
         .args(args)
         .env("TENSORPAGER_OFFLOAD_FOLDER", offload)

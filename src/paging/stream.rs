@@ -4,7 +4,9 @@
 //! once every byte has arrived and was verified. Who holds the region *is* the slot's state, so a slot in use cannot be
 //! refilled: there is nothing to refill it with.
 //!
-//!     Free (channel `free`) → Filling (here) → Ready (channel `ready`) → InUse (the pager) → Free
+//! ```text
+//! Free (channel `free`) → Filling (here) → Ready (channel `ready`) → InUse (the pager) → Free
+//! ```
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -302,7 +302,7 @@ fn lib_rs_lists_the_modules_in_order_with_one_line_each() {
     for (i, line) in lines.iter().enumerate() {
         if let Some(name) = line.strip_prefix("pub mod ") {
             assert!(
-                i > 0 && lines[i - 1].starts_with("/// "),
+                i > 0 && lines[i - 1].starts_with("// "),
                 "{name} says what it is"
             );
             listed.push(name.trim_end_matches(';'));

@@ -7,6 +7,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use memmap2::{Advice, MmapMut};
 use tensorpager::device::WeightView;
 use tensorpager::device::cpu::{ActBuf, AttnSegment, CpuDevice, KvLayout, KvView, Mode};
 use tensorpager::units::Dtype;
@@ -25,14 +26,16 @@ fn device() -> CpuDevice {
     CpuDevice::new(threads).expect("the instruction set exists")
 }
 
-/// Small numbers in bfloat16, not all alike.
-fn weight_bytes(elements: usize) -> Vec<u8> {
+/// Small numbers in bfloat16, not all alike, on huge pages as the engine's arena has them.
+fn weight_bytes(elements: usize) -> MmapMut {
+    let mut bytes = MmapMut::map_anon(elements * 2).expect("memory for weights");
+    // Refused where the system has none: then the pages are small.
+    let _ = bytes.advise(Advice::HugePage);
     let mut state = 1u32;
-    let mut bytes = Vec::with_capacity(elements * 2);
-    for _ in 0..elements {
+    for element in bytes.chunks_exact_mut(2) {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         let x = (state >> 16) as f32 / 65_536.0 - 0.5;
-        bytes.extend_from_slice(&half::bf16::from_f32(x).to_le_bytes());
+        element.copy_from_slice(&half::bf16::from_f32(x).to_le_bytes());
     }
     bytes
 }

@@ -3,16 +3,20 @@
 mod device_map;
 mod pager;
 mod plan;
+mod planner;
 mod rates;
 mod slot;
 mod stats;
+mod strategy;
 mod stream;
 
 pub use device_map::parse_device_map;
 pub use pager::{Lease, Pager, PagerOptions, unit_name};
 pub(crate) use pager::interrupted;
 pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, is_streamed};
+pub use planner::Planner;
 pub use rates::{DiskRates, RATES_FILE};
 pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;
+pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;

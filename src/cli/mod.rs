@@ -8,6 +8,7 @@ mod inspect;
 mod model;
 mod options;
 mod pack;
+mod plan;
 mod prompt;
 mod repl;
 mod run;
@@ -44,6 +45,8 @@ enum Command {
     Clean(clean::CleanArgs),
     /// What the offload folder holds, or what a model is made of
     Inspect(inspect::InspectArgs),
+    /// What goes where under a budget, and how fast that will be, without loading anything
+    Plan(plan::PlanArgs),
     /// Measure
     Bench(bench::BenchArgs),
     /// See it work: no model, no GPU, no network needed
@@ -67,6 +70,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Verify(args) => verify::run(args),
         Command::Clean(args) => clean::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }

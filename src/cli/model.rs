@@ -140,9 +140,10 @@ impl Model {
     fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
         check_device(&machine.device)?;
         let defaults = EngineOptions::default();
+        let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
-            placement: self.placement(&machine.device_map)?,
+            placement: placement(&machine.device_map, &kinds)?,
             prefetch_depth: match machine.prefetch_depth {
                 OrAuto::Auto => None,
                 OrAuto::Is(n) => Some(n),
@@ -166,29 +167,6 @@ impl Model {
         })
     }
 
-    fn placement(&self, map: &str) -> Result<Placement> {
-        match map {
-            "auto" => Ok(Placement::Auto),
-            "cpu" => Ok(Placement::Cpu),
-            "disk" => Ok(Placement::Disk),
-            "gpu" => Err(no_gpu()),
-            file => {
-                let bad = |cause: String| {
-                    Error::new(
-                        Code::Usage,
-                        format!("the device map {file} cannot be used"),
-                        cause,
-                        "give auto, cpu, disk, or a JSON file of module → tier",
-                    )
-                };
-                let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-                let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
-                let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
-                Ok(Placement::Units(parse_device_map(&json, &kinds)?))
-            }
-        }
-    }
-
     /// How the engine reads, as the report says it.
     pub fn read_settings(&self, machine: &MachineOptions) -> ReadSettings {
         ReadSettings {
@@ -197,6 +175,29 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+        }
+    }
+}
+
+/// What `--device-map` asks for; `kinds`: the model's units.
+pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
+    match map {
+        "auto" => Ok(Placement::Auto),
+        "cpu" => Ok(Placement::Cpu),
+        "disk" => Ok(Placement::Disk),
+        "gpu" => Err(no_gpu()),
+        file => {
+            let bad = |cause: String| {
+                Error::new(
+                    Code::Usage,
+                    format!("the device map {file} cannot be used"),
+                    cause,
+                    "give auto, cpu, disk, or a JSON file of module → tier",
+                )
+            };
+            let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+            let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+            Ok(Placement::Units(parse_device_map(&json, kinds)?))
         }
     }
 }
@@ -284,7 +285,7 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
+pub(super) fn check_device(device: &str) -> Result<()> {
     match device {
         "auto" | "cpu" => Ok(()),
         d if d == "cuda" || d.starts_with("cuda:") => Err(no_gpu()),

@@ -16,7 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
-pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress};
+pub use open::{
+    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, EngineOptions, Fitted,
+    OpenProgress, compute_dtype, fit,
+};
 pub use score::ScoreBlock;
 pub use sequence::{Event, FinishReason, Job, JobId};
 

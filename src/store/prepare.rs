@@ -252,6 +252,20 @@ impl<'c> Plan<'c> {
         [base, second]
     }
 
+    /// Where its pack may lie.
+    pub fn folders(&self, offload_folder: &Path) -> [PathBuf; 2] {
+        self.folder_names().map(|name| offload_folder.join(name))
+    }
+
+    pub fn layouts(&self) -> &[UnitLayout] {
+        &self.layouts
+    }
+
+    /// Whether `store` is the pack of this source with these types.
+    pub fn made(&self, store: &Store) -> bool {
+        store.checksums.made_of(self.identity) && self.has_dtypes_of(&store.units)
+    }
+
     fn first_cast(&self) -> Option<(&str, Dtype, Dtype)> {
         let mut pieces = self.files.iter().flat_map(|f| &f.pieces);
         pieces.find_map(|p| {

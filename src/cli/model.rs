@@ -9,7 +9,7 @@ use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions};
 use crate::error::{Code, Error, Result};
-use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
+use crate::paging::{Trace, DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
 use crate::report::summary::ReadSettings;
 use crate::spec::UnitKind;
@@ -25,7 +25,7 @@ pub struct Model {
 }
 
 /// What a command wants of the engine, besides what the machine options say.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct OpenFor {
     pub context: usize,
     /// Rows of the longest prompt: a pass need not be larger.
@@ -35,6 +35,7 @@ pub struct OpenFor {
     pub kv_tokens: Option<usize>,
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenFor {
@@ -47,6 +48,7 @@ impl Default for OpenFor {
             kv_tokens: None,
             keep_logits: true,
             sample_limit: None,
+            trace: None,
         }
     }
 }
@@ -153,6 +155,7 @@ impl Model {
                 reader: super::bench::kind(machine.io),
                 queue_depth: queue_depth(machine),
                 verify: verify_when(machine.verify),
+                trace: want.trace.clone(),
                 ..PagerOptions::default()
             },
             threads: machine.threads,

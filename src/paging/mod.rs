@@ -11,6 +11,7 @@ mod slot;
 mod stats;
 mod strategy;
 mod stream;
+mod trace;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
@@ -27,3 +28,4 @@ pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;
+pub use trace::{Happening, TRACE_EVENTS, Trace, TraceEvent};

@@ -1,6 +1,7 @@
 //! The command line: one file a command. One client of `engine` among others.
 
 mod bench;
+mod bench_model;
 mod clean;
 mod demo;
 mod generate;

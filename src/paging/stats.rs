@@ -46,6 +46,22 @@ impl PagingStats {
         self
     }
 
+    /// Both together.
+    pub fn plus(&self, other: &PagingStats) -> PagingStats {
+        PagingStats {
+            passes: self.passes + other.passes,
+            units: self.units + other.units,
+            used_bytes: self.used_bytes + other.used_bytes,
+            gathered_bytes: self.gathered_bytes + other.gathered_bytes,
+            disk_bytes: self.disk_bytes + other.disk_bytes,
+            verified_bytes: self.verified_bytes + other.verified_bytes,
+            disk_busy: self.disk_busy + other.disk_busy,
+            verify: self.verify + other.verify,
+            stall_disk: self.stall_disk + other.stall_disk,
+            rereads: self.rereads + other.rereads,
+        }
+    }
+
     /// What happened since `earlier`.
     pub fn since(&self, earlier: &PagingStats) -> PagingStats {
         PagingStats {

@@ -14,6 +14,8 @@ pub mod engine;
 pub mod error;
 /// Bytes from disk into host memory: arena, readers.
 pub mod io;
+/// Images and video frames → pixel values.
+pub mod media;
 /// RoPE, KV cache, the ragged pass, the forward pass.
 pub mod model;
 /// Units into slots just ahead of the forward pass.

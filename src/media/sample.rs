@@ -1,0 +1,82 @@
+//! Which frames of a video are looked at.
+
+use crate::error::{Code, Error, Result};
+
+/// How the chosen number of frames is spread over the video.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sampling {
+    /// transformers: `arange(0, total, total / n)`: from the first frame on, never the last. The default.
+    #[default]
+    Arange,
+    /// qwen-vl-utils: `linspace(0, total − 1, n)` rounded half to even: first and last frame included.
+    Linspace,
+}
+
+/// Indices of the frames to look at, ascending: `total / source_fps · fps` of them, between `min_frames` and `max_frames`, never more than
+/// there are, and a multiple of `factor` (frames a temporal patch takes). A video of a single frame gives that frame.
+pub fn sample_frames(
+    total: usize,
+    source_fps: f64,
+    fps: f64,
+    (min_frames, max_frames): (usize, usize),
+    factor: usize,
+    sampling: Sampling,
+) -> Result<Vec<usize>> {
+    let bad = |cause: String| {
+        Error::new(
+            Code::Media,
+            "cannot choose frames of the video",
+            cause,
+            "give a video with frames, and --fps above 0",
+        )
+    };
+    if total == 0 {
+        return Err(bad("it has no frames".into()));
+    }
+    let positive = |x: f64| x.is_finite() && x > 0.0;
+    if !positive(source_fps) || !positive(fps) {
+        return Err(bad(format!("{source_fps} frames a second, sampled at {fps}")));
+    }
+    let factor = factor.max(1);
+    if total < factor {
+        return Ok((0..total).collect());
+    }
+    let floor = |n: usize| n / factor * factor;
+    let most = floor(max_frames.min(total)).max(factor);
+    let wanted = total as f64 / source_fps * fps;
+    let wanted = wanted.max(min_frames as f64).min(most as f64).min(total as f64);
+    let n = floor(wanted as usize).max(factor);
+    Ok(match sampling {
+        Sampling::Arange => {
+            let step = total as f64 / n as f64;
+            // As torch counts them; rounding up may give one more than n, which the reference keeps too.
+            let count = (total as f64 / step).ceil() as usize;
+            (0..count)
+                .map(|i| ((i as f64 * step) as f32 as usize).min(total - 1))
+                .collect()
+        }
+        Sampling::Linspace => linspace(total, n),
+    })
+}
+
+/// torch's float32 linspace is symmetric: the second half counts down from the end.
+fn linspace(total: usize, n: usize) -> Vec<usize> {
+    if n == 1 {
+        return vec![0];
+    }
+    let end = (total - 1) as f32;
+    let step = end / (n - 1) as f32;
+    (0..n)
+        .map(|i| {
+            let x = if i < n / 2 {
+                step * i as f32
+            } else {
+                end - step * (n - 1 - i) as f32
+            };
+            x.round_ties_even() as usize
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -11,12 +11,14 @@ mod hub;
 mod identity;
 mod json;
 mod safetensors;
+mod synthetic;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use self::files::{Folder, MAX_CONFIG_BYTES, clip};
 use self::header::Stored;
+pub use synthetic::{synthetic_bytes, write_synthetic};
 pub use self::hub::{ModelPath, resolve_model};
 pub use self::identity::{FileIdentity, Identity};
 use crate::error::{Code, Error, Result};

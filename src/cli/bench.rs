@@ -8,8 +8,9 @@ use super::model::Model;
 use super::options::{IoArg, SourceOptions, size};
 use super::signals;
 use crate::error::{Code, Error, Result};
-use crate::io::{IoRow, ReaderKind, Sweep, sweep};
-use crate::units::flag_size;
+use crate::engine::HostMemory;
+use crate::io::{IoRow, MAX_QUEUE_DEPTH, ReaderKind, Sweep, sweep};
+use crate::units::{flag_size, human_bytes};
 
 #[derive(Args)]
 pub struct BenchArgs {
@@ -62,6 +63,7 @@ fn io(args: IoArgs) -> Result<u8> {
             "give --seconds 1",
         ));
     }
+    check_memory(&args.block, &args.depth)?;
     let cancel = signals::cancel_flag()?;
     let model = Model::open(&args.source, &cancel, args.json)?;
     let what = Sweep {
@@ -72,13 +74,15 @@ fn io(args: IoArgs) -> Result<u8> {
         each: Duration::from_secs_f64(args.seconds),
     };
     if !args.json {
-        println!("reader    block     depth   GB/s   CPU s/GB  direct");
+        super::run::print("reader    block     depth   GB/s   CPU s/GB  direct\n")?;
     }
+    let mut closed = Ok(());
     let rows = sweep(&what, &mut |row| {
-        if !args.json {
-            println!("{}", line(row));
+        if !args.json && closed.is_ok() {
+            closed = super::run::print(&format!("{}\n", line(row)));
         }
     })?;
+    closed?;
     let best = rows
         .iter()
         .filter(|r| r.direct)
@@ -92,6 +96,23 @@ fn io(args: IoArgs) -> Result<u8> {
         super::run::print(&format!("{object}\n"))?;
     }
     Ok(0)
+}
+
+/// A measurement holds as many blocks as it has reads in flight: refused here rather than by the kernel's OOM killer.
+fn check_memory(blocks: &[u64], depths: &[usize]) -> Result<()> {
+    let most = |values: &mut dyn Iterator<Item = u64>| values.max().unwrap_or(0);
+    let depth = most(&mut depths.iter().map(|d| (*d).min(MAX_QUEUE_DEPTH) as u64));
+    let needed = most(&mut blocks.iter().copied()).saturating_mul(depth);
+    let available = HostMemory::read().available;
+    if needed <= available {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::Memory,
+        format!("blocks of that size at depth {depth} take {}", human_bytes(needed)),
+        format!("{} of memory are available", human_bytes(available)),
+        "give a smaller --block or --depth",
+    ))
 }
 
 fn line(row: &IoRow) -> String {

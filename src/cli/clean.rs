@@ -42,11 +42,11 @@ pub fn run(args: CleanArgs) -> Result<u8> {
     }
     let verb = if args.dry_run { "would remove" } else { "removed" };
     for pack in &cleaned.removed {
-        println!("{verb} {} ({})", pack.name, human_bytes(pack.bytes));
+        super::run::print(&format!("{verb} {} ({})\n", pack.name, human_bytes(pack.bytes)))?;
     }
     for (name, why) in &cleaned.kept {
-        println!("kept {name}: {why}");
+        super::run::print(&format!("kept {name}: {why}\n"))?;
     }
-    println!("{verb} {} in all", human_bytes(cleaned.bytes));
+    super::run::print(&format!("{verb} {} in all\n", human_bytes(cleaned.bytes)))?;
     Ok(0)
 }

@@ -34,6 +34,13 @@ const SEQUENCES: [usize; 3] = [1, 8, 64];
 /// Tokens a sequence generates in the measured part: one to begin with, the rest are measured passes.
 const STEPS: usize = 4;
 
+/// A line on stdout. A closed pipe is an error to report, which `println!` makes a panic of.
+macro_rules! say {
+    ($($text:tt)*) => {
+        super::run::print(&format!("{}\n", format_args!($($text)*)))?
+    };
+}
+
 #[derive(Args)]
 pub struct DemoArgs {
     /// Size of the synthetic checkpoint
@@ -116,7 +123,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
         ..OpenFor::default()
     };
     let mut engine = model.engine(&machine, &open_for, cancel, true)?;
-    println!(
+    say!(
         "A small trained model ({}, {} layers) read from disk again for every token:",
         human_bytes(engine.plan().streamed_bytes),
         engine.spec().layers
@@ -139,10 +146,10 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
         right += usize::from(ok);
         if i < 6 || !ok {
             let mark = if ok { "right" } else { "WRONG" };
-            println!("  {}{}   {mark}", problem.prompt, answer.text.trim_end());
+            say!("  {}{}   {mark}", problem.prompt, answer.text.trim_end());
         }
     }
-    println!("  {right} of {} right, on problems it never saw\n", problems.len());
+    say!("  {right} of {} right, on problems it never saw\n", problems.len());
     Ok(right * 100 >= problems.len() * 95)
 }
 
@@ -155,13 +162,13 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
     live("");
     let options = SourceOptions::folder(&source, &dir.join("packed"), true);
     let model = Model::open(&options, cancel, true)?;
-    println!(
+    say!(
         "A synthetic checkpoint with a 7B model's layers: {} layers, {}, streamed from its safetensors file.",
         made.layers,
         human_bytes(made.bytes)
     );
     live("measuring the disk …");
-    let disk = model.probe_disk()?;
+    let disk = model.probe_disk(args.cpu_memory.unwrap_or(u64::MAX))?;
     live("");
     let mut header = false;
     for sequences in SEQUENCES {
@@ -175,20 +182,20 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
         };
         let mut engine = model.engine(&machine, &open_for, cancel, true)?;
         let during = decode(&mut engine, sequences, made.vocab)?;
-        let settings = model.read_settings(&machine);
+        let settings = model.read_settings(&machine, &during);
         let report = PagingReport::new(&engine, &during, &settings);
         if !header {
             header = true;
-            println!(
+            say!(
                 "The disk alone reads {}; peak memory so far {}.",
                 disk.map_or("at an unknown rate".into(), |r| format!("{r:.2} GB/s")),
                 human_bytes(report.peak_memory_bytes)
             );
-            println!("sequences  bytes a pass  s a pass  tokens/s   GB/s  waiting  overlap");
+            say!("sequences  bytes a pass  s a pass  tokens/s   GB/s  waiting  overlap");
         }
         let pass_s = during.pass.as_secs_f64();
         let passes = during.paging.passes.max(1) as f64;
-        println!(
+        say!(
             "{sequences:>9}  {:>12}  {:>8.2}  {:>8.2}  {:>5.2}  {:>6.0}%  {:>6.0}%",
             human_bytes(report.disk_bytes_per_pass),
             pass_s / passes,
@@ -198,7 +205,7 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
             100.0 * report.overlap,
         );
     }
-    println!("The same bytes whatever the number of sequences: what fills a pass is free until compute catches up.");
+    say!("The same bytes whatever the number of sequences: what fills a pass is free until compute catches up.");
     Ok(())
 }
 

@@ -43,7 +43,7 @@ pub fn run(args: InspectArgs) -> Result<u8> {
             if args.json {
                 json(&info)?;
             } else {
-                print!("{}", model_lines(&info, args.units));
+                super::run::print(&model_lines(&info, args.units))?;
             }
         }
         None => {
@@ -51,9 +51,11 @@ pub fn run(args: InspectArgs) -> Result<u8> {
             if args.json {
                 json(&serde_json::json!({"packs": packs}))?;
             } else if packs.is_empty() {
-                println!("no packs in {}", args.offload_folder.display());
+                super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
             } else {
-                packs.iter().for_each(|p| println!("{}", pack_line(p)));
+                for pack in &packs {
+                    super::run::print(&format!("{}\n", pack_line(pack)))?;
+                }
             }
         }
     }

@@ -18,9 +18,10 @@ mod verify;
 
 use std::ffi::OsString;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 
 /// Runs transformer models larger than the memory they are given.
 #[derive(Parser)]
@@ -50,14 +51,38 @@ enum Command {
     Demo(demo::DemoArgs),
 }
 
+/// clap's words in this program's three lines.
+fn usage(e: &clap::Error) -> Error {
+    let text = e.render().to_string();
+    let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+    let first = lines.next().unwrap_or_default();
+    let what = first.strip_prefix("error: ").unwrap_or(first).to_string();
+    let (mut cause, mut fix) = (Vec::new(), "see `tensorpager --help`".to_string());
+    for line in lines {
+        match line.split_once(':') {
+            Some(("Usage", usage)) => fix = format!("write it as{usage}, or see --help"),
+            _ if line.starts_with("For more information") => {}
+            _ => cause.push(line.trim_start_matches(['[']).trim_end_matches([']'])),
+        }
+    }
+    let cause = match cause.is_empty() {
+        true => "the command line does not say what to do".to_string(),
+        false => cause.join("; "),
+    };
+    Error::new(Code::Usage, what, cause, fix)
+}
+
 /// Runs one command line. The number is the process's exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {
-            // clap words usage errors itself, and exits 0 for --help and --version.
-            let _ = e.print();
-            return Ok(if e.use_stderr() { 2 } else { 0 });
+            // --help and --version are errors to clap, and so is a bare `tensorpager`, which gets the help.
+            if !e.use_stderr() || e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                let _ = e.print();
+                return Ok(if e.use_stderr() { 2 } else { 0 });
+            }
+            return Err(usage(&e));
         }
     };
     match cli.command {

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::engine::{DEFAULT_PAGE_BYTES, Engine, EngineOptions};
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES,
+};
 use crate::error::{Code, Error, Result};
 use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
@@ -16,6 +18,9 @@ use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 use crate::units::parse_size;
+
+/// Bytes from which on a run's own disk rate means something.
+const MEASURABLE_BYTES: u64 = 1 << 30;
 
 /// A model found and ready to be opened.
 pub struct Model {
@@ -54,9 +59,23 @@ impl Default for OpenFor {
 impl Model {
     /// Finds the checkpoint, packs it on first use (with a bar and an ETA) or opens it in place.
     pub fn open(source: &SourceOptions, cancel: &Arc<AtomicBool>, quiet: bool) -> Result<Model> {
+        Model::open_within(None, source, cancel, quiet)
+    }
+
+    /// [`Model::open`], packing within `budget` bytes of memory.
+    pub fn open_within(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
         let ckpt = open_checkpoint(source)?;
         let started = Instant::now();
-        let options = pack_options(source, cancel)?;
+        let mut options = pack_options(source, cancel)?;
+        if let Some(budget) = budget {
+            let room = budget.saturating_sub(HostMemory::read().resident + SLACK_BYTES);
+            options.buffer_bytes = options.buffer_bytes.min(room);
+        }
         let in_place = match source.in_place {
             true => InPlace::Always,
             false => InPlace::WhenShort,
@@ -112,8 +131,27 @@ impl Model {
     }
 
     /// The best rate this disk is known to give on these files, measured now when none is.
-    pub fn probe_disk(&self) -> Result<Option<f64>> {
-        self.rates().best_or_probe(&self.weight_files())
+    /// `room`: memory it may take meanwhile.
+    pub fn probe_disk(&self, room: u64) -> Result<Option<f64>> {
+        self.rates().best_or_probe(&self.weight_files(), room)
+    }
+
+    /// Measures the disk before the engine takes its memory, so that both stay within one budget; not where all weights
+    /// will fit anyway.
+    fn probe_before(&self, options: &EngineOptions) -> Result<()> {
+        let host = HostMemory::read();
+        let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+        let room = budget.saturating_sub(host.resident + SLACK_BYTES);
+        let weights: u64 = self.store.units.iter().map(|u| u.bytes).sum();
+        let streams = match options.placement {
+            Placement::Auto => weights > room,
+            Placement::Cpu => false,
+            _ => true,
+        };
+        if streams {
+            self.probe_disk(room)?;
+        }
+        Ok(())
     }
 
     /// Opens the engine under the user's budget.
@@ -125,16 +163,13 @@ impl Model {
         quiet: bool,
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want)?;
+        self.probe_before(&options)?;
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
-        let engine = engine?;
-        if engine.plan().streamed_bytes > 0 {
-            self.probe_disk()?;
-        }
-        Ok(engine)
+        engine
     }
 
     fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
@@ -189,8 +224,12 @@ impl Model {
         }
     }
 
-    /// How the engine reads, as the report says it.
-    pub fn read_settings(&self, machine: &MachineOptions) -> ReadSettings {
+    /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
+    pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
+        let p = &during.paging;
+        if p.disk_bytes >= MEASURABLE_BYTES {
+            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+        }
         ReadSettings {
             page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
             queue_depth: queue_depth(machine),

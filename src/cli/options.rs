@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::error::Result;
@@ -51,9 +52,30 @@ fn count_or_auto(text: &str) -> std::result::Result<OrAuto<usize>, String> {
         "auto" => Ok(OrAuto::Auto),
         _ => text
             .parse()
+            .ok()
+            .filter(|n| *n <= MOST_READ_AHEAD)
             .map(OrAuto::Is)
-            .map_err(|_| "give a number or `auto`".to_string()),
+            .ok_or_else(|| format!("give a number up to {MOST_READ_AHEAD} or `auto`")),
     }
+}
+
+/// Beyond any drive's queue and any model's units: a larger number is a slip of the finger.
+const MOST_READ_AHEAD: usize = 1 << 16;
+/// Each thread has a stack and scratch of its own.
+const MOST_THREADS: usize = 1024;
+
+fn threads(text: &str) -> std::result::Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|n| (1..=MOST_THREADS).contains(n))
+        .ok_or_else(|| format!("give a number from 1 to {MOST_THREADS}"))
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|n| *n > 0)
+        .ok_or_else(|| "give a number from 1".to_string())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -81,7 +103,7 @@ pub struct SourceOptions {
     #[arg(long, value_name = "DIR", default_value = "./offload_folder", env = "TENSORPAGER_OFFLOAD_FOLDER", help_heading = "Weights")]
     pub offload_folder: PathBuf,
     /// Stream from the checkpoint's own files: no second copy
-    #[arg(long, env = "TENSORPAGER_IN_PLACE", help_heading = "Weights")]
+    #[arg(long, env = "TENSORPAGER_IN_PLACE", value_parser = BoolishValueParser::new(), help_heading = "Weights")]
     pub in_place: bool,
     /// auto, float16, bfloat16, float32, or a FILE.json of module → type
     #[arg(long, value_name = "TYPE", default_value = "auto", env = "TENSORPAGER_DTYPE", help_heading = "Weights")]
@@ -131,10 +153,10 @@ pub struct MachineOptions {
     #[arg(long, value_enum, default_value = "always", env = "TENSORPAGER_VERIFY", help_heading = "Machine")]
     pub verify: VerifyArg,
     /// Computing threads [default: one a core]
-    #[arg(long, value_name = "N", env = "TENSORPAGER_THREADS", help_heading = "Machine")]
+    #[arg(long, value_name = "N", value_parser = threads, env = "TENSORPAGER_THREADS", help_heading = "Machine")]
     pub threads: Option<usize>,
     /// Longest sequence, prompt and answer together
-    #[arg(long, value_name = "N", env = "TENSORPAGER_CONTEXT", help_heading = "Machine")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, env = "TENSORPAGER_CONTEXT", help_heading = "Machine")]
     pub context: Option<usize>,
 }
 
@@ -142,10 +164,10 @@ pub struct MachineOptions {
 #[derive(Args, Clone, Debug)]
 pub struct SamplingOptions {
     /// Most tokens to generate
-    #[arg(long, short = 'n', value_name = "N", env = "TENSORPAGER_MAX_TOKENS", help_heading = "Sampling")]
+    #[arg(long, short = 'n', value_name = "N", value_parser = at_least_one, env = "TENSORPAGER_MAX_TOKENS", help_heading = "Sampling")]
     pub max_tokens: Option<usize>,
     /// Always take the likeliest token
-    #[arg(long, env = "TENSORPAGER_GREEDY", help_heading = "Sampling")]
+    #[arg(long, env = "TENSORPAGER_GREEDY", value_parser = BoolishValueParser::new(), help_heading = "Sampling")]
     pub greedy: bool,
     #[arg(long, value_name = "T", env = "TENSORPAGER_TEMPERATURE", help_heading = "Sampling")]
     pub temperature: Option<f32>,
@@ -164,7 +186,7 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
     pub stop: Vec<String>,
     /// Go on past the end-of-text token
-    #[arg(long, env = "TENSORPAGER_IGNORE_EOS", help_heading = "Sampling")]
+    #[arg(long, env = "TENSORPAGER_IGNORE_EOS", value_parser = BoolishValueParser::new(), help_heading = "Sampling")]
     pub ignore_eos: bool,
 }
 

@@ -26,7 +26,7 @@ pub struct PromptOptions {
     #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     pub system: Option<String>,
     /// Send the text as it is, without the chat template
-    #[arg(long, env = "TENSORPAGER_RAW", help_heading = "Prompt")]
+    #[arg(long, env = "TENSORPAGER_RAW", value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Prompt")]
     pub raw: bool,
 }
 

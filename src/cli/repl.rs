@@ -1,4 +1,4 @@
-//! The chat: a prompt at a terminal. Each turn renders the whole conversation; the pass runs over what is new to say.
+//! The chat: a prompt at a terminal. Each turn renders the whole conversation and reads it anew, in one pass if it fits.
 
 use std::io::Write;
 

@@ -71,7 +71,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         ));
     }
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open(&args.source, &cancel, args.quiet)?;
+    let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
     let tokenizer = model.tokenizer()?;
     let template = if args.prompt.raw {
         None
@@ -99,12 +99,16 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let context = match (args.machine.context, &prompt) {
         (Some(context), _) => context,
         (None, Prompt::Chat) => repl::DEFAULT_CONTEXT,
-        (None, _) => job.prompt.len() + max_tokens,
+        (None, _) => job.prompt.len().saturating_add(max_tokens),
     };
     let load = Instant::now();
     let open_for = OpenFor {
         context,
-        prompt_tokens: job.prompt.len(),
+        prompt_tokens: match prompt {
+            // Every turn brings the conversation so far.
+            Prompt::Chat => context,
+            _ => job.prompt.len(),
+        },
         sample_limit: Some(tokenizer.id_limit()),
         ..OpenFor::default()
     };
@@ -116,7 +120,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    let settings = model.read_settings(&args.machine);
+    let settings = model.read_settings(&args.machine, &answer.during_decode);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
         pack_s: model.pack_s,
@@ -201,5 +205,11 @@ pub(super) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|e| Error::io("standard output cannot be written", &e))
+        .map_err(|e| {
+            let error = Error::io("standard output cannot be written", &e);
+            match e.kind() {
+                std::io::ErrorKind::BrokenPipe => error.with_fix("keep whatever reads the output open until the end"),
+                _ => error,
+            }
+        })
 }

@@ -61,7 +61,7 @@ struct Scored<'a> {
 
 pub fn run(args: ScoreArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
-    let model = Model::open(&args.source, &cancel, args.quiet)?;
+    let model = Model::open_within(args.machine.cpu_budget()?, &args.source, &cancel, args.quiet)?;
     let inputs = read_inputs(&args.input, &model)?;
     let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
     if longest == 0 {
@@ -123,8 +123,15 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
     let mut inputs = Vec::new();
     let mut text = None;
     for (i, line) in reader.lines().enumerate() {
-        let line =
-            line.map_err(|e| Error::io(format!("line {} cannot be read", i + 1), &e))?;
+        let line = line.map_err(|e| match e.kind() {
+            std::io::ErrorKind::InvalidData => Error::new(
+                Code::Usage,
+                format!("line {} of {} cannot be scored", i + 1, path.display()),
+                "it is not UTF-8 text",
+                "convert it (iconv -t UTF-8) and try again",
+            ),
+            _ => Error::io(format!("line {} of {} cannot be read", i + 1, path.display()), &e),
+        })?;
         if line.trim().is_empty() {
             continue;
         }
@@ -152,6 +159,13 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
         };
         if ids.is_empty() {
             return Err(bad("it has no tokens".into()));
+        }
+        let spec = &model.store.spec;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
+            return Err(bad(format!("token id {id} is outside the vocabulary of {}", spec.vocab)));
+        }
+        if ids.len() > spec.max_positions {
+            return Err(bad(format!("it has {} tokens, the model takes {}", ids.len(), spec.max_positions)));
         }
         inputs.push(ids);
     }
@@ -206,7 +220,8 @@ fn accumulate(rows: &mut [LogSum], block: &ScoreBlock<'_>, tokens: &[u32]) {
 
 fn print_scored(index: usize, rows: &[LogSum]) -> Result<()> {
     let token_logprobs: Vec<f64> = rows.iter().map(LogSum::logprob).collect();
-    let log_likelihood: f64 = token_logprobs.iter().sum();
+    // An empty sum is -0.
+    let log_likelihood = token_logprobs.iter().sum::<f64>() + 0.0;
     let n = token_logprobs.len();
     let scored = Scored {
         index,
@@ -221,9 +236,12 @@ fn print_scored(index: usize, rows: &[LogSum]) -> Result<()> {
 }
 
 /// A safetensors file whose header is written first and whose logits arrive piece by piece, each at its place.
+///
+/// It is written beside its place and renamed when it is whole: a run that ends early leaves no file that looks like one.
 struct LogitsFile {
     file: std::fs::File,
     path: PathBuf,
+    partial: PathBuf,
     /// Where `logits.N` begins, from the start of the file.
     starts: Vec<u64>,
     vocab: usize,
@@ -253,7 +271,22 @@ impl LogitsFile {
         // Data begins at a multiple of 8, as safetensors' own writer has it.
         head.resize(head.len().div_ceil(8) * 8, b' ');
         let base = 8 + head.len() as u64;
-        let mut file = std::fs::File::create(path).map_err(wrap)?;
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.partial", std::process::id()));
+        let partial = path.with_file_name(name);
+        // Written before it is known to be whole, so it must not be a folder, and it need not exist.
+        if path.is_dir() {
+            return Err(wrap(std::io::Error::from_raw_os_error(libc::EISDIR)));
+        }
+        let file = std::fs::File::create(&partial).map_err(wrap)?;
+        let mut made = LogitsFile {
+            file,
+            path: path.to_path_buf(),
+            partial,
+            starts: starts.iter().map(|s| s + base).collect(),
+            vocab,
+        };
+        let file = &mut made.file;
         file.write_all(&(head.len() as u64).to_le_bytes()).map_err(wrap)?;
         file.write_all(&head).map_err(wrap)?;
         file.set_len(base + at).map_err(wrap)?;
@@ -263,12 +296,7 @@ impl LogitsFile {
             .flat_map(|id| (*id as i32).to_le_bytes())
             .collect();
         file.write_all_at(&ids, base + ids_start).map_err(wrap)?;
-        Ok(LogitsFile {
-            file,
-            path: path.to_path_buf(),
-            starts: starts.iter().map(|s| s + base).collect(),
-            vocab,
-        })
+        Ok(made)
     }
 
     fn write(&self, block: &ScoreBlock<'_>) -> Result<()> {
@@ -285,7 +313,15 @@ impl LogitsFile {
     fn finish(self) -> Result<()> {
         self.file
             .sync_all()
-            .map_err(|e| Error::io(format!("{} cannot be synced", self.path.display()), &e))
+            .and_then(|()| std::fs::rename(&self.partial, &self.path))
+            .map_err(|e| Error::io(format!("{} cannot be finished", self.path.display()), &e))
+    }
+}
+
+impl Drop for LogitsFile {
+    /// After [`LogitsFile::finish`] there is nothing of that name any more.
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.partial);
     }
 }
 

@@ -40,7 +40,7 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
         bar.finish();
         let report = report?;
         if !args.json && !args.quiet {
-            println!("{}", lines(&report));
+            super::run::print(&format!("{}\n", lines(&report)))?;
         }
         reports.push(report);
     }
@@ -48,7 +48,7 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
         let object = serde_json::json!({"packs": reports});
         super::run::print(&format!("{object}\n"))?;
     } else if dirs.is_empty() && !args.quiet {
-        println!("no packs in {}", args.offload_folder.display());
+        super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
     }
     let bad: Vec<String> = reports
         .iter()

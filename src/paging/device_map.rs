@@ -25,7 +25,8 @@ pub fn parse_device_map(json: &Value, kinds: &[UnitKind]) -> Result<Vec<Tier>> {
             rules
                 .iter()
                 .find(|(path, _)| module.starts_with(path))
-                .map(|(_, tier)| *tier)
+                // The final norm is a few kilobytes: no pass streams it, so it rests in memory wherever the map puts it.
+                .map(|(_, tier)| if *kind == UnitKind::Norm { Tier::Cpu } else { *tier })
                 .ok_or_else(|| {
                     bad(
                         format!("no entry covers `{}`", module.join(".")),
@@ -104,6 +105,12 @@ mod tests {
             parse_device_map(&map, &KINDS).unwrap(),
             [Tier::Disk, Tier::Cpu, Tier::Disk, Tier::Cpu]
         );
+    }
+
+    #[test]
+    fn the_final_norm_is_never_left_on_disk() {
+        let kinds = [UnitKind::Layer(0), UnitKind::Norm];
+        assert_eq!(parse_device_map(&json!({"": "disk"}), &kinds).unwrap(), [Tier::Disk, Tier::Cpu]);
     }
 
     #[test]

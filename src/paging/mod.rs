@@ -11,7 +11,7 @@ mod stream;
 pub use device_map::parse_device_map;
 pub use pager::{Lease, Pager, PagerOptions, unit_name};
 pub(crate) use pager::interrupted;
-pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, is_streamed};
+pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
 pub use rates::{DiskRates, RATES_FILE};
 pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use super::plan::{Plan, Tier, is_streamed};
+use super::plan::{Plan, Tier};
 use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
@@ -114,7 +114,7 @@ impl Pager {
         });
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
-            .filter(|i| plan.tiers[*i] == Tier::Disk && is_streamed(shared.layouts[*i].kind))
+            .filter(|i| plan.tiers[*i] == Tier::Disk && plan.walk.streams(shared.layouts[*i].kind))
             .map(|i| UnitId(i as u32))
             .collect();
 

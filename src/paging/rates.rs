@@ -59,17 +59,21 @@ impl DiskRates {
         }
     }
 
-    /// The best known rate, measured now (about a second) when none is.
-    pub fn best_or_probe(&self, files: &[PathBuf]) -> Result<Option<f64>> {
+    /// The best known rate, measured now (about a second) when none is, with at most `room` bytes of memory. Without room
+    /// for a few reads there is nothing worth measuring.
+    pub fn best_or_probe(&self, files: &[PathBuf], room: u64) -> Result<Option<f64>> {
         if let Some(rate) = self.best() {
             return Ok(Some(rate));
         }
+        let Some((block_bytes, depths)) = probe_settings(room) else {
+            return Ok(None);
+        };
         let rows = sweep(
             &Sweep {
                 files: files.to_vec(),
                 kinds: vec![ReaderKind::Auto],
-                block_bytes: vec![1 << 20, 4 << 20],
-                depths: vec![8, 32],
+                block_bytes,
+                depths,
                 each: Duration::from_millis(300),
             },
             &mut |_| {},
@@ -85,6 +89,17 @@ impl DiskRates {
         self.raise(best);
         Ok(Some(best))
     }
+}
+
+/// Block sizes and depths whose largest product fits in `room`.
+fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
+    let deepest = 32;
+    if room < deepest * (128 << 10) {
+        return None;
+    }
+    let largest = 1 << (room / deepest).min(4 << 20).ilog2();
+    let smaller = if largest > 1 << 20 { largest >> 2 } else { largest >> 1 };
+    Some((vec![smaller, largest], vec![8, deepest as usize]))
 }
 
 /// This machine, as records name it: kernel's machine id, else the host's name.
@@ -111,6 +126,17 @@ fn cache_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn probing_keeps_within_its_room() {
+        assert_eq!(probe_settings(3 << 20), None);
+        for room in [4 << 20, 5 << 20, 33 << 20, 127 << 20, 128 << 20, u64::MAX] {
+            let (blocks, depths) = probe_settings(room).unwrap();
+            let most = blocks.iter().max().unwrap() * depths.iter().max().unwrap();
+            assert!(most as u64 <= room && blocks.iter().all(|b| b % 4096 == 0), "{room} {blocks:?}");
+        }
+        assert_eq!(probe_settings(u64::MAX), Some((vec![1 << 20, 4 << 20], vec![8, 32])));
+    }
 
     #[test]
     fn a_slower_rate_never_replaces_a_faster_one() {

@@ -268,15 +268,7 @@ impl Stream {
             self.flights.submit(op);
             return Ok(());
         }
-        let unit = match op.tag & GATHER != 0 {
-            true => "the embedding".to_string(),
-            false => {
-                let number = (op.tag & !(RETRY | GATHER)) >> READ_BITS;
-                let front = self.fills.front().map_or(0, |f| f.number);
-                let unit = self.fills[(number - front) as usize].unit;
-                self.shared.names[unit.index()].clone()
-            }
-        };
+        let unit = self.unit_of(op.tag).unwrap_or("a unit");
         let path = &self.shared.paths[op.file as usize];
         Err(Error::new(
             Code::Corrupt,
@@ -345,20 +337,24 @@ impl Stream {
         true
     }
 
+    /// Says which unit the failed read was for: with several units in flight it need not be the oldest.
     fn name_the_unit(&self, e: Error) -> Error {
-        match self.fills.front() {
-            Some(f) => Error::new(
-                e.code(),
-                format!(
-                    "reading {} failed: {}",
-                    self.shared.names[f.unit.index()],
-                    e.what()
-                ),
-                e.cause(),
-                e.fix(),
-            ),
-            None => e,
+        let Some(unit) = self.flights.failed_tag().and_then(|tag| self.unit_of(tag)) else {
+            return e;
+        };
+        let what = format!("reading {unit} failed: {}", e.what());
+        Error::new(e.code(), what, e.cause(), e.fix())
+    }
+
+    /// The unit that a read with this tag belongs to.
+    fn unit_of(&self, tag: u64) -> Option<&str> {
+        if tag & GATHER != 0 {
+            return Some("the embedding");
         }
+        let number = (tag & !(RETRY | GATHER)) >> READ_BITS;
+        let at = number.checked_sub(self.fills.front()?.number)?;
+        let fill = self.fills.get(at as usize)?;
+        Some(&self.shared.names[fill.unit.index()])
     }
 }
 

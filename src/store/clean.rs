@@ -95,7 +95,7 @@ fn remove_pack(pack: &PackInfo, dry_run: bool) -> Result<Option<String>> {
 
 /// True for every name this engine writes into a pack's folder.
 fn is_recognised(name: &str) -> bool {
-    let ours = [MANIFEST, CHECKSUMS, LAST_USED, "lock", "tune.json"];
+    let ours = [MANIFEST, CHECKSUMS, LAST_USED, "lock", "tune.json", "rates.json"];
     let base = name.strip_suffix(".tmp").unwrap_or(name);
     is_file_name(name) || ours.contains(&base) || COPIES.contains(&base)
 }

@@ -211,7 +211,7 @@ impl Scan<'_> {
     fn check_extras(&self) -> Result<()> {
         let failed =
             |e: std::io::Error| Error::io(format!("cannot list {}", self.dir.display()), &e);
-        let fixed = [MANIFEST, CHECKSUMS, LAST_USED, "lock", "tune.json"];
+        let fixed = [MANIFEST, CHECKSUMS, LAST_USED, "lock", "tune.json", "rates.json"];
         for entry in fs::read_dir(self.dir).map_err(failed)? {
             let name = entry
                 .map_err(failed)?

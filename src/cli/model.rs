@@ -40,6 +40,7 @@ pub struct OpenFor {
     pub kv_tokens: Option<usize>,
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
+    pub vision: Option<VisionRoom>,
 }
 
 impl Default for OpenFor {
@@ -52,6 +53,7 @@ impl Default for OpenFor {
             kv_tokens: None,
             keep_logits: true,
             sample_limit: None,
+            vision: None,
         }
     }
 }
@@ -197,6 +199,7 @@ impl Model {
             logits_rows: want.logits_rows,
             keep_logits: want.keep_logits,
             sample_limit: want.sample_limit,
+            vision: want.vision,
             isa: None,
         })
     }

@@ -5,10 +5,12 @@
 
 mod memory;
 mod open;
+mod pictures;
 mod schedule;
 mod score;
 mod sequence;
 mod source;
+mod vision;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,8 +19,10 @@ use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
 pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress};
-pub use score::ScoreBlock;
+pub use pictures::expand_pictures;
+pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId};
+pub use vision::{VisionRoom, VisionStats};
 
 use crate::device::{Device, Kv};
 use crate::error::{Code, Error, Result};
@@ -31,6 +35,7 @@ use crate::text::Sampler;
 use crate::units::Dtype;
 use schedule::Scheduled;
 use sequence::Sequence;
+use vision::Vision;
 use source::Paged;
 
 /// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
@@ -77,6 +82,7 @@ pub struct Engine {
     pass_time: Duration,
     rows: u64,
     cancel: Arc<AtomicBool>,
+    vision: Option<Vision>,
 }
 
 impl Engine {
@@ -101,7 +107,11 @@ impl Engine {
         job.sampling.validate()?;
         let id = JobId(self.next_id);
         self.next_id += 1;
-        self.waiting.push_back(Sequence::new(id, job));
+        let sequence = Sequence::new(id, job, self.spec.vision.as_ref())?;
+        if let Some(pictures) = &sequence.pictures {
+            self.vision()?.check(pictures)?;
+        }
+        self.waiting.push_back(sequence);
         Ok(id)
     }
 
@@ -124,6 +134,7 @@ impl Engine {
         if self.cancel.load(Relaxed) {
             return Err(crate::paging::interrupted());
         }
+        self.look()?;
         self.schedule()?;
         if self.pass.rows() == 0 {
             return Ok(());
@@ -139,6 +150,35 @@ impl Engine {
         self.logits = logits;
         ran?;
         self.choose(events)
+    }
+
+    /// Sends the pictures of the prompts that are about to begin through the tower.
+    fn look(&mut self) -> Result<()> {
+        let admitted = self.max_sequences.saturating_sub(self.running.len());
+        if !self.waiting.iter().take(admitted).any(Sequence::waits_for_pictures) {
+            return Ok(());
+        }
+        let Some(vision) = &mut self.vision else {
+            return Err(no_vision_room());
+        };
+        let next = || self.waiting.iter().take(admitted);
+        let wave = vision.wave(next().map(|s| s.job.media.as_slice()));
+        vision.encode(&self.device, &self.cancel, &wave)?;
+        for s in self.waiting.iter_mut().take(admitted) {
+            if let Some(pictures) = &mut s.pictures {
+                vision.fill(pictures);
+            }
+        }
+        Ok(())
+    }
+
+    fn vision(&self) -> Result<&Vision> {
+        self.vision.as_ref().ok_or_else(no_vision_room)
+    }
+
+    /// What looking at pictures cost.
+    pub fn vision_stats(&self) -> VisionStats {
+        self.vision.as_ref().map(|v| v.stats).unwrap_or_default()
     }
 
     /// Runs `self.pass`, streaming its logits into `sink`.
@@ -191,6 +231,15 @@ impl Engine {
     pub fn max_pass_tokens(&self) -> usize {
         self.forward.max_tokens()
     }
+}
+
+fn no_vision_room() -> Error {
+    Error::new(
+        Code::Usage,
+        "pictures cannot be looked at",
+        "the engine was opened without room for them",
+        "open it with `EngineOptions::vision`",
+    )
 }
 
 fn no_kv_room(missing: usize) -> Error {

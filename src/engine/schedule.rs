@@ -1,5 +1,6 @@
 //! Which tokens go into the next pass, and what becomes of its logits.
 
+use super::pictures;
 use super::sequence::{Event, FinishReason};
 use super::{Engine, no_kv_room};
 use crate::error::Result;
@@ -23,13 +24,13 @@ impl Engine {
         let mut i = 0;
         while i < self.running.len() {
             if self.running[i].pending() == 1 {
-                self.put(i, 1);
+                self.put(i, 1)?;
             }
             i += 1;
         }
         for i in 0..self.running.len() {
             if self.running[i].pending() > 1 {
-                self.put_prompt(i);
+                self.put_prompt(i)?;
             }
         }
         while self.running.len() < self.max_sequences
@@ -38,6 +39,9 @@ impl Engine {
             let Some(next) = self.waiting.front() else {
                 break;
             };
+            if next.waits_for_pictures() {
+                break;
+            }
             // Admitted only with room for its whole prompt and one more block: half a prompt in the cache helps nobody.
             let needed = crate::model::kv::KvPool::blocks_for(next.tokens.len()) + 1;
             if needed > self.pool.free_blocks() && !self.running.is_empty() {
@@ -45,7 +49,7 @@ impl Engine {
             }
             if let Some(next) = self.waiting.pop_front() {
                 self.running.push(next);
-                self.put_prompt(self.running.len() - 1);
+                self.put_prompt(self.running.len() - 1)?;
             }
         }
         Ok(())
@@ -77,39 +81,43 @@ impl Engine {
     }
 
     /// As much of sequence `i`'s pending tokens as the pass and the KV pool take.
-    fn put_prompt(&mut self, i: usize) {
+    fn put_prompt(&mut self, i: usize) -> Result<()> {
         let room = self.forward.max_tokens() - self.pass.rows();
         let pending = self.running[i].pending();
         let in_blocks = self.pool.free_blocks() * crate::model::kv::BLOCK_TOKENS;
         let rows = pending.min(room).min(in_blocks);
         if rows > 0 {
-            self.put(i, rows);
+            self.put(i, rows)?;
         }
+        Ok(())
     }
 
-    fn put(&mut self, i: usize, rows: usize) {
+    fn put(&mut self, i: usize, rows: usize) -> Result<()> {
         let chooses = rows == self.running[i].pending();
         if self.pass.rows() + rows > self.forward.max_tokens()
             || (chooses && self.pass.wanted() == self.forward.max_wanted())
         {
-            return;
+            return Ok(());
         }
         let s = &mut self.running[i];
         let start = s.table.len();
         // `make_room_for_decoding` and `put_prompt` counted the blocks; without room the sequence sits this pass out.
         if self.pool.extend(&mut s.table, rows).is_err() {
-            return;
+            return Ok(());
         }
-        self.pass.push_text(
+        pictures::push(
+            s.pictures.as_ref(),
+            &mut self.pass,
             &s.tokens[start..start + rows],
             start,
             s.table.blocks(),
             usize::from(chooses),
-        );
+        )?;
         self.scheduled.push(Scheduled {
             running: i,
             chooses,
         });
+        Ok(())
     }
 
     /// Draws the next token of every sequence whose logits came, and retires the finished.

@@ -1,12 +1,21 @@
 //! One request on its way: its tokens, its KV, and where it stands.
 
+use std::sync::Arc;
+
+use super::pictures::Pictures;
+use crate::error::Result;
+use crate::media::Visual;
 use crate::model::kv::KvTable;
+use crate::spec::VisionSpec;
 use crate::text::SamplingParams;
 
 /// What to generate. The engine deals in tokens; text, chat templates and stop strings are its clients' business.
 #[derive(Clone, Debug)]
 pub struct Job {
+    /// With every picture's placeholder repeated: see [`super::expand_pictures`].
     pub prompt: Vec<u32>,
+    /// The prompt's pictures, in the order of their placeholders.
+    pub media: Vec<Arc<Visual>>,
     pub max_tokens: usize,
     pub sampling: SamplingParams,
     /// Which of a request's answers this is; part of the key of every draw.
@@ -49,18 +58,27 @@ pub(super) struct Sequence {
     /// Prompt and generated tokens.
     pub tokens: Vec<u32>,
     pub table: KvTable,
+    pub pictures: Option<Pictures>,
 }
 
 impl Sequence {
-    pub fn new(id: JobId, job: Job) -> Sequence {
+    /// Errors where the prompt and its pictures do not match.
+    pub fn new(id: JobId, job: Job, vision: Option<&VisionSpec>) -> Result<Sequence> {
+        let pictures = Pictures::new(&job.prompt, &job.media, vision)?;
         let mut tokens = Vec::with_capacity(job.prompt.len() + job.max_tokens.min(4096));
         tokens.extend_from_slice(&job.prompt);
-        Sequence {
+        Ok(Sequence {
             id,
             job,
             tokens,
             table: KvTable::default(),
-        }
+            pictures,
+        })
+    }
+
+    /// Its pictures have not all been through the tower.
+    pub fn waits_for_pictures(&self) -> bool {
+        self.pictures.as_ref().is_some_and(Pictures::wait)
     }
 
     /// Tokens whose keys and values are not in the cache yet. One for a sequence that decodes.

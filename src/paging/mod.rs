@@ -9,7 +9,7 @@ mod stats;
 mod stream;
 
 pub use device_map::parse_device_map;
-pub use pager::{Lease, Pager, PagerOptions, unit_name};
+pub use pager::{Lease, Origin, Pager, PagerOptions, unit_name};
 pub(crate) use pager::interrupted;
 pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
 pub use rates::{DiskRates, RATES_FILE};

@@ -14,7 +14,8 @@ use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::spec::UnitKind;
-use crate::store::Store;
+use crate::checkpoint::SourceFile;
+use crate::store::{Checksums, Store};
 use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
 
 /// How the bytes are read. The defaults are what `tune` starts from.
@@ -62,6 +63,27 @@ struct EmbedAt {
     unit: UnitId,
 }
 
+/// What a pager needs to know of a store: enough to open another one later, without the store at hand. The store's lock must outlive it.
+#[derive(Clone)]
+pub struct Origin {
+    files: Vec<SourceFile>,
+    checksums: Arc<Checksums>,
+    embed: EmbedAt,
+    /// First row and rows of each head unit where the head is tied.
+    tied_head: Vec<(usize, usize, UnitId)>,
+}
+
+impl Origin {
+    pub fn of(store: &Store) -> Result<Origin> {
+        Ok(Origin {
+            files: store.files.clone(),
+            checksums: store.checksums.clone(),
+            embed: embed_at(store)?,
+            tied_head: tied_head(store),
+        })
+    }
+}
+
 pub struct Pager {
     shared: Arc<Shared>,
     plan: Plan,
@@ -99,16 +121,29 @@ impl Pager {
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
+        Pager::start_from(&Origin::of(store)?, layouts, plan, options, cancel, loaded)
+    }
+
+    /// As [`Pager::start`].
+    pub fn start_from(
+        origin: &Origin,
+        layouts: Vec<SlotLayout>,
+        plan: Plan,
+        options: &PagerOptions,
+        cancel: Arc<AtomicBool>,
+        loaded: &mut dyn FnMut(u64, u64),
+    ) -> Result<Pager> {
         let arena = Arena::new(plan.arena_bytes())?;
         let exhausted = || Error::internal("the arena is smaller than its plan");
-        let embed = embed_at(store)?;
-        let head_rows = head_rows(store, &plan);
+        let embed = origin.embed;
+        let resident = |(_, _, unit): &&(usize, usize, UnitId)| plan.is_resident(*unit);
+        let head_rows = origin.tied_head.iter().filter(resident).copied().collect();
         let shared = Arc::new(Shared {
             names: layouts.iter().map(|l| unit_name(l.kind)).collect(),
             layouts,
-            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
-            paths: store.files.iter().map(|f| f.path.clone()).collect(),
-            checksums: store.checksums.clone(),
+            file_bytes: origin.files.iter().map(|f| f.bytes).collect(),
+            paths: origin.files.iter().map(|f| f.path.clone()).collect(),
+            checksums: origin.checksums.clone(),
             verify: options.verify,
             counters: Counters::default(),
         });
@@ -557,7 +592,7 @@ fn embed_at(store: &Store) -> Result<EmbedAt> {
     })
 }
 
-fn head_rows(store: &Store, plan: &Plan) -> Vec<(usize, usize, UnitId)> {
+fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
     if !store.spec.tied_head {
         return Vec::new();
     }
@@ -565,9 +600,7 @@ fn head_rows(store: &Store, plan: &Plan) -> Vec<(usize, usize, UnitId)> {
     let mut rows = Vec::new();
     for unit in &store.units {
         if let (UnitKind::Head(_), Some(place)) = (unit.kind, unit.places.first()) {
-            if plan.is_resident(unit.id) {
-                rows.push((first, place.rows, unit.id));
-            }
+            rows.push((first, place.rows, unit.id));
             first += place.rows;
         }
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
+use crate::engine::VisionRoom;
 use crate::engine::{
     DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES,
 };

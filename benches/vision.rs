@@ -69,7 +69,10 @@ impl UnitSource for Memory {
         };
         let mut view = UnitView::empty();
         for (t, bytes) in spec.tensors.iter().zip(bytes) {
-            view.set(t.role, WeightView::packed(Dtype::BF16, t.rows.len(), t.cols(), bytes));
+            view.set(
+                t.role,
+                WeightView::packed(Dtype::BF16, t.rows.len(), t.cols(), bytes),
+            );
         }
         let started = Instant::now();
         compute(&view)?;
@@ -93,7 +96,9 @@ fn pixels(c: &mut Criterion, spec: &VisionSpec) {
     let settings = json!({"min_pixels": 3136, "max_pixels": 12845056});
     let processor = Processor::from_config(settings.as_object().unwrap(), None, spec).unwrap();
     let (width, height) = (1600, 1200);
-    let data = (0..width * height * 3).map(|i| (i * 31 % 251) as u8).collect();
+    let data = (0..width * height * 3)
+        .map(|i| (i * 31 % 251) as u8)
+        .collect();
     let image = Rgb {
         width,
         height,
@@ -161,7 +166,11 @@ fn vision(c: &mut Criterion) {
     let model = parse_config(&config()).unwrap();
     let spec = model.vision.clone().unwrap();
     let tower = |u: &UnitSpec| u.kind.to_string().starts_with("vision");
-    let units: Vec<UnitSpec> = model.units(&|_| Dtype::BF16).into_iter().filter(tower).collect();
+    let units: Vec<UnitSpec> = model
+        .units(&|_| Dtype::BF16)
+        .into_iter()
+        .filter(tower)
+        .collect();
     pixels(c, &spec);
     for full in [false, true] {
         block(c, &spec, units.clone(), full);

@@ -68,7 +68,9 @@ fn reference(dir: &Path, every: usize) -> Reference {
             let parts = m.parts().unwrap();
             for r in requests(parts, &Options::default()).unwrap() {
                 media.push(Arc::new(
-                    processor.load_request(&r, dir, &VideoTools::default()).unwrap(),
+                    processor
+                        .load_request(&r, dir, &VideoTools::default())
+                        .unwrap(),
                 ));
             }
             plain.push(m.with_content(without_media(parts)));
@@ -101,7 +103,11 @@ fn reference(dir: &Path, every: usize) -> Reference {
 /// The larger fixture's messages do not say where their pictures lie; lists beside them do.
 fn with_places(case: &Value) -> Value {
     let mut messages = case["messages"].clone();
-    let mut images = case["images"].as_array().cloned().unwrap_or_default().into_iter();
+    let mut images = case["images"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default()
+        .into_iter();
     for m in messages.as_array_mut().unwrap() {
         for part in m["content"].as_array_mut().unwrap() {
             if part["type"] == "image" && part.get("image").is_none() {
@@ -143,9 +149,8 @@ fn pixel_values_are_those_of_the_pil_processor() {
                 let Some(want) = r.tensors.get(&format!("{}.{key}", case.name)) else {
                     continue;
                 };
-                let of_kind = |v: &&Arc<Visual>| {
-                    (v.kind != tensorpager::media::Kind::Image) == video
-                };
+                let of_kind =
+                    |v: &&Arc<Visual>| (v.kind != tensorpager::media::Kind::Image) == video;
                 let got: Vec<f32> = case
                     .media
                     .iter()
@@ -163,9 +168,20 @@ fn pixel_values_are_those_of_the_pil_processor() {
                 let off = got.iter().zip(&want).filter(|(a, b)| a != b).count();
                 if video && r.every == 1 {
                     // Made with torchvision's resize: never more than a level off (1/255/std), on at most 1 % of samples.
-                    let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    let far = got.iter().zip(&want).filter(|(a, b)| (*a - *b).abs() > 1e-5).count();
-                    assert!(worst < 1.01 / 255.0 / 0.261 && far * 100 <= got.len(), "{worst} {far}");
+                    let worst = got
+                        .iter()
+                        .zip(&want)
+                        .map(|(a, b)| (a - b).abs())
+                        .fold(0.0, f32::max);
+                    let far = got
+                        .iter()
+                        .zip(&want)
+                        .filter(|(a, b)| (*a - *b).abs() > 1e-5)
+                        .count();
+                    assert!(
+                        worst < 1.01 / 255.0 / 0.261 && far * 100 <= got.len(),
+                        "{worst} {far}"
+                    );
                 } else {
                     assert_eq!(off, 0, "{} {key}: {off} of {} differ", case.name, got.len());
                 }
@@ -203,9 +219,16 @@ fn positions_are_those_of_the_reference() {
                 .chunks_exact(4)
                 .map(|b| i32::from_le_bytes(b.try_into().unwrap()))
                 .collect();
-            let got: Vec<i32> = (0..3).flat_map(|a| got.iter().map(move |p| p[a] as i32)).collect();
+            let got: Vec<i32> = (0..3)
+                .flat_map(|a| got.iter().map(move |p| p[a] as i32))
+                .collect();
             assert_eq!(got, want, "{}", case.name);
-            assert_eq!(delta, case.json["rope_delta"].as_i64().unwrap(), "{}", case.name);
+            assert_eq!(
+                delta,
+                case.json["rope_delta"].as_i64().unwrap(),
+                "{}",
+                case.name
+            );
         }
     }
 }
@@ -262,8 +285,14 @@ fn embeddings_lose_less_than_transformers_own_16_bit_run() {
             assert_eq!(got.len(), want.len());
             let error = nmse(&got, &want);
             // The larger fixture has no such figure; a 16-bit run of these depths loses about 1e-4.
-            let bar = case.json["half_embeds_error"]["nmse"].as_f64().unwrap_or(1e-4);
-            println!("{} {}: nmse {error:.2e}, bar {bar:.2e}", r.dir.display(), case.name);
+            let bar = case.json["half_embeds_error"]["nmse"]
+                .as_f64()
+                .unwrap_or(1e-4);
+            println!(
+                "{} {}: nmse {error:.2e}, bar {bar:.2e}",
+                r.dir.display(),
+                case.name
+            );
             assert!(error < bar, "{}: {error:e} against {bar:e}", case.name);
         }
     }
@@ -280,7 +309,12 @@ fn a_picture_does_not_depend_on_the_others_nor_on_threads() {
         .flat_map(|v| embed(&model, std::slice::from_ref(v), 1))
         .collect();
     assert_eq!(together.len(), alone.len());
-    assert!(together.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits()));
+    assert!(
+        together
+            .iter()
+            .zip(&alone)
+            .all(|(a, b)| a.to_bits() == b.to_bits())
+    );
 }
 
 fn in_place(dir: &Path) -> Store {
@@ -301,7 +335,13 @@ fn open(store: &Store, room: VisionRoom, more: impl FnOnce(&mut EngineOptions)) 
         ..EngineOptions::default()
     };
     more(&mut options);
-    Engine::open(store, &options, Arc::new(AtomicBool::new(false)), &mut |_, _| {}).unwrap()
+    Engine::open(
+        store,
+        &options,
+        Arc::new(AtomicBool::new(false)),
+        &mut |_, _| {},
+    )
+    .unwrap()
 }
 
 fn room_of(cases: &[Case]) -> VisionRoom {
@@ -353,7 +393,11 @@ fn logits_lose_less_than_transformers_own_16_bit_run() {
                 .collect();
             let error = nmse(&got, &want);
             let bar = case.json["half_error"]["nmse"].as_f64().unwrap();
-            println!("{} {}: nmse {error:.2e}, bar {bar:.2e}", r.dir.display(), case.name);
+            println!(
+                "{} {}: nmse {error:.2e}, bar {bar:.2e}",
+                r.dir.display(),
+                case.name
+            );
             assert!(error < bar, "{}: {error:e} against {bar:e}", case.name);
         }
     }
@@ -442,7 +486,9 @@ fn prompts_together_in_any_pieces_give_the_same_bits() {
     // Packed, through other page sizes and depths.
     let dir = tempfile::tempdir().unwrap();
     let ckpt = Checkpoint::open(&r.dir.display().to_string(), &OpenOptions::default()).unwrap();
-    let packed = Store::pack(&ckpt, &PackOptions::new(dir.path()), &mut |_| {}).unwrap();
+    let packed = Store::pack(&ckpt, &PackOptions::new(dir.path()), &mut |_| {})
+        .unwrap()
+        .store;
     let mut engine = open(&packed, room_of(&r.cases), |o| {
         o.prefetch_depth = Some(3);
         o.page_bytes = Some(256 << 10);
@@ -505,15 +551,23 @@ fn pictures_that_cannot_be_are_refused_with_the_numbers() {
         slice: 4,
         tokens: 1,
     };
-    let e = open(&store, small, |_| {}).submit(job(case, 1)).unwrap_err();
+    let e = open(&store, small, |_| {})
+        .submit(job(case, 1))
+        .unwrap_err();
     assert_eq!(e.code(), Code::Memory);
-    assert!(e.what().contains("15 tokens") && e.fix().contains("--max-pixels"), "{e}");
+    assert!(
+        e.what().contains("15 tokens") && e.fix().contains("--max-pixels"),
+        "{e}"
+    );
     let mut engine = open(&store, room_of(&r.cases), |_| {});
     for (prompt, media) in [
         (case.ids.clone(), Vec::new()),
         (case.ids[..20].to_vec(), case.media.clone()),
         (vec![1, 2, 3], case.media.clone()),
-        (case.ids.clone(), [case.media.clone(), case.media.clone()].concat()),
+        (
+            case.ids.clone(),
+            [case.media.clone(), case.media.clone()].concat(),
+        ),
         (case.ids.clone(), r.cases[2].media.clone()),
     ] {
         let wrong = Job {
@@ -532,10 +586,18 @@ fn pictures_that_cannot_be_are_refused_with_the_numbers() {
         }),
         ..EngineOptions::default()
     };
-    let e = Engine::open(&store, &options, Arc::new(AtomicBool::new(false)), &mut |_, _| {});
+    let e = Engine::open(
+        &store,
+        &options,
+        Arc::new(AtomicBool::new(false)),
+        &mut |_, _| {},
+    );
     let e = e.err().unwrap();
     assert_eq!(e.code(), Code::Memory);
-    assert!(e.cause().contains("pictures") && e.fix().contains("--max-pixels"), "{e}");
+    assert!(
+        e.cause().contains("pictures") && e.fix().contains("--max-pixels"),
+        "{e}"
+    );
 }
 
 #[test]
@@ -546,7 +608,11 @@ fn the_tower_asks_for_its_units_in_the_order_they_are_streamed() {
     let units: Vec<_> = model.units.iter().map(|u| (u.id, u.kind)).collect();
     let limits = Limits { wave: 4, slice: 4 };
     let tower = Tower::new(&device, model.spec.vision.as_ref().unwrap(), &units, limits).unwrap();
-    let first = model.units.iter().position(|u| u.kind.to_string().starts_with("vision")).unwrap();
+    let first = model
+        .units
+        .iter()
+        .position(|u| u.kind.to_string().starts_with("vision"))
+        .unwrap();
     let want: Vec<UnitId> = (first..units.len()).map(|i| UnitId(i as u32)).collect();
     assert_eq!(tower.order(), want);
 }

@@ -75,8 +75,14 @@ impl PictureOptions {
 
     /// As parts of a message: images first, then videos, then the text.
     fn parts(&self, text: &str) -> Vec<Value> {
-        let images = self.image.iter().map(|at| json!({"type": "image", "image": at}));
-        let videos = self.video.iter().map(|at| json!({"type": "video", "video": at}));
+        let images = self
+            .image
+            .iter()
+            .map(|at| json!({"type": "image", "image": at}));
+        let videos = self
+            .video
+            .iter()
+            .map(|at| json!({"type": "video", "video": at}));
         images
             .chain(videos)
             .chain(std::iter::once(json!({"type": "text", "text": text})))
@@ -208,7 +214,12 @@ impl<'m> Renderer<'m> {
         self.expanded(ids, &wanted, base)
     }
 
-    fn expanded(&mut self, ids: Vec<u32>, wanted: &[MediaRequest], base: &Path) -> Result<Rendered> {
+    fn expanded(
+        &mut self,
+        ids: Vec<u32>,
+        wanted: &[MediaRequest],
+        base: &Path,
+    ) -> Result<Rendered> {
         let spec = self.model.store.spec.vision.as_ref();
         let mut media = Vec::with_capacity(wanted.len());
         for request in wanted {
@@ -219,7 +230,11 @@ impl<'m> Renderer<'m> {
                 Some(p) => p,
                 none => none.insert(Processor::load(&self.model.store.text_dir, spec)?),
             };
-            media.push(Arc::new(processor.load_request(request, base, &self.tools)?));
+            media.push(Arc::new(processor.load_request(
+                request,
+                base,
+                &self.tools,
+            )?));
         }
         let ids = match spec {
             Some(_) => expand_pictures(&ids, &media, spec)?,

@@ -123,7 +123,10 @@ impl Pictures {
             }
             runs.push(run);
         }
-        if prompt[at.min(prompt.len())..].iter().any(|id| placeholder(*id)) {
+        if prompt[at.min(prompt.len())..]
+            .iter()
+            .any(|id| placeholder(*id))
+        {
             return Err(mismatch(prompt, media.len(), spec));
         }
         if runs.is_empty() {

@@ -168,9 +168,7 @@ impl Vision {
             let mut more = 0;
             for v in media {
                 let hash = v.content_hash();
-                let in_use = self
-                    .find(hash)
-                    .is_some_and(|e| Arc::strong_count(&e) > 2);
+                let in_use = self.find(hash).is_some_and(|e| Arc::strong_count(&e) > 2);
                 if in_use || wanted.contains_key(&hash) || new.iter().any(|(h, _)| *h == hash) {
                     continue;
                 }
@@ -217,7 +215,8 @@ impl Vision {
             if embeddings.rows() != visual.tokens() {
                 return Err(Error::internal("the tower gave another number of rows"));
             }
-            self.cache.push((visual.content_hash(), Arc::new(embeddings)));
+            self.cache
+                .push((visual.content_hash(), Arc::new(embeddings)));
             self.stats.pictures += 1;
             self.stats.patches += visual.grid.patches() as u64;
         }
@@ -280,7 +279,9 @@ impl Vision {
             .iter()
             .map(|v| vec![0.0; v.tokens() * self.out_hidden])
             .collect();
-        let largest = pieces.iter().map(|(a, b)| all[*a..*b].iter().map(|p| slice_of(p).patches()).sum());
+        let largest = pieces
+            .iter()
+            .map(|(a, b)| all[*a..*b].iter().map(|p| slice_of(p).patches()).sum());
         let limits = Limits {
             wave: largest.max().unwrap_or(0),
             slice: all.iter().map(|p| slice_of(p).patches()).max().unwrap_or(0),

@@ -48,7 +48,10 @@ pub fn decode(bytes: &[u8], name: &str) -> Result<Rgb> {
     let format = match image::guess_format(bytes) {
         Ok(f @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => f,
         Ok(other) => {
-            return Err(broken(name, &format!("{other:?} is none of PNG, JPEG, WebP")));
+            return Err(broken(
+                name,
+                &format!("{other:?} is none of PNG, JPEG, WebP"),
+            ));
         }
         Err(_) => return Err(broken(name, "it is none of PNG, JPEG, WebP")),
     };
@@ -130,7 +133,11 @@ fn rgb8(image: DynamicImage) -> Result<image::RgbImage, Refused> {
             .chunks_exact(4)
             .flat_map(|p| [high(p[0]), high(p[1]), high(p[2])])
             .collect(),
-        _ => return Err(Refused::Other("its samples are neither 8 nor 16 bits".into())),
+        _ => {
+            return Err(Refused::Other(
+                "its samples are neither 8 nor 16 bits".into(),
+            ));
+        }
     };
     image::RgbImage::from_raw(width, height, data)
         .ok_or_else(|| Refused::Other("its size and its data disagree".into()))

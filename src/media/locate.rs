@@ -37,7 +37,13 @@ pub fn locate(at: &str, base: &Path) -> Result<Located> {
 }
 
 fn file(rest: &str) -> Result<PathBuf> {
-    let bad = |cause: &str| refused(&format!("file:{rest}"), cause, "write file:///absolute/path");
+    let bad = |cause: &str| {
+        refused(
+            &format!("file:{rest}"),
+            cause,
+            "write file:///absolute/path",
+        )
+    };
     // file:///path, file://localhost/path and file:/path are the same.
     let path = match rest.strip_prefix("//") {
         Some(rest) => match rest.find('/') {
@@ -58,9 +64,7 @@ fn file(rest: &str) -> Result<PathBuf> {
 
 fn data(url: &str) -> Result<Vec<u8>> {
     let name: String = url.chars().take(40).collect();
-    let bad = |cause: &str| {
-        refused(&format!("{name}…"), cause, "write data:image/png;base64,…")
-    };
+    let bad = |cause: &str| refused(&format!("{name}…"), cause, "write data:image/png;base64,…");
     let (head, body) = url
         .split_once(',')
         .ok_or_else(|| bad("a data: URL has a comma before its data"))?;
@@ -109,7 +113,12 @@ fn percent_decoded(text: &str) -> Option<Vec<u8>> {
 
 fn refused(at: &str, cause: &str, fix: &str) -> Error {
     let at: String = at.chars().take(200).collect();
-    Error::new(Code::Usage, format!("cannot find the picture `{at}`"), cause, fix)
+    Error::new(
+        Code::Usage,
+        format!("cannot find the picture `{at}`"),
+        cause,
+        fix,
+    )
 }
 
 #[cfg(test)]
@@ -130,7 +139,14 @@ mod tests {
         ] {
             assert_eq!(locate(at, base).unwrap(), file(want), "{at}");
         }
-        for at in ["http://x/y.png", "https://x", "file://elsewhere/x", "file:x", "file:///%zz", ""] {
+        for at in [
+            "http://x/y.png",
+            "https://x",
+            "file://elsewhere/x",
+            "file:x",
+            "file:///%zz",
+            "",
+        ] {
             assert_eq!(locate(at, base).unwrap_err().code(), Code::Usage, "{at}");
         }
     }

@@ -101,7 +101,10 @@ impl Processor {
         }
         if spec.channels != 3 {
             let cause = "pictures have three channels".to_string();
-            return Err(bad(&format!("a tower of {} channels", spec.channels), cause));
+            return Err(bad(
+                &format!("a tower of {} channels", spec.channels),
+                cause,
+            ));
         }
         for key in ["do_resize", "do_rescale", "do_normalize"] {
             if image.get(key) == Some(&Value::Bool(false)) {
@@ -112,7 +115,10 @@ impl Processor {
         if let Some(filter) = number(image, "resample")?
             && filter != 3.0
         {
-            return Err(bad(&format!("`resample` = {filter}"), "only 3 (bicubic) is there".into()));
+            return Err(bad(
+                &format!("`resample` = {filter}"),
+                "only 3 (bicubic) is there".into(),
+            ));
         }
         let unit = (spec.patch * spec.merge).pow(2) as u64;
         let (min_pixels, max_pixels) = bounds(Some(image), (4 * unit, 1280 * unit))?;
@@ -377,13 +383,19 @@ fn read(dir: &Path, file: &str) -> Result<Option<Map<String, Value>>> {
     };
     if !meta.is_file() || meta.len() > MAX_CONFIG_BYTES {
         let what = path.display().to_string();
-        return Err(bad(&what, "it is no regular file of up to a megabyte".into()));
+        return Err(bad(
+            &what,
+            "it is no regular file of up to a megabyte".into(),
+        ));
     }
     let text = std::fs::read(&path)
         .map_err(|e| Error::io(format!("cannot read {}", path.display()), &e))?;
     match serde_json::from_slice(&text) {
         Ok(Value::Object(map)) => Ok(Some(map)),
-        Ok(_) => Err(bad(&path.display().to_string(), "it is not a JSON object".into())),
+        Ok(_) => Err(bad(
+            &path.display().to_string(),
+            "it is not a JSON object".into(),
+        )),
         Err(e) => Err(bad(&path.display().to_string(), e.to_string())),
     }
 }
@@ -411,7 +423,10 @@ fn number(config: &Map<String, Value>, key: &str) -> Result<Option<f64>> {
         None | Some(Value::Null) => Ok(None),
         Some(v) => match v.as_f64() {
             Some(x) if x >= 0.0 => Ok(Some(x)),
-            _ => Err(bad(&format!("`{key}`"), "it must be a positive number".into())),
+            _ => Err(bad(
+                &format!("`{key}`"),
+                "it must be a positive number".into(),
+            )),
         },
     }
 }

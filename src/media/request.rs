@@ -19,11 +19,20 @@ pub struct Options {
 /// A picture somebody wants looked at. `at` is a path, a `file:` or a `data:` URL.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MediaRequest {
-    Image { at: String, options: Options },
+    Image {
+        at: String,
+        options: Options,
+    },
     /// A video file or a folder of frames.
-    Video { at: String, options: Options },
+    Video {
+        at: String,
+        options: Options,
+    },
     /// Frames in their order, used as they are.
-    Frames { at: Vec<String>, options: Options },
+    Frames {
+        at: Vec<String>,
+        options: Options,
+    },
 }
 
 /// The pictures of a message's parts, in order; `defaults` holds where a part says nothing. Errors (Code::Usage) name the part.
@@ -98,7 +107,10 @@ fn video(part: &Map<String, Value>, index: usize, defaults: &Options) -> Result<
                 _ => Err(bad(index, "a list of frames has paths, and at least one")),
             }
         }
-        _ => Err(bad(index, "a video part needs `video` with a path or a list of frames")),
+        _ => Err(bad(
+            index,
+            "a video part needs `video` with a path or a list of frames",
+        )),
     }
 }
 
@@ -199,7 +211,10 @@ mod tests {
             json!({"type": "video", "video": "x.mp4", "fps": 0}),
             json!({"type": "image", "image": "x.png", "max_pixels": "many"}),
         ] {
-            let e = requests(&[json!({"type": "text"}), part.clone()], &Options::default());
+            let e = requests(
+                &[json!({"type": "text"}), part.clone()],
+                &Options::default(),
+            );
             assert!(e.unwrap_err().what().contains("part 1"), "{part}");
         }
     }

@@ -133,7 +133,10 @@ fn vertical(data: &[u8], width: usize, taps: &Taps) -> Vec<u8> {
     for (y, out) in out.chunks_exact_mut(row_bytes).enumerate() {
         let (first, weights) = taps.at(y);
         sums.fill(HALF);
-        for (row, w) in data[first * row_bytes..].chunks_exact(row_bytes).zip(weights) {
+        for (row, w) in data[first * row_bytes..]
+            .chunks_exact(row_bytes)
+            .zip(weights)
+        {
             for (sum, v) in sums.iter_mut().zip(row) {
                 *sum += i32::from(*v) * w;
             }

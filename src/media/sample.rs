@@ -35,7 +35,9 @@ pub fn sample_frames(
     }
     let positive = |x: f64| x.is_finite() && x > 0.0;
     if !positive(source_fps) || !positive(fps) {
-        return Err(bad(format!("{source_fps} frames a second, sampled at {fps}")));
+        return Err(bad(format!(
+            "{source_fps} frames a second, sampled at {fps}"
+        )));
     }
     let factor = factor.max(1);
     if total < factor {
@@ -44,7 +46,10 @@ pub fn sample_frames(
     let floor = |n: usize| n / factor * factor;
     let most = floor(max_frames.min(total)).max(factor);
     let wanted = total as f64 / source_fps * fps;
-    let wanted = wanted.max(min_frames as f64).min(most as f64).min(total as f64);
+    let wanted = wanted
+        .max(min_frames as f64)
+        .min(most as f64)
+        .min(total as f64);
     let n = floor(wanted as usize).max(factor);
     Ok(match sampling {
         Sampling::Arange => {

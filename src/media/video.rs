@@ -65,11 +65,18 @@ impl VideoTools {
         }
         let mut command = self.command(&self.ffprobe);
         command.args(["-select_streams", "v:0", "-count_packets", "-of", "json"]);
-        command.args(["-show_entries", "stream=nb_read_packets,avg_frame_rate,r_frame_rate"]);
+        command.args([
+            "-show_entries",
+            "stream=nb_read_packets,avg_frame_rate,r_frame_rate",
+        ]);
         command.arg("-i").arg(url(&path));
         let mut run = Run::start(command, &self.ffprobe, self.time_limit)?;
         let mut json = Vec::new();
-        let read = run.stdout.by_ref().take(MAX_PROBE_BYTES).read_to_end(&mut json);
+        let read = run
+            .stdout
+            .by_ref()
+            .take(MAX_PROBE_BYTES)
+            .read_to_end(&mut json);
         let said = run.finish();
         if let Err(cause) = said {
             return Err(unusable(&path, cause));
@@ -88,7 +95,10 @@ impl VideoTools {
                 frames,
                 fps,
             }),
-            _ => Err(unusable(&path, "ffprobe finds no video stream with frames in it".into())),
+            _ => Err(unusable(
+                &path,
+                "ffprobe finds no video stream with frames in it".into(),
+            )),
         }
     }
 
@@ -127,9 +137,21 @@ impl Clip<'_> {
 
 fn start(tools: &VideoTools, path: &Path, sync: &[&str]) -> Result<Run> {
     let mut command = tools.command(&tools.ffmpeg);
-    command.args(["-nostdin", "-threads", "2", "-i"]).arg(url(path));
-    command.args(["-map", "0:v:0", "-an", "-sn", "-dn"]).args(sync);
-    command.args(["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]);
+    command
+        .args(["-nostdin", "-threads", "2", "-i"])
+        .arg(url(path));
+    command
+        .args(["-map", "0:v:0", "-an", "-sn", "-dn"])
+        .args(sync);
+    command.args([
+        "-f",
+        "image2pipe",
+        "-c:v",
+        "ppm",
+        "-pix_fmt",
+        "rgb24",
+        "pipe:1",
+    ]);
     Run::start(command, &tools.ffmpeg, tools.time_limit)
 }
 
@@ -225,7 +247,10 @@ impl Run {
         let stderr = std::thread::spawn(move || {
             let mut text = Vec::new();
             let mut stderr = stderr;
-            let _ = stderr.by_ref().take(MAX_STDERR_BYTES).read_to_end(&mut text);
+            let _ = stderr
+                .by_ref()
+                .take(MAX_STDERR_BYTES)
+                .read_to_end(&mut text);
             // Read on, so that a talkative child is not held up.
             let _ = std::io::copy(&mut stderr, &mut std::io::sink());
             String::from_utf8_lossy(&text).into_owned()
@@ -234,7 +259,8 @@ impl Run {
         let (done, wait) = bounded::<()>(1);
         let watched = child.clone();
         let watch = std::thread::spawn(move || {
-            let late = wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout);
+            let late =
+                wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout);
             if late {
                 kill(&watched);
             }
@@ -268,7 +294,10 @@ impl Run {
             _ => String::new(),
         };
         if late {
-            return Err(format!("decoding took longer than {} s", self.limit.as_secs()));
+            return Err(format!(
+                "decoding took longer than {} s",
+                self.limit.as_secs()
+            ));
         }
         match status {
             Ok(status) if status.success() => Ok(()),

@@ -1,8 +1,8 @@
 //! One image or video, resized and ready to be cut into patches.
 
+use super::Rgb;
 use super::processor::Normalize;
 use super::resize::resize;
-use super::Rgb;
 
 /// Patches along time, height and width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -153,7 +153,11 @@ impl Visual {
     }
 
     fn write_patch(&self, index: usize, out: &mut [f32]) {
-        assert!(index < self.grid.patches(), "patch {index} of {:?}", self.grid);
+        assert!(
+            index < self.grid.patches(),
+            "patch {index} of {:?}",
+            self.grid
+        );
         let Shape {
             patch,
             temporal,
@@ -178,4 +182,3 @@ impl Visual {
         }
     }
 }
-

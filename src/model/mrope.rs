@@ -100,7 +100,14 @@ mod tests {
             step: 1,
         };
         let (p, delta) = positions(10, &[image]).unwrap();
-        let want = [[2, 2, 2], [2, 2, 3], [2, 2, 4], [2, 3, 2], [2, 3, 3], [2, 3, 4]];
+        let want = [
+            [2, 2, 2],
+            [2, 2, 3],
+            [2, 2, 4],
+            [2, 3, 2],
+            [2, 3, 3],
+            [2, 3, 4],
+        ];
         assert_eq!(p[2..8], want);
         assert_eq!(p[8..], [[5; 3], [6; 3]]);
         assert_eq!(delta, 7 - 10);
@@ -115,7 +122,10 @@ mod tests {
         };
         let (p, delta) = positions(7, &[video]).unwrap();
         assert_eq!(p[4..6], [[8, 0, 0], [8, 0, 1]]);
-        assert_eq!(p[6], [2; 3], "text goes on after height and width, not after time");
+        assert_eq!(
+            p[6], [2; 3],
+            "text goes on after height and width, not after time"
+        );
         assert_eq!(delta, 9 - 7);
     }
 

@@ -14,7 +14,6 @@ use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::spec::UnitKind;
-use crate::checkpoint::SourceFile;
 use crate::store::{Checksums, Store};
 use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
 
@@ -66,7 +65,8 @@ struct EmbedAt {
 /// What a pager needs to know of a store: enough to open another one later, without the store at hand. The store's lock must outlive it.
 #[derive(Clone)]
 pub struct Origin {
-    files: Vec<SourceFile>,
+    paths: Vec<std::path::PathBuf>,
+    file_bytes: Vec<u64>,
     checksums: Arc<Checksums>,
     embed: EmbedAt,
     /// First row and rows of each head unit where the head is tied.
@@ -76,7 +76,8 @@ pub struct Origin {
 impl Origin {
     pub fn of(store: &Store) -> Result<Origin> {
         Ok(Origin {
-            files: store.files.clone(),
+            paths: store.files.iter().map(|f| f.path.clone()).collect(),
+            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
             checksums: store.checksums.clone(),
             embed: embed_at(store)?,
             tied_head: tied_head(store),
@@ -141,8 +142,8 @@ impl Pager {
         let shared = Arc::new(Shared {
             names: layouts.iter().map(|l| unit_name(l.kind)).collect(),
             layouts,
-            file_bytes: origin.files.iter().map(|f| f.bytes).collect(),
-            paths: origin.files.iter().map(|f| f.path.clone()).collect(),
+            file_bytes: origin.file_bytes.clone(),
+            paths: origin.paths.clone(),
             checksums: origin.checksums.clone(),
             verify: options.verify,
             counters: Counters::default(),

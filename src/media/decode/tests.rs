@@ -2,7 +2,13 @@ use super::*;
 use image::{DynamicImage, ExtendedColorType, ImageEncoder};
 
 /// Encodes raw samples as PNG.
-fn png(data: &[u8], width: u32, height: u32, color: ExtendedColorType, exif: Option<u8>) -> Vec<u8> {
+fn png(
+    data: &[u8],
+    width: u32,
+    height: u32,
+    color: ExtendedColorType,
+    exif: Option<u8>,
+) -> Vec<u8> {
     let mut out = Vec::new();
     let mut encoder = image::codecs::png::PngEncoder::new(&mut out);
     if let Some(turn) = exif {
@@ -31,12 +37,28 @@ fn every_kind_of_sample_becomes_rgb() {
         (vec![1, 2, 3, 4, 5, 6], Rgb8, vec![1, 2, 3, 4, 5, 6]),
         (vec![7, 200], L8, vec![7, 7, 7, 200, 200, 200]),
         (vec![7, 0, 200, 255], La8, vec![7, 7, 7, 200, 200, 200]),
-        (vec![1, 2, 3, 0, 4, 5, 6, 255], Rgba8, vec![1, 2, 3, 4, 5, 6]),
+        (
+            vec![1, 2, 3, 0, 4, 5, 6, 255],
+            Rgba8,
+            vec![1, 2, 3, 4, 5, 6],
+        ),
         // The high byte, not the nearest: 0x01ff is 1.
         (be(&[0x01ff, 0xfe00]), L16, vec![1, 1, 1, 254, 254, 254]),
-        (be(&[0x01ff, 9, 0xfe00, 9]), La16, vec![1, 1, 1, 254, 254, 254]),
-        (be(&[0x01ff, 0x0280, 0x0300, 0, 0, 0xffff]), Rgb16, vec![1, 2, 3, 0, 0, 255]),
-        (be(&[0x01ff, 0x0280, 0x0300, 5, 0, 0, 0xffff, 5]), Rgba16, vec![1, 2, 3, 0, 0, 255]),
+        (
+            be(&[0x01ff, 9, 0xfe00, 9]),
+            La16,
+            vec![1, 1, 1, 254, 254, 254],
+        ),
+        (
+            be(&[0x01ff, 0x0280, 0x0300, 0, 0, 0xffff]),
+            Rgb16,
+            vec![1, 2, 3, 0, 0, 255],
+        ),
+        (
+            be(&[0x01ff, 0x0280, 0x0300, 5, 0, 0, 0xffff, 5]),
+            Rgba16,
+            vec![1, 2, 3, 0, 0, 255],
+        ),
     ] {
         assert_eq!(pixels(&png(&data, 2, 1, color, None)), want, "{color:?}");
     }
@@ -81,7 +103,10 @@ fn jpeg_and_webp_are_read() {
 #[test]
 fn broken_files_are_one_clear_error() {
     let good = png(&[9; 300], 10, 10, ExtendedColorType::Rgb8, None);
-    let mut cases: Vec<Vec<u8>> = (0..good.len() - 12).step_by(7).map(|n| good[..n].to_vec()).collect();
+    let mut cases: Vec<Vec<u8>> = (0..good.len() - 12)
+        .step_by(7)
+        .map(|n| good[..n].to_vec())
+        .collect();
     cases.push(b"GIF89a\x01\0\x01\0\0\0\0;".to_vec());
     cases.push(b"<svg/>".to_vec());
     // A header that promises 2^31 x 2^31 pixels.

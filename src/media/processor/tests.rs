@@ -90,9 +90,9 @@ fn patches_come_in_the_models_order() {
     for (cell_y, cell_x) in (0..2).flat_map(|y| (0..3).map(move |x| (y, x))) {
         for (my, mx) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             for c in 0..3 {
-                for (_, y, x) in (0..2).flat_map(|t| {
-                    (0..14).flat_map(move |y| (0..14).map(move |x| (t, y, x)))
-                }) {
+                for (_, y, x) in
+                    (0..2).flat_map(|t| (0..14).flat_map(move |y| (0..14).map(move |x| (t, y, x))))
+                {
                     let (row, col) = ((cell_y * 2 + my) * 14 + y, (cell_x * 2 + mx) * 14 + x);
                     let byte = small.data[(row * 84 + col) * 3 + c];
                     assert_eq!(all[at], p.normalize.table(c)[byte as usize]);
@@ -120,7 +120,12 @@ fn an_odd_number_of_frames_repeats_the_last() {
     };
     let (odd, even) = (make(&[0, 1, 2]), make(&[0, 1, 2, 2]));
     assert_eq!(odd.grid.t, 2);
-    assert_eq!(odd.kind, Kind::Video { seconds_per_grid: 0.5 });
+    assert_eq!(
+        odd.kind,
+        Kind::Video {
+            seconds_per_grid: 0.5
+        }
+    );
     let patches = |v: &Visual| {
         let mut out = vec![0.0; v.grid.patches() * v.patch_len()];
         v.write_patches(0, &mut out);
@@ -163,19 +168,38 @@ fn listed_frames_are_used_as_they_are_unless_too_many() {
     let tools = VideoTools::default();
     let load = |o| p.load_request(&ask(o), Path::new("/"), &tools).unwrap();
     let all = load(Options::default());
-    assert_eq!((all.frames(), all.kind), (7, Kind::Video { seconds_per_grid: 1.0 }));
+    assert_eq!(
+        (all.frames(), all.kind),
+        (
+            7,
+            Kind::Video {
+                seconds_per_grid: 1.0
+            }
+        )
+    );
     let some = load(Options {
         max_frames: Some(4),
         fps: Some(7.0),
         ..Options::default()
     });
-    assert_eq!((some.frames(), some.kind), (4, Kind::Video { seconds_per_grid: 0.5 }));
+    assert_eq!(
+        (some.frames(), some.kind),
+        (
+            4,
+            Kind::Video {
+                seconds_per_grid: 0.5
+            }
+        )
+    );
 }
 
 #[test]
 fn configs_of_all_ages_are_read() {
     let new = json!({"size": {"shortest_edge": 3136, "longest_edge": 50176}, "patch_size": 14});
-    let p = processor(new, Some(json!({"size": {"shortest_edge": 1000, "longest_edge": 2000}})));
+    let p = processor(
+        new,
+        Some(json!({"size": {"shortest_edge": 1000, "longest_edge": 2000}})),
+    );
     let p = p.unwrap();
     assert_eq!((p.min_pixels, p.max_pixels), (3136, 50176));
     assert_eq!((p.video.min_pixels, p.video.max_pixels), (1000, 2000));
@@ -193,7 +217,11 @@ fn configs_of_all_ages_are_read() {
         json!({"image_std": [1, 0, 1]}),
         json!({"image_mean": [0.5]}),
     ] {
-        assert_eq!(processor(bad.clone(), None).unwrap_err().code(), Code::Config, "{bad}");
+        assert_eq!(
+            processor(bad.clone(), None).unwrap_err().code(),
+            Code::Config,
+            "{bad}"
+        );
     }
 }
 

@@ -31,21 +31,35 @@ fn both_ways_choose_what_torch_chooses() {
 
 #[test]
 fn the_ends_differ_between_the_two() {
-    assert_eq!(chosen(90, (30.0, 2.0), Sampling::Arange), [0, 15, 30, 45, 60, 75]);
-    assert_eq!(chosen(90, (30.0, 2.0), Sampling::Linspace), [0, 18, 36, 53, 71, 89]);
+    assert_eq!(
+        chosen(90, (30.0, 2.0), Sampling::Arange),
+        [0, 15, 30, 45, 60, 75]
+    );
+    assert_eq!(
+        chosen(90, (30.0, 2.0), Sampling::Linspace),
+        [0, 18, 36, 53, 71, 89]
+    );
 }
 
 #[test]
 fn short_videos_and_limits() {
     assert_eq!(chosen(1, (30.0, 2.0), Sampling::Arange), [0]);
     assert_eq!(chosen(3, (30.0, 2.0), Sampling::Linspace), [0, 2]);
-    assert_eq!(chosen(8, (2.0, 2.0), Sampling::Arange), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(
+        chosen(8, (2.0, 2.0), Sampling::Arange),
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    );
     let few = sample_frames(900, 30.0, 2.0, (4, 6), 2, Sampling::Arange).unwrap();
     assert_eq!(few.len(), 6);
     // One frame at most is no temporal patch of two: the smallest whole one is taken.
     let one = sample_frames(900, 30.0, 2.0, (4, 1), 2, Sampling::Arange).unwrap();
     assert_eq!(one.len(), 2);
-    for (total, a, b) in [(0, 30.0, 2.0), (9, 0.0, 2.0), (9, 30.0, f64::NAN), (9, 30.0, -1.0)] {
+    for (total, a, b) in [
+        (0, 30.0, 2.0),
+        (9, 0.0, 2.0),
+        (9, 30.0, f64::NAN),
+        (9, 30.0, -1.0),
+    ] {
         assert!(sample_frames(total, a, b, (4, 768), 2, Sampling::Arange).is_err());
     }
 }

@@ -9,7 +9,8 @@ fn script(dir: &Path, name: &str, body: &str) -> PathBuf {
     path
 }
 
-const PROBED: &str = r#"echo '{"streams":[{"nb_read_packets":"3","avg_frame_rate":"6/2","r_frame_rate":"3/1"}]}'"#;
+const PROBED: &str =
+    r#"echo '{"streams":[{"nb_read_packets":"3","avg_frame_rate":"6/2","r_frame_rate":"3/1"}]}'"#;
 
 struct Fake {
     _dir: tempfile::TempDir,
@@ -39,11 +40,17 @@ fn frames(f: &Fake, indices: &[usize]) -> Result<Vec<Rgb>> {
 
 #[test]
 fn frames_are_picked_from_the_stream() {
-    let f = fake(PROBED, r"printf 'P6\n1 1\n255\nabcP6\n1 1\n255\ndefP6\n2 1\n255\nghijkl'");
+    let f = fake(
+        PROBED,
+        r"printf 'P6\n1 1\n255\nabcP6\n1 1\n255\ndefP6\n2 1\n255\nghijkl'",
+    );
     let clip = f.tools.open(&f.clip).unwrap();
     assert_eq!((clip.frames, clip.fps), (3, 3.0));
     let got = frames(&f, &[0, 2]).unwrap();
-    assert_eq!((got[0].data.as_slice(), got[1].data.as_slice()), (&b"abc"[..], &b"ghijkl"[..]));
+    assert_eq!(
+        (got[0].data.as_slice(), got[1].data.as_slice()),
+        (&b"abc"[..], &b"ghijkl"[..])
+    );
     // A container that counts one frame too many: the last one stands for it.
     assert_eq!(frames(&f, &[1, 3]).unwrap()[1].data, b"ghijkl");
 }
@@ -51,7 +58,11 @@ fn frames_are_picked_from_the_stream() {
 #[test]
 fn a_failing_decoder_is_an_error_with_its_words() {
     for (probe, decode, says) in [
-        (PROBED, "echo 'moov atom not found' >&2; exit 1", "moov atom"),
+        (
+            PROBED,
+            "echo 'moov atom not found' >&2; exit 1",
+            "moov atom",
+        ),
         (PROBED, r"printf 'P6\n9 9\n255\nabc'", "cut off"),
         (PROBED, "printf 'P5\\n1 1\\n255\\na'", "not a frame"),
         (PROBED, r"printf 'P6\n99999 99999\n255\n'", "too large"),
@@ -63,7 +74,10 @@ fn a_failing_decoder_is_an_error_with_its_words() {
         let f = fake(probe, decode);
         let e = frames(&f, &[0]).unwrap_err();
         assert_eq!(e.code(), Code::Media);
-        assert!(e.cause().contains(says) || probe.starts_with("cat"), "{decode}: {e}");
+        assert!(
+            e.cause().contains(says) || probe.starts_with("cat"),
+            "{decode}: {e}"
+        );
         assert!(e.what().contains("clip.mp4"), "{e}");
     }
 }
@@ -98,7 +112,10 @@ fn a_missing_program_is_named_with_what_to_do() {
     let mut f = fake(PROBED, "true");
     f.tools.ffprobe = "/nowhere/ffprobe".into();
     let e = f.tools.open(&f.clip).unwrap_err();
-    assert!(e.cause().contains("not installed") && e.fix().contains("install ffmpeg"), "{e}");
+    assert!(
+        e.cause().contains("not installed") && e.fix().contains("install ffmpeg"),
+        "{e}"
+    );
 }
 
 #[test]
@@ -107,7 +124,14 @@ fn real_clips_where_ffmpeg_is_installed() {
     let dir = tempfile::tempdir().unwrap();
     let clip = dir.path().join("odd name: 1.mp4");
     let made = Command::new("ffmpeg")
-        .args(["-v", "error", "-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=2"])
+        .args([
+            "-v",
+            "error",
+            "-f",
+            "lavfi",
+            "-i",
+            "testsrc=size=64x48:rate=10:duration=2",
+        ])
         .args(["-c:v", "mpeg4", "-q:v", "1", "-y"])
         .arg(url(&clip))
         .status();
@@ -117,7 +141,11 @@ fn real_clips_where_ffmpeg_is_installed() {
     }
     let opened = tools.open(&clip).unwrap();
     assert_eq!((opened.frames, opened.fps), (20, 10.0));
-    let got: Vec<Rgb> = opened.decode(&[0, 10, 19]).unwrap().map(Result::unwrap).collect();
+    let got: Vec<Rgb> = opened
+        .decode(&[0, 10, 19])
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     assert!(got.iter().all(|f| (f.width, f.height) == (64, 48)));
     assert_ne!(got[0], got[1]);
     // A playlist may name other files; the whitelist of formats keeps it out.

@@ -44,10 +44,7 @@ impl Order {
                 window_ends.push(cells.len() * unit);
             }
         }
-        Order {
-            cells,
-            window_ends,
-        }
+        Order { cells, window_ends }
     }
 
     /// Row and column (in patches) of the patch at place `index` of the window order.
@@ -92,7 +89,10 @@ mod tests {
         // 3 rows and 5 columns of cells, windows of two cells a side.
         let slice = Slice { h: 6, w: 10 };
         let order = Order::new(slice, &spec(56));
-        assert_eq!(order.cells, [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]);
+        assert_eq!(
+            order.cells,
+            [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+        );
         assert_eq!(order.window_ends, [16, 32, 40, 48, 56, 60]);
         assert_eq!(order.patch_at(0, slice, 2), (0, 0));
         assert_eq!(order.patch_at(3, slice, 2), (1, 1));

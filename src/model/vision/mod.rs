@@ -11,8 +11,8 @@ mod layout;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use layout::Slice;
 use layout::Order;
+pub use layout::Slice;
 
 use super::{UnitSource, UnitView};
 use crate::device::{Acts, DenseShape, Device, Into, Rows};
@@ -54,18 +54,18 @@ pub struct Limits {
 
 /// Shapes are `[rows, columns]`; f32 unless said. `group` is the patches of the slices that attend at once.
 struct Scratch {
-    x: Rows,       // [wave, hidden] residual stream, in window order
-    qkv: Rows,     // [group, 3 · hidden]
-    patches: Rows, // [tile, patch values]; later gate
-    gate: Rows,    // [tile, intermediate]
-    up: Rows,      // [tile, intermediate]
-    cells: Rows,   // [tile / merge², merge² · hidden]
-    out: Rows,     // [tile / merge², out hidden]
-    normed: Acts,  // [group, hidden] in the weights' 16-bit type
+    x: Rows,        // [wave, hidden] residual stream, in window order
+    qkv: Rows,      // [group, 3 · hidden]
+    patches: Rows,  // [tile, patch values]; later gate
+    gate: Rows,     // [tile, intermediate]
+    up: Rows,       // [tile, intermediate]
+    cells: Rows,    // [tile / merge², merge² · hidden]
+    out: Rows,      // [tile / merge², out hidden]
+    normed: Acts,   // [group, hidden] in the weights' 16-bit type
     attended: Acts, // [group, hidden]
-    wide: Acts,    // [tile, the widest of patch values, intermediate]
-    merged: Acts,  // [tile / merge², merge² · hidden]
-    cos: Vec<f32>, // [group, head size / 2]
+    wide: Acts,     // [tile, the widest of patch values, intermediate]
+    merged: Acts,   // [tile / merge², merge² · hidden]
+    cos: Vec<f32>,  // [group, head size / 2]
     sin: Vec<f32>,
     rows: Vec<f32>, // [one slice's cells, out hidden]
 }
@@ -252,13 +252,24 @@ impl Tower {
                 let n = tile_rows.min(slice.patches() - first);
                 let values = &mut values[..n * w.cols];
                 let cells = &order.cells[first / unit_rows..(first + n) / unit_rows];
-                for (cell, rows) in cells.iter().zip(values.chunks_exact_mut(unit_rows * w.cols)) {
+                for (cell, rows) in cells
+                    .iter()
+                    .zip(values.chunks_exact_mut(unit_rows * w.cols))
+                {
                     patches(i, *cell as usize * unit_rows, rows);
                 }
                 device.reshape(&mut s.patches, w.cols);
                 device.write_rows(&mut s.patches, 0, values);
                 device.round(&s.patches, n, w.cols, &mut s.wide);
-                device.linear(&s.wide, n, w, None, &mut s.x, wave.starts[i] + first, Into::Store);
+                device.linear(
+                    &s.wide,
+                    n,
+                    w,
+                    None,
+                    &mut s.x,
+                    wave.starts[i] + first,
+                    Into::Store,
+                );
             }
         }
         Ok(())
@@ -293,7 +304,14 @@ impl Tower {
         device.linear(&s.normed, rows, qkv, bias, &mut s.qkv, 0, Into::Store);
         let half = rows * head_size / 2;
         // Queries and keys lie side by side: one call turns both.
-        device.rope(&mut s.qkv, rows, 2 * heads, head_size, &s.cos[..half], &s.sin[..half]);
+        device.rope(
+            &mut s.qkv,
+            rows,
+            2 * heads,
+            head_size,
+            &s.cos[..half],
+            &s.sin[..half],
+        );
         let (proj, bias) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
         s.attended.round_to(proj.dtype);
         let shape = DenseShape {
@@ -316,7 +334,11 @@ impl Tower {
             .max()
             .unwrap_or(0);
         let table: Vec<(f32, f32)> = (0..side)
-            .flat_map(|p| self.inv_freq.iter().map(move |f| f64::from(p as f32 * f).sin_cos()))
+            .flat_map(|p| {
+                self.inv_freq
+                    .iter()
+                    .map(move |f| f64::from(p as f32 * f).sin_cos())
+            })
             .map(|(s, c)| (s as f32, c as f32))
             .collect();
         let mut at = 0;
@@ -393,7 +415,10 @@ impl Tower {
             device.gelu(&s.cells, n, wide, &mut s.merged);
             device.linear(&s.merged, n, fc2, bias2, &mut s.out, 0, Into::Store);
             let made = device.read(&s.out, n * out_hidden);
-            for (cell, row) in order.cells[first..].iter().zip(made.chunks_exact(out_hidden)) {
+            for (cell, row) in order.cells[first..]
+                .iter()
+                .zip(made.chunks_exact(out_hidden))
+            {
                 s.rows[*cell as usize * out_hidden..][..out_hidden].copy_from_slice(row);
             }
         }

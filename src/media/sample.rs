@@ -57,28 +57,40 @@ pub fn sample_frames(
             // As torch counts them; rounding up may give one more than n, which the reference keeps too.
             let count = (total as f64 / step).ceil() as usize;
             (0..count)
-                .map(|i| ((i as f64 * step) as f32 as usize).min(total - 1))
+                .map(|i| (torch_arange(i, count, step) as usize).min(total - 1))
                 .collect()
         }
         Sampling::Linspace => linspace(total, n),
     })
 }
 
-/// torch's float32 linspace is symmetric: the second half counts down from the end.
+/// Element `i` of `count` of torch's float32 `arange(0, …, step)`: whole groups of eight count from a first element that is rounded already,
+/// which decides here and there on which side of a whole number the others fall.
+fn torch_arange(i: usize, count: usize, step: f64) -> f32 {
+    const LANES: usize = 8;
+    let group = i / LANES * LANES;
+    if group + LANES > count {
+        return (step * i as f64) as f32;
+    }
+    let base = (step * group as f64) as f32;
+    (f64::from(base) + (i - group) as f64 * step) as f32
+}
+
+/// torch's float32 linspace is symmetric: the second half counts down from the end. Products and sums are fused.
 fn linspace(total: usize, n: usize) -> Vec<usize> {
     if n == 1 {
         return vec![0];
     }
     let end = (total - 1) as f32;
-    let step = end / (n - 1) as f32;
+    let step = f64::from(end / (n - 1) as f32);
     (0..n)
         .map(|i| {
             let x = if i < n / 2 {
-                step * i as f32
+                step * i as f64
             } else {
-                end - step * (n - 1 - i) as f32
+                f64::from(end) - step * (n - 1 - i) as f64
             };
-            x.round_ties_even() as usize
+            (x as f32).round_ties_even() as usize
         })
         .collect()
 }

@@ -24,6 +24,7 @@ const MAX_FRAME_PIXELS: u64 = 1 << 27;
 /// What is kept of the child's complaints.
 const MAX_STDERR_BYTES: u64 = 4096;
 const MAX_PROBE_BYTES: u64 = 1 << 20;
+const CUT_OFF: &str = "the last frame is cut off";
 
 /// Which programs decode videos, and how long they may take.
 #[derive(Clone, Debug)]
@@ -72,11 +73,10 @@ impl VideoTools {
         command.arg("-i").arg(url(&path));
         let mut run = Run::start(command, &self.ffprobe, self.time_limit)?;
         let mut json = Vec::new();
-        let read = run
-            .stdout
-            .by_ref()
-            .take(MAX_PROBE_BYTES)
-            .read_to_end(&mut json);
+        let read = match &mut run.stdout {
+            Some(stdout) => stdout.take(MAX_PROBE_BYTES).read_to_end(&mut json),
+            None => Ok(0),
+        };
         let said = run.finish();
         if let Err(cause) = said {
             return Err(unusable(&path, cause));
@@ -186,17 +186,21 @@ impl Frames {
             let Some(run) = &mut self.run else {
                 break;
             };
-            match read_ppm(&mut run.stdout) {
+            let frame = match &mut run.stdout {
+                Some(stdout) => read_ppm(stdout),
+                None => Ok(None),
+            };
+            match frame {
                 Ok(Some(frame)) => {
                     self.last = Some(frame);
                     self.decoded += 1;
                 }
                 Ok(None) => self.at_end()?,
                 Err(cause) => {
-                    // A child that died says why better than the half frame it left.
-                    let said = self.run.take().map(Run::finish);
-                    let cause = said.and_then(|s| s.err()).unwrap_or(cause);
-                    return Err(unusable(&self.path, cause));
+                    // A child that died says why better than the half frame it left; one that goes on is ended.
+                    let run = self.run.take().filter(|_| cause == CUT_OFF);
+                    let said = run.and_then(|r| r.finish().err());
+                    return Err(unusable(&self.path, said.unwrap_or(cause)));
                 }
             }
         }
@@ -223,7 +227,7 @@ impl Frames {
 /// A running child with its bounds. Dropping it ends the child.
 struct Run {
     child: Arc<Mutex<Child>>,
-    stdout: BufReader<ChildStdout>,
+    stdout: Option<BufReader<ChildStdout>>,
     stderr: Option<JoinHandle<String>>,
     watch: Option<(Sender<()>, JoinHandle<bool>)>,
     limit: Duration,
@@ -268,7 +272,7 @@ impl Run {
         });
         Ok(Run {
             child,
-            stdout: BufReader::with_capacity(1 << 16, stdout),
+            stdout: Some(BufReader::with_capacity(1 << 16, stdout)),
             stderr: Some(stderr),
             watch: Some((done, watch)),
             limit,
@@ -277,8 +281,8 @@ impl Run {
 
     /// Waits for the end; the cause where it was not a good one.
     fn finish(mut self) -> std::result::Result<(), String> {
-        // Whatever is left unread would keep the child waiting for us.
-        let _ = std::io::copy(&mut self.stdout, &mut std::io::sink());
+        // A child that still writes is told that nobody reads on.
+        drop(self.stdout.take());
         let status = loop {
             // Not `wait`: it would hold the lock that the watch needs to end a child that hangs.
             let ended = lock(&self.child).try_wait();
@@ -389,7 +393,7 @@ fn read_ppm(from: &mut impl Read) -> std::result::Result<Option<Rgb>, String> {
     let (width, height) = (width as usize, height as usize);
     let mut data = vec![0; width * height * 3];
     from.read_exact(&mut data)
-        .map_err(|_| "the last frame is cut off".to_string())?;
+        .map_err(|_| CUT_OFF.to_string())?;
     Ok(Some(Rgb {
         width,
         height,

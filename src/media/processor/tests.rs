@@ -72,7 +72,7 @@ fn halves_are_rounded_to_even() {
     // 42/28 = 1.5 → 2, 70/28 = 2.5 → 2.
     assert_eq!(smart_resize(42, 70, 28, 1, 1 << 20), Some((56, 56)));
     assert_eq!(smart_resize(1, 201, 28, 1, 1 << 20), None);
-    assert_eq!(smart_resize(1, 200, 28, 1, 1 << 20), Some((28, 420)));
+    assert_eq!(smart_resize(1, 200, 28, 1, 1 << 20), Some((28, 28)));
 }
 
 /// Patch rows written out from the definition: (gh/m, gw/m, m, m, C, T, p, p).

@@ -284,10 +284,10 @@ fn embeddings_lose_less_than_transformers_own_16_bit_run() {
             let got = embed(&model, &by_kind(case), 2);
             assert_eq!(got.len(), want.len());
             let error = nmse(&got, &want);
-            // The larger fixture has no such figure; a 16-bit run of these depths loses about 1e-4.
+            // The larger fixture has no such figure; transformers 5.17 in bfloat16 loses 5.44e-5 to 5.47e-5 on it.
             let bar = case.json["half_embeds_error"]["nmse"]
                 .as_f64()
-                .unwrap_or(1e-4);
+                .unwrap_or(5.4e-5);
             println!(
                 "{} {}: nmse {error:.2e}, bar {bar:.2e}",
                 r.dir.display(),

@@ -54,9 +54,9 @@ pub fn sample_frames(
     Ok(match sampling {
         Sampling::Arange => {
             let step = total as f64 / n as f64;
-            // As torch counts them; rounding up may give one more than n, which the reference keeps too.
+            // torch may count one more, rounded up to `total`: a frame that is not there, and that the reference then fails on.
             let count = (total as f64 / step).ceil() as usize;
-            (0..count)
+            (0..n)
                 .map(|i| (torch_arange(i, count, step) as usize).min(total - 1))
                 .collect()
         }

@@ -22,7 +22,7 @@ pub mod paging;
 pub mod model;
 // Tokenizer, chat template, sampler.
 pub mod text;
-/// Images and video frames → pixel values.
+// Images and video frames → pixel values.
 pub mod media;
 // Sequences and sessions over a model.
 pub mod engine;

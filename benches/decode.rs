@@ -35,6 +35,7 @@ fn submit(engine: &mut Engine, sequences: usize) {
         engine
             .submit(Job {
                 prompt: vec![i as u32],
+                media: Vec::new(),
                 max_tokens: 1 << 20,
                 ..Job::default()
             })

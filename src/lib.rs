@@ -22,6 +22,8 @@ pub mod paging;
 pub mod model;
 // Tokenizer, chat template, sampler.
 pub mod text;
+// Images and video frames → pixel values.
+pub mod media;
 // Sequences and sessions over a model.
 pub mod engine;
 // Progress and run summaries.

@@ -156,6 +156,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
     for (i, problem) in problems.iter().enumerate() {
         let job = Job {
             prompt: tokenizer.encode(&problem.prompt, true)?,
+            media: Vec::new(),
             max_tokens: 48,
             sampling: SamplingParams::greedy(),
             choice: 0,
@@ -267,6 +268,7 @@ fn decode(engine: &mut Engine, sequences: usize, vocab: usize) -> Result<EngineS
     for i in 0..sequences {
         engine.submit(Job {
             prompt: vec![(i % vocab) as u32],
+            media: Vec::new(),
             max_tokens: STEPS,
             sampling: SamplingParams::greedy(),
             choice: 0,

@@ -9,6 +9,7 @@ mod clean;
 mod demo;
 mod generate;
 mod inspect;
+mod media;
 mod model;
 mod options;
 mod pack;

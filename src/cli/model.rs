@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
+use crate::engine::VisionRoom;
 use crate::engine::{
     DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
 };
@@ -40,6 +41,7 @@ pub struct OpenFor {
     pub kv_tokens: Option<usize>,
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
+    pub vision: Option<VisionRoom>,
 }
 
 impl Default for OpenFor {
@@ -52,6 +54,7 @@ impl Default for OpenFor {
             kv_tokens: None,
             keep_logits: true,
             sample_limit: None,
+            vision: None,
         }
     }
 }
@@ -210,6 +213,7 @@ impl Model {
             logits_rows: want.logits_rows,
             keep_logits: want.keep_logits,
             sample_limit: want.sample_limit,
+            vision: want.vision,
             isa: None,
         })
     }

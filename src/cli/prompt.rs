@@ -94,35 +94,6 @@ fn read_text(path: &Path) -> Result<String> {
     })
 }
 
-/// Token ids of a plain prompt or of messages. Without a chat template a plain prompt is sent as it is; messages need one.
-pub fn prompt_ids(
-    prompt: &Prompt,
-    options: &PromptOptions,
-    tokenizer: &Tokenizer,
-    template: Option<&ChatTemplate>,
-) -> Result<Vec<u32>> {
-    match (prompt, template) {
-        (Prompt::Text(text), None) => tokenizer.encode(text, true),
-        (Prompt::Text(text), Some(_)) if options.raw => tokenizer.encode(text, true),
-        (Prompt::Text(text), Some(template)) => {
-            let mut messages = Vec::new();
-            if let Some(system) = &options.system {
-                messages.push(Message::new("system", system));
-            }
-            messages.push(Message::new("user", text));
-            render(&messages, tokenizer, template)
-        }
-        (Prompt::Messages(messages), Some(template)) => render(messages, tokenizer, template),
-        (Prompt::Messages(_), None) => Err(Error::new(
-            Code::Text,
-            "messages cannot be rendered",
-            "this model comes without a chat template",
-            "give a plain --prompt instead",
-        )),
-        (Prompt::Chat, _) => Ok(Vec::new()),
-    }
-}
-
 /// Messages → text by the model's template (which writes its own special tokens) → ids.
 pub fn render(
     messages: &[Message],

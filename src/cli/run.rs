@@ -11,9 +11,10 @@ use serde::Serialize;
 use super::generate::{Answer, generate};
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
-use super::prompt::{Prompt, PromptOptions, prompt_ids};
+use super::media::{LookOptions, PictureOptions, Renderer};
+use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
-use crate::engine::{Engine, Job};
+use crate::engine::{Engine, Job, VisionRoom, VisionStats};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings, closing_lines, tokens_per_s};
 use crate::text::{GenerationConfig, StopStrings};
@@ -31,6 +32,10 @@ pub struct RunArgs {
     source: SourceOptions,
     #[command(flatten)]
     prompt: PromptOptions,
+    #[command(flatten)]
+    pictures: PictureOptions,
+    #[command(flatten)]
+    look: LookOptions,
     #[command(flatten)]
     sampling: SamplingOptions,
     #[command(flatten)]
@@ -56,6 +61,34 @@ struct RunReport<'a> {
     finish_reason: &'a str,
     timings: Timings,
     paging: PagingReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vision: Option<VisionReport>,
+}
+
+/// What looking at the prompt's pictures cost.
+#[derive(Serialize)]
+struct VisionReport {
+    /// Images and videos that went through the tower.
+    pictures: u64,
+    patches: u64,
+    /// Times the tower was streamed.
+    waves: u64,
+    disk_bytes: u64,
+    seconds: f64,
+    compute_s: f64,
+}
+
+impl VisionReport {
+    fn new(stats: &VisionStats) -> Option<VisionReport> {
+        (stats.pictures > 0).then_some(VisionReport {
+            pictures: stats.pictures,
+            patches: stats.patches,
+            waves: stats.waves,
+            disk_bytes: stats.disk_bytes,
+            seconds: stats.time.as_secs_f64(),
+            compute_s: stats.compute.as_secs_f64(),
+        })
+    }
 }
 
 pub fn run(args: RunArgs) -> Result<u8> {
@@ -86,7 +119,11 @@ pub fn run(args: RunArgs) -> Result<u8> {
     } else {
         model.chat_template()?
     };
-    let ids = prompt_ids(&prompt, &args.prompt, &tokenizer, template.as_ref())?;
+    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look).prompt(
+        &prompt,
+        &args.prompt,
+        &args.pictures,
+    )?;
     let generation = model.generation_config()?;
     let max_tokens = args
         .sampling
@@ -102,7 +139,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
         } else {
             model.stop_tokens(&generation, &tokenizer)
         },
-        prompt: ids,
+        prompt: rendered.ids,
+        media: rendered.media,
         ..Job::default()
     };
     let context = match (args.machine.context, &prompt) {
@@ -119,6 +157,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
             _ => job.prompt.len(),
         },
         sample_limit: Some(tokenizer.id_limit()),
+        vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
         ..OpenFor::default()
     };
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
@@ -158,6 +197,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
             finish_reason: answer.reason.name(),
             timings,
             paging,
+            vision: VisionReport::new(&engine.vision_stats()),
         };
         let text = serde_json::to_string(&report)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

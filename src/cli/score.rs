@@ -1,5 +1,6 @@
 //! `score`: log-likelihoods of given tokens, and their logits.
 
+use std::cell::OnceCell;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -9,12 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SourceOptions};
-use super::prompt::render;
+use super::media::{LookOptions, Renderer};
 use super::signals;
-use crate::engine::ScoreBlock;
+use crate::engine::{ScoreBlock, ScoreInput, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::text::Message;
 
+/// Tokens of pictures kept at once where there are more: a few dozen images.
+const WAVE_TOKENS: usize = 16384;
 /// Rows scored a pass: wide enough for the arithmetic, small enough that their logits by blocks stay a few megabytes.
 const SCORE_ROWS: usize = 512;
 
@@ -30,6 +33,8 @@ pub struct ScoreArgs {
     /// Also write logits.N (f32, [tokens, vocab]) and input_ids.N (i32)
     #[arg(long, value_name = "FILE.safetensors")]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    look: LookOptions,
     #[command(flatten)]
     machine: MachineOptions,
     #[arg(long, short)]
@@ -68,8 +73,8 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
         &cancel,
         args.quiet,
     )?;
-    let inputs = read_inputs(&args.input, &model)?;
-    let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
+    let inputs = read_inputs(&args, &model)?;
+    let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     if longest == 0 {
         return Err(Error::new(
             Code::Usage,
@@ -84,6 +89,7 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
         logits_rows: SCORE_ROWS,
         kv_tokens: Some(longest.max(2) + SCORE_ROWS + 16 * SCORE_ROWS.min(inputs.len())),
         keep_logits: false,
+        vision: vision_room(&inputs),
         ..OpenFor::default()
     };
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
@@ -94,16 +100,16 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
     };
     let mut rows: Vec<Vec<LogSum>> = inputs
         .iter()
-        .map(|i| vec![LogSum::default(); i.len() - 1])
+        .map(|i| vec![LogSum::default(); i.tokens.len() - 1])
         .collect();
     let mut printed = 0;
-    engine.score(&inputs, &mut |block| {
+    engine.score_inputs(&inputs, &mut |block| {
         if let Some(file) = &file {
             file.write(block)?;
         }
-        accumulate(&mut rows[block.input], block, &inputs[block.input]);
+        accumulate(&mut rows[block.input], block, &inputs[block.input].tokens);
         let complete = block.first_id + block.ids == vocab
-            && block.first_row + block.rows == inputs[block.input].len();
+            && block.first_row + block.rows == inputs[block.input].tokens.len();
         if complete {
             print_scored(block.input, &rows[block.input])?;
             rows[block.input] = Vec::new();
@@ -118,7 +124,25 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
+/// Room for the pictures of a few inputs at once: those of the largest, and of as many more as make a wave worth its while.
+fn vision_room(inputs: &[ScoreInput]) -> Option<VisionRoom> {
+    let rooms = inputs
+        .iter()
+        .map(|i| VisionRoom::for_all(i.media.iter().map(|v| &**v)));
+    let most = rooms.clone().map(|r| r.tokens).max().unwrap_or(0);
+    let all = rooms.fold(VisionRoom::default(), |a, b| VisionRoom {
+        patches: a.patches + b.patches,
+        slice: a.slice.max(b.slice),
+        tokens: a.tokens + b.tokens,
+    });
+    Some(VisionRoom {
+        tokens: all.tokens.min(most.max(WAVE_TOKENS)),
+        ..all
+    })
+}
+
+fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
+    let path = args.input.as_path();
     let reader: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
     } else {
@@ -127,7 +151,8 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
         Box::new(BufReader::new(file))
     };
     let mut inputs = Vec::new();
-    let mut text = None;
+    let text = OnceCell::new();
+    let mut renderer: Option<Renderer<'_>> = None;
     for (i, line) in reader.lines().enumerate() {
         let line = line.map_err(|e| match e.kind() {
             std::io::ErrorKind::InvalidData => Error::new(
@@ -136,10 +161,7 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
                 "it is not UTF-8 text",
                 "convert it (iconv -t UTF-8) and try again",
             ),
-            _ => Error::io(
-                format!("line {} of {} cannot be read", i + 1, path.display()),
-                &e,
-            ),
+            _ => Error::io(format!("line {} of {} cannot be read", i + 1, path.display()), &e),
         })?;
         if line.trim().is_empty() {
             continue;
@@ -153,39 +175,49 @@ fn read_inputs(path: &Path, model: &Model) -> Result<Vec<Vec<u32>>> {
             )
         };
         let parsed: Line = serde_json::from_str(&line).map_err(|e| bad(e.to_string()))?;
-        let ids = match (parsed.input_ids, parsed.messages) {
-            (Some(ids), None) => ids,
+        let input = match (parsed.input_ids, parsed.messages) {
+            (Some(tokens), None) => ScoreInput {
+                tokens,
+                media: Vec::new(),
+            },
             (None, Some(messages)) => {
-                if text.is_none() {
-                    text = Some((model.tokenizer()?, model.chat_template()?));
+                if text.get().is_none() {
+                    let _ = text.set((model.tokenizer()?, model.chat_template()?));
                 }
-                match &text {
-                    Some((tokenizer, Some(template))) => render(&messages, tokenizer, template)?,
-                    _ => return Err(bad("this model comes without a chat template".into())),
+                let Some((tokenizer, Some(template))) = text.get() else {
+                    return Err(bad("this model comes without a chat template".into()));
+                };
+                let renderer = renderer
+                    .get_or_insert_with(|| Renderer::new(model, tokenizer, Some(template), args.look));
+                let rendered = renderer
+                    .messages(&messages, Path::new(""))
+                    .map_err(|e| in_line(&e, i + 1))?;
+                ScoreInput {
+                    tokens: rendered.ids,
+                    media: rendered.media,
                 }
             }
             _ => return Err(bad("exactly one of input_ids and messages is needed".into())),
         };
+        let ids = &input.tokens;
         if ids.is_empty() {
             return Err(bad("it has no tokens".into()));
         }
         let spec = &model.store.spec;
         if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
-            return Err(bad(format!(
-                "token id {id} is outside the vocabulary of {}",
-                spec.vocab
-            )));
+            return Err(bad(format!("token id {id} is outside the vocabulary of {}", spec.vocab)));
         }
         if ids.len() > spec.max_positions {
-            return Err(bad(format!(
-                "it has {} tokens, the model takes {}",
-                ids.len(),
-                spec.max_positions
-            )));
+            return Err(bad(format!("it has {} tokens, the model takes {}", ids.len(), spec.max_positions)));
         }
-        inputs.push(ids);
+        inputs.push(input);
     }
     Ok(inputs)
+}
+
+/// The same error, saying which line it is about.
+fn in_line(e: &Error, line: usize) -> Error {
+    Error::new(e.code(), format!("line {line}: {}", e.what()), e.cause(), e.fix())
 }
 
 /// log Σ exp over ids that arrive in blocks, and the logit of the one that came true.
@@ -267,7 +299,7 @@ struct LogitsFile {
 }
 
 impl LogitsFile {
-    fn create(path: &Path, inputs: &[Vec<u32>], vocab: usize) -> Result<LogitsFile> {
+    fn create(path: &Path, inputs: &[ScoreInput], vocab: usize) -> Result<LogitsFile> {
         let wrap =
             |e: std::io::Error| Error::io(format!("{} cannot be written", path.display()), &e);
         let mut header = serde_json::Map::new();
@@ -282,8 +314,8 @@ impl LogitsFile {
             at += bytes;
             at - bytes
         };
-        for (i, ids) in inputs.iter().enumerate() {
-            starts.push(entry(format!("logits.{i}"), "F32", &[ids.len(), vocab]));
+        for (i, input) in inputs.iter().enumerate() {
+            starts.push(entry(format!("logits.{i}"), "F32", &[input.tokens.len(), vocab]));
         }
         let ids_start = entry_ids(&mut entry, inputs);
         let mut head = serde_json::to_vec(&header)
@@ -313,7 +345,7 @@ impl LogitsFile {
         file.set_len(base + at).map_err(wrap)?;
         let ids: Vec<u8> = inputs
             .iter()
-            .flatten()
+            .flat_map(|input| &input.tokens)
             .flat_map(|id| (*id as i32).to_le_bytes())
             .collect();
         file.write_all_at(&ids, base + ids_start).map_err(wrap)?;
@@ -347,10 +379,10 @@ impl Drop for LogitsFile {
 }
 
 /// The ids come behind all logits, one tensor an input; answers where the first begins.
-fn entry_ids(entry: &mut dyn FnMut(String, &str, &[usize]) -> u64, inputs: &[Vec<u32>]) -> u64 {
+fn entry_ids(entry: &mut dyn FnMut(String, &str, &[usize]) -> u64, inputs: &[ScoreInput]) -> u64 {
     let mut first = None;
-    for (i, ids) in inputs.iter().enumerate() {
-        let at = entry(format!("input_ids.{i}"), "I32", &[ids.len()]);
+    for (i, input) in inputs.iter().enumerate() {
+        let at = entry(format!("input_ids.{i}"), "I32", &[input.tokens.len()]);
         first.get_or_insert(at);
     }
     first.unwrap_or(0)

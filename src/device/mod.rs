@@ -5,7 +5,7 @@ mod ops;
 
 use crate::units::Dtype;
 
-pub use ops::{Acts, AttnShape, Device, Into, Kv, KvShape, Rows, Span};
+pub use ops::{Acts, AttnShape, DenseShape, Device, Into, Kv, KvShape, Rows, Span};
 
 /// A weight matrix (or vector: one row) where it lies, in its stored type. `data` may start at any address.
 #[derive(Clone, Copy)]

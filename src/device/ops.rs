@@ -3,7 +3,7 @@
 //! A buffer belongs to the kind of device that made it; handing it to another kind is a bug of the caller.
 
 use super::WeightView;
-use super::cpu::{ActBuf, AttnSegment, CpuDevice, KvLayout, KvView, Mode};
+use super::cpu::{ActBuf, AttnSegment, CpuDevice, DenseAttention, KvLayout, KvView, Mode};
 use crate::error::Result;
 use crate::units::Dtype;
 
@@ -59,6 +59,14 @@ pub struct AttnShape {
     pub scale: f32,
     /// Keys a query sees at most, its own included.
     pub window: Option<usize>,
+}
+
+/// Attention of rows that lie side by side as `[q | k | v]`, each `heads · head_size` wide.
+#[derive(Clone, Copy, Debug)]
+pub struct DenseShape {
+    pub heads: usize,
+    pub head_size: usize,
+    pub scale: f32,
 }
 
 impl Kv {
@@ -156,6 +164,11 @@ impl Device {
         d.widen(weight.dtype, bytes, &mut out.data[row * cols..][..cols]);
     }
 
+    /// Copies whole rows of `x` from the host, from row `first` on.
+    pub fn write_rows(&self, x: &mut Rows, first: usize, values: &[f32]) {
+        x.data[first * x.cols..][..values.len()].copy_from_slice(values);
+    }
+
     pub fn copy_row(&self, from: &Rows, row: usize, to: &mut Rows, at: usize) {
         let cols = from.cols;
         to.data[at * cols..][..cols].copy_from_slice(&from.data[row * cols..][..cols]);
@@ -174,6 +187,21 @@ impl Device {
         let Device::Cpu(d) = self;
         let x = &x.data[first * x.cols..];
         d.rmsnorm(x, rows, out.cols, w, eps, &mut out.data);
+    }
+
+    /// As [`Device::rmsnorm`], kept in float32: `out`'s rows from the first on.
+    pub fn rmsnorm_rows(
+        &self,
+        x: &Rows,
+        first: usize,
+        rows: usize,
+        w: &WeightView<'_>,
+        eps: f32,
+        out: &mut Rows,
+    ) {
+        let Device::Cpu(d) = self;
+        let x = &x.data[first * x.cols..];
+        d.rmsnorm_f32(x, rows, out.cols, w, eps, &mut out.data);
     }
 
     /// RMSNorm of each head of each row, in place.
@@ -273,6 +301,44 @@ impl Device {
     pub fn swiglu(&self, gate: &Rows, up: &Rows, rows: usize, out: &mut Acts) {
         let Device::Cpu(d) = self;
         d.swiglu(&gate.data, &up.data, rows, out.cols, &mut out.data);
+    }
+
+    /// As [`Device::swiglu`] for rows of `cols` values, narrower than `out` may hold.
+    pub fn swiglu_cols(&self, gate: &Rows, up: &Rows, rows: usize, cols: usize, out: &mut Acts) {
+        let Device::Cpu(d) = self;
+        d.swiglu(&gate.data, &up.data, rows, cols, &mut out.data);
+    }
+
+    /// out = x · Φ(x), the exact GELU, rounded to `out`'s type.
+    pub fn gelu(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) {
+        let Device::Cpu(d) = self;
+        d.gelu(&x.data, rows, cols, &mut out.data);
+    }
+
+    /// out = x, rounded to `out`'s type.
+    pub fn round(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) {
+        let Device::Cpu(d) = self;
+        d.round(&x.data, rows, cols, &mut out.data);
+    }
+
+    /// Attention without a cache, every row of a window seeing every row of it. `ends`: 0, then where each window ends.
+    pub fn attention_dense(&self, qkv: &Rows, shape: &DenseShape, ends: &[usize], out: &mut Acts) {
+        let Device::Cpu(d) = self;
+        let width = shape.heads * shape.head_size;
+        let attention = DenseAttention {
+            q: &qkv.data,
+            k: &qkv.data[width..],
+            v: &qkv.data[2 * width..],
+            q_stride: qkv.cols,
+            k_stride: qkv.cols,
+            v_stride: qkv.cols,
+            heads: shape.heads,
+            kv_heads: shape.heads,
+            head_size: shape.head_size,
+            scale: shape.scale,
+            cu_seqlens: ends,
+        };
+        d.attention_dense(&attention, &mut out.data);
     }
 
     /// The first `cols` columns of a compact `[rows, cols]` result, on the host.

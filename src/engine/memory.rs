@@ -112,11 +112,21 @@ pub struct Charges {
     pub kv: u64,
     pub scratch: u64,
     pub logits: u64,
+    /// The vision tower while it runs, and the embeddings it leaves.
+    pub vision: u64,
 }
 
 impl Charges {
     pub fn total(&self) -> u64 {
-        self.base + self.kv + self.scratch + self.logits + SLACK_BYTES
+        self.base + self.kv + self.scratch + self.logits + self.vision + SLACK_BYTES
+    }
+
+    /// What to ask less of.
+    pub fn smaller(&self) -> &'static str {
+        match self.vision {
+            0 => "or a smaller --context",
+            _ => "fewer pictures or --max-frames, a smaller --max-pixels, or a smaller --context",
+        }
     }
 
     /// What is left of `budget` for the pager.
@@ -129,15 +139,17 @@ impl Charges {
                     human_bytes(budget)
                 ),
                 format!(
-                    "the process takes {}, KV {}, activations and logits {}, slack {}",
+                    "the process takes {}, KV {}, activations and logits {}, pictures {}, slack {}",
                     human_bytes(self.base),
                     human_bytes(self.kv),
                     human_bytes(self.scratch + self.logits),
+                    human_bytes(self.vision),
                     human_bytes(SLACK_BYTES)
                 ),
                 format!(
-                    "give --cpu-memory more than {}, or a smaller --context",
-                    flag_size(self.total())
+                    "give --cpu-memory more than {}, {}",
+                    flag_size(self.total()),
+                    self.smaller()
                 ),
             )
         })

@@ -7,11 +7,13 @@ pub mod jobs;
 mod memory;
 mod open;
 mod pacer;
+mod pictures;
 mod sample;
 pub mod schedule;
 mod score;
 mod sequence;
 mod source;
+mod vision;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -19,8 +21,10 @@ use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
 pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
-pub use score::ScoreBlock;
+pub use pictures::expand_pictures;
+pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
+pub use vision::{VisionRoom, VisionStats};
 
 use crate::device::{Device, Kv};
 use crate::error::{Code, Error, Result};
@@ -31,7 +35,9 @@ use crate::units::Dtype;
 use pacer::Pacer;
 use sample::Samplers;
 use schedule::{ScheduleStats, Scheduler};
+use pictures::Pictures;
 use source::Paged;
+use vision::Vision;
 
 /// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,12 +80,20 @@ pub struct Engine {
     pass_time: Duration,
     rows: u64,
     cancel: Arc<AtomicBool>,
+    vision: Option<Vision>,
 }
 
 impl Engine {
     /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
-        self.scheduler.submit(job)
+        let pictures = Pictures::new(&job.prompt, &job.media, self.spec.vision.as_ref())?;
+        if let Some(pictures) = &pictures {
+            self.vision
+                .as_ref()
+                .ok_or_else(no_vision_room)?
+                .check(pictures)?;
+        }
+        self.scheduler.submit_with(job, pictures)
     }
 
     /// Forgets a job at once and gives back its KV. Unknown ids are ignored: it may just have finished.
@@ -108,6 +122,7 @@ impl Engine {
         if self.cancel.load(Relaxed) {
             return Err(crate::paging::interrupted());
         }
+        self.look()?;
         let most = self.forward.max_tokens();
         let budget = match self.streams {
             true => self.pacer.budget(most),
@@ -143,6 +158,32 @@ impl Engine {
         self.samplers
             .choose(&mut self.scheduler, &self.logits, vocab, events);
         Ok(())
+    }
+
+    /// Sends the pictures of the prompts that are about to begin through the tower.
+    fn look(&mut self) -> Result<()> {
+        if !self.scheduler.next_up().any(|s| s.waits_for_pictures()) {
+            return Ok(());
+        }
+        let vision = self.vision.as_mut().ok_or_else(no_vision_room)?;
+        let prompts: Vec<Vec<_>> = self
+            .scheduler
+            .next_up()
+            .map(|s| s.job.media.clone())
+            .collect();
+        let wave = vision.wave(prompts.iter().map(Vec::as_slice));
+        vision.encode(&self.device, &self.cancel, &wave)?;
+        for s in self.scheduler.next_up() {
+            if let Some(pictures) = &mut s.pictures {
+                vision.fill(pictures);
+            }
+        }
+        Ok(())
+    }
+
+    /// What looking at pictures cost.
+    pub fn vision_stats(&self) -> VisionStats {
+        self.vision.as_ref().map(|v| v.stats).unwrap_or_default()
     }
 
     /// Runs the scheduled pass, streaming its logits into `sink`.
@@ -201,6 +242,15 @@ impl Engine {
     pub fn max_pass_tokens(&self) -> usize {
         self.forward.max_tokens()
     }
+}
+
+fn no_vision_room() -> Error {
+    Error::new(
+        Code::Usage,
+        "pictures cannot be looked at",
+        "the engine was opened without room for them",
+        "open it with `EngineOptions::vision`",
+    )
 }
 
 fn no_kv_room(missing: usize) -> Error {

@@ -8,6 +8,7 @@ use super::memory::{Charges, HostMemory, SLACK_BYTES};
 use super::pacer::Pacer;
 use super::sample::Samplers;
 use super::schedule::{Limits, Scheduler};
+use super::vision::{Vision, VisionRoom};
 use super::{Engine, no_kv_room};
 use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
@@ -46,6 +47,8 @@ pub struct EngineOptions {
     pub keep_logits: bool,
     /// Ids from here on are never sampled (the tokenizer's size).
     pub sample_limit: Option<usize>,
+    /// Room for pictures; without it prompts with pictures are refused, and nothing of the tower is touched.
+    pub vision: Option<VisionRoom>,
     /// Forces an instruction set (tests): `portable`, `avx2`, `avx512`, `avx512bf16`.
     pub isa: Option<String>,
 }
@@ -66,6 +69,7 @@ impl Default for EngineOptions {
             logits_rows: 1,
             keep_logits: true,
             sample_limit: None,
+            vision: None,
             isa: None,
         }
     }
@@ -102,6 +106,8 @@ impl Engine {
             * block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
         let device = Device::cpu(options.threads, options.isa.as_deref())?;
         let wanted = options.logits_rows.max(1);
+        let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
+        let vision = Vision::plan(store, &layouts, options, depth, budget)?;
         let charges = |tokens: usize| Charges {
             base: host.resident,
             kv: kv_bytes,
@@ -111,8 +117,8 @@ impl Engine {
             } else {
                 0
             },
+            vision: vision.as_ref().map_or(0, Vision::bytes),
         };
-        let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
         let (pass_tokens, plan) = fit(options, budget, wanted, &charges, |left| {
             Plan::new(&layouts, left, depth, &options.placement, spec.tied_head)
         })?;
@@ -171,6 +177,7 @@ impl Engine {
             pass_time: Duration::ZERO,
             rows: 0,
             cancel,
+            vision,
             spec,
             dtype,
             device,
@@ -231,16 +238,18 @@ fn name_the_budget(
         Code::Memory,
         format!("the model does not fit in {}", human_bytes(budget)),
         format!(
-            "the smallest plan takes {}: slots and residents {}, KV {}, activations and logits {}, the process itself {}",
+            "the smallest plan takes {}: slots and residents {}, KV {}, activations and logits {}, pictures {}, the process itself {}",
             human_bytes(smallest),
             human_bytes(high),
             human_bytes(charges.kv),
             human_bytes(charges.scratch + charges.logits),
+            human_bytes(charges.vision),
             human_bytes(charges.base + SLACK_BYTES)
         ),
         format!(
-            "give --cpu-memory {} or more, or a smaller --context",
-            flag_size(smallest)
+            "give --cpu-memory {} or more, {}",
+            flag_size(smallest),
+            charges.smaller()
         ),
     )
 }

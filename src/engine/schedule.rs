@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 
 use super::no_kv_room;
+use super::pictures::{self, Pictures};
 use super::sequence::{Event, FinishReason, Job, JobId, Logprobs, Sequence};
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, BlockCopy, KvPool};
@@ -94,6 +95,11 @@ impl Scheduler {
 
     /// Queues a job. Refused when it could never run: an empty prompt, or one that fills the context.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
+        self.submit_with(job, None)
+    }
+
+    /// As [`Scheduler::submit`], with what is known of the prompt's pictures.
+    pub(super) fn submit_with(&mut self, job: Job, pictures: Option<Pictures>) -> Result<JobId> {
         if job.prompt.is_empty() {
             return Err(Error::new(
                 Code::Usage,
@@ -114,7 +120,8 @@ impl Scheduler {
         job.sampling.validate()?;
         let id = JobId(self.next_id);
         self.next_id += 1;
-        self.waiting.push_back(Sequence::new(id, job));
+        self.waiting
+            .push_back(Sequence::new(id, job).with_pictures(pictures));
         Ok(id)
     }
 
@@ -182,7 +189,7 @@ impl Scheduler {
         self.make_room_for_decoding()?;
         for i in 0..self.running.len() {
             if self.running[i].pending() == 1 {
-                self.put(i, 1);
+                self.put(i, 1)?;
             }
         }
         let most = budget
@@ -190,13 +197,16 @@ impl Scheduler {
             .min(self.limits.rows);
         for i in 0..self.running.len() {
             if self.running[i].pending() > 1 {
-                self.put_prompt(i, most);
+                self.put_prompt(i, most)?;
             }
         }
         while self.running.len() < self.limits.sequences && self.pass.rows() < most {
             let Some(next) = self.waiting.front_mut() else {
                 break;
             };
+            if next.waits_for_pictures() {
+                break;
+            }
             let full = (next.tokens.len() - 1) / BLOCK_TOKENS;
             let needed = KvPool::blocks_for(next.tokens.len()) + 1;
             let (found, idle) = self.pool.find(next.keys(full));
@@ -212,7 +222,7 @@ impl Scheduler {
             next.table = self.pool.share(next.keys(full));
             self.stats.shared_tokens += next.table.len() as u64;
             self.running.push(next);
-            self.put_prompt(self.running.len() - 1, most);
+            self.put_prompt(self.running.len() - 1, most)?;
         }
         Ok(())
     }
@@ -257,35 +267,44 @@ impl Scheduler {
     }
 
     /// As much of sequence `i`'s pending tokens as the pass (up to `most` rows) and the KV pool take.
-    fn put_prompt(&mut self, i: usize, most: usize) {
+    fn put_prompt(&mut self, i: usize, most: usize) -> Result<()> {
         let room = most.saturating_sub(self.pass.rows());
         let s = &self.running[i];
         let rows = s.pending().min(room).min(self.pool.room_for(&s.table));
         if rows > 0 {
-            self.put(i, rows);
+            self.put(i, rows)?;
         }
+        Ok(())
     }
 
-    fn put(&mut self, i: usize, rows: usize) {
+    /// The sequences about to begin, first come first served.
+    pub(super) fn next_up(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        let admitted = self.limits.sequences.saturating_sub(self.running.len());
+        self.waiting.iter_mut().take(admitted)
+    }
+
+    fn put(&mut self, i: usize, rows: usize) -> Result<()> {
         let chooses = rows == self.running[i].pending();
         if self.pass.rows() + rows > self.limits.rows
             || (chooses && self.wanted == self.limits.wanted)
         {
-            return;
+            return Ok(());
         }
         let s = &mut self.running[i];
         let start = s.table.len();
         // The callers counted the blocks; without room the sequence sits this pass out.
         match self.pool.extend(&mut s.table, rows) {
             Ok(copy) => self.copies.extend(copy),
-            Err(_) => return,
+            Err(_) => return Ok(()),
         }
-        self.pass.push_text(
+        pictures::push(
+            s.pictures.as_ref(),
+            &mut self.pass,
             &s.tokens[start..start + rows],
             start,
             s.table.blocks(),
             usize::from(chooses),
-        );
+        )?;
         let full = (start + rows) / BLOCK_TOKENS;
         for block in start / BLOCK_TOKENS..full {
             if let Some(&key) = s.keys(full).get(block) {
@@ -298,6 +317,7 @@ impl Scheduler {
             running: i,
             chooses,
         });
+        Ok(())
     }
 
     /// The sequences whose next token the pass's logits decide, in the order of the wanted rows.

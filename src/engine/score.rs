@@ -1,9 +1,12 @@
 //! Logits at every position of given tokens: several inputs share a pass, long ones take several.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::pictures::{self, Pictures};
 use super::{Engine, no_kv_room};
 use crate::error::{Code, Error, Result};
+use crate::media::Visual;
 use crate::model::kv::KvTable;
 
 /// Part of the logits of one input: `values` is `[rows, ids]`, row-major, float32.
@@ -21,6 +24,15 @@ struct Scoring<'t> {
     input: usize,
     tokens: &'t [u32],
     table: KvTable,
+    pictures: Option<Pictures>,
+}
+
+/// Tokens to score, with the pictures among them.
+#[derive(Clone, Debug, Default)]
+pub struct ScoreInput {
+    /// With every picture's placeholder repeated.
+    pub tokens: Vec<u32>,
+    pub media: Vec<Arc<Visual>>,
 }
 
 impl Engine {
@@ -29,6 +41,22 @@ impl Engine {
     pub fn score(
         &mut self,
         inputs: &[Vec<u32>],
+        sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let inputs: Vec<ScoreInput> = inputs
+            .iter()
+            .map(|tokens| ScoreInput {
+                tokens: tokens.clone(),
+                media: Vec::new(),
+            })
+            .collect();
+        self.score_inputs(&inputs, sink)
+    }
+
+    /// As [`Engine::score`], for inputs that may hold pictures.
+    pub fn score_inputs(
+        &mut self,
+        inputs: &[ScoreInput],
         sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut open: Vec<Scoring<'_>> = Vec::new();
@@ -42,12 +70,12 @@ impl Engine {
 
     fn score_into<'t>(
         &mut self,
-        inputs: &'t [Vec<u32>],
+        inputs: &'t [ScoreInput],
         sink: &mut dyn FnMut(&ScoreBlock<'_>) -> Result<()>,
         open: &mut Vec<Scoring<'t>>,
     ) -> Result<()> {
-        for (i, tokens) in inputs.iter().enumerate() {
-            self.check_input(i, tokens)?;
+        for (i, input) in inputs.iter().enumerate() {
+            self.check_input(i, &input.tokens)?;
         }
         let most = self.forward.max_tokens().min(self.forward.max_wanted());
         let mut next = 0;
@@ -60,15 +88,19 @@ impl Engine {
             self.scheduler.pass.clear();
             parts.clear();
             for s in open.iter_mut() {
-                self.push_part(s, most, &mut parts);
+                self.push_part(s, most, &mut parts)?;
             }
             while next < inputs.len() && self.scheduler.pass.rows() < most {
+                let Some(pictures) = self.look_at(&inputs[next..])? else {
+                    break;
+                };
                 let mut s = Scoring {
                     input: next,
-                    tokens: &inputs[next],
+                    tokens: &inputs[next].tokens,
                     table: KvTable::default(),
+                    pictures,
                 };
-                if !self.push_part(&mut s, most, &mut parts) {
+                if !self.push_part(&mut s, most, &mut parts)? {
                     break;
                 }
                 open.push(s);
@@ -102,27 +134,45 @@ impl Engine {
         Ok(())
     }
 
+    /// The pictures of the first of `inputs`, looked at together with those of the inputs behind it as room allows. `None`: there is no
+    /// room until inputs under way are done.
+    fn look_at(&mut self, inputs: &[ScoreInput]) -> Result<Option<Option<Pictures>>> {
+        let first = &inputs[0];
+        let pictures = Pictures::new(&first.tokens, &first.media, self.spec.vision.as_ref())?;
+        let Some(mut pictures) = pictures else {
+            return Ok(Some(None));
+        };
+        let vision = self.vision.as_mut().ok_or_else(super::no_vision_room)?;
+        vision.check(&pictures)?;
+        vision.fill(&mut pictures);
+        if pictures.wait() {
+            let wave = vision.wave(inputs.iter().map(|i| i.media.as_slice()));
+            vision.encode(&self.device, &self.cancel, &wave)?;
+            vision.fill(&mut pictures);
+        }
+        Ok((!pictures.wait()).then_some(Some(pictures)))
+    }
+
     /// Puts as many of the input's next tokens into the pass as fit. False when none did.
     fn push_part(
         &mut self,
         s: &mut Scoring<'_>,
         most: usize,
         parts: &mut Vec<(usize, usize, usize)>,
-    ) -> bool {
+    ) -> Result<bool> {
         let done = s.table.len();
         let mut rows = (s.tokens.len() - done).min(most - self.scheduler.pass.rows());
         // What the free blocks and the room in the last one hold.
         let room = self.scheduler.pool.room_for(&s.table);
         rows = rows.min(room);
         if rows == 0 || self.scheduler.pool.extend(&mut s.table, rows).is_err() {
-            return false;
+            return Ok(false);
         }
         let part = &s.tokens[done..done + rows];
-        self.scheduler
-            .pass
-            .push_text(part, done, s.table.blocks(), rows);
+        let (table, pass) = (s.table.blocks(), &mut self.scheduler.pass);
+        pictures::push(s.pictures.as_ref(), pass, part, done, table, rows)?;
         parts.push((s.input, done, rows));
-        true
+        Ok(true)
     }
 
     fn check_input(&self, index: usize, tokens: &[u32]) -> Result<()> {

@@ -1,15 +1,22 @@
 //! One request on its way: its tokens, its KV, and where it stands.
 
+use std::sync::Arc;
+
 use xxhash_rust::xxh3::Xxh3;
 
+use super::pictures::Pictures;
 use crate::error::Error;
+use crate::media::Visual;
 use crate::model::kv::{BLOCK_TOKENS, BlockKey, KvTable};
 use crate::text::{SamplingParams, TokenLogprob};
 
 /// What to generate. The engine deals in tokens; text, chat templates and stop strings are its clients' business.
 #[derive(Clone, Debug)]
 pub struct Job {
+    /// With every picture's placeholder repeated: see [`super::expand_pictures`].
     pub prompt: Vec<u32>,
+    /// The prompt's pictures, in the order of their placeholders. KV is shared only between prompts with the same ones.
+    pub media: Vec<Arc<Visual>>,
     pub max_tokens: usize,
     pub sampling: SamplingParams,
     /// Which of a request's answers this is; part of the key of every draw.
@@ -28,6 +35,7 @@ impl Default for Job {
     fn default() -> Job {
         Job {
             prompt: Vec::new(),
+            media: Vec::new(),
             max_tokens: 1,
             sampling: SamplingParams::greedy(),
             choice: 0,
@@ -88,6 +96,7 @@ pub(super) struct Sequence {
     pub table: KvTable,
     /// Of the full blocks of `tokens`, as far as they were asked for.
     keys: Vec<BlockKey>,
+    pub pictures: Option<Pictures>,
 }
 
 impl Sequence {
@@ -100,7 +109,17 @@ impl Sequence {
             tokens,
             table: KvTable::default(),
             keys: Vec::new(),
+            pictures: None,
         }
+    }
+
+    pub fn with_pictures(self, pictures: Option<Pictures>) -> Sequence {
+        Sequence { pictures, ..self }
+    }
+
+    /// Its pictures have not all been through the tower.
+    pub fn waits_for_pictures(&self) -> bool {
+        self.pictures.as_ref().is_some_and(Pictures::wait)
     }
 
     /// Tokens whose keys and values are not in the cache yet. One for a sequence that decodes.
@@ -118,6 +137,8 @@ impl Sequence {
         let Some(salt) = self.job.prefix_salt else {
             return &[];
         };
+        // Placeholders are the same token whatever they stand for.
+        let salt = salt ^ self.pictures.as_ref().map_or(0, |p| p.salt);
         while self.keys.len() < blocks {
             let block = self.keys.len();
             let mut hash = Xxh3::with_seed(salt);

@@ -31,6 +31,9 @@ pub struct Forward {
     max_tokens: usize,
     max_wanted: usize,
     computed: Duration,
+    /// Of a pass with given rows: the others, and their tokens.
+    looked_up: Vec<usize>,
+    ids: Vec<u32>,
 }
 
 impl Forward {
@@ -74,6 +77,8 @@ impl Forward {
             max_tokens,
             max_wanted,
             computed: Duration::ZERO,
+            looked_up: Vec::with_capacity(max_tokens),
+            ids: Vec::with_capacity(max_tokens),
         })
     }
 
@@ -133,8 +138,27 @@ impl Forward {
 
     fn embed(&mut self, device: &Device, source: &mut dyn UnitSource, pass: &Pass) -> Result<()> {
         let x = &mut self.scratch.x;
-        source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
-            device.put_row(row, x, i);
+        for g in &pass.given {
+            let cols = g.from.cols;
+            if cols != self.spec.hidden {
+                return Err(Error::internal("given embeddings of another width"));
+            }
+            let values = &g.from.values[g.first * cols..(g.first + g.rows) * cols];
+            device.write_rows(x, g.row, values);
+        }
+        if pass.given.is_empty() {
+            return source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
+                device.put_row(row, x, i);
+                Ok(())
+            });
+        }
+        self.looked_up.clear();
+        self.looked_up.extend(pass.looked_up());
+        self.ids.clear();
+        self.ids.extend(self.looked_up.iter().map(|row| pass.tokens[*row]));
+        let rows = &self.looked_up;
+        source.gather_rows(self.embed, &self.ids, &mut |i, row| {
+            device.put_row(row, x, rows[i]);
             Ok(())
         })
     }

@@ -3,9 +3,11 @@
 
 pub mod forward;
 pub mod kv;
+pub mod mrope;
 pub mod pass;
 pub mod rope;
 mod scratch;
+pub mod vision;
 
 use crate::device::WeightView;
 use crate::error::{Error, Result};

@@ -1,5 +1,7 @@
 //! What one traversal of the layers works on: any mix of prompts, prompt chunks and decode steps.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
 
 /// One sequence's tokens in a pass. Its rows are contiguous: segment after segment, in order.
@@ -15,6 +17,32 @@ pub struct Segment {
     pub logits: u32,
 }
 
+/// Embedding rows that were computed rather than looked up: a picture's.
+#[derive(Debug, Default)]
+pub struct Embeddings {
+    /// Width of a row: the decoder's hidden size.
+    pub cols: usize,
+    /// `[rows, cols]`
+    pub values: Vec<f32>,
+}
+
+impl Embeddings {
+    pub fn rows(&self) -> usize {
+        self.values.len().checked_div(self.cols).unwrap_or(0)
+    }
+}
+
+/// Rows of the pass that take their embeddings from here, in place of the table's.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// First such row of the pass.
+    pub row: usize,
+    pub rows: usize,
+    pub from: Arc<Embeddings>,
+    /// First row of `from`.
+    pub first: usize,
+}
+
 /// One traversal of all units for a ragged batch. Built anew each pass; its vectors are reused.
 #[derive(Clone, Debug, Default)]
 pub struct Pass {
@@ -23,6 +51,8 @@ pub struct Pass {
     /// t, h, w a row; text has all three equal.
     pub positions: Vec<[u32; 3]>,
     pub segments: Vec<Segment>,
+    /// Ascending by row, apart from one another. The tokens of such rows are placeholders.
+    pub given: Vec<Given>,
 }
 
 impl Pass {
@@ -30,15 +60,26 @@ impl Pass {
         self.tokens.clear();
         self.positions.clear();
         self.segments.clear();
+        self.given.clear();
     }
 
     /// Appends text tokens of one sequence whose first one has index and position `start`.
     pub fn push_text(&mut self, tokens: &[u32], start: usize, table: &[u32], logits: usize) {
-        for (i, &token) in tokens.iter().enumerate() {
-            let p = (start + i) as u32;
-            self.tokens.push(token);
-            self.positions.push([p; 3]);
-        }
+        let positions = (start..start + tokens.len()).map(|p| [p as u32; 3]);
+        self.push(tokens, positions, start, table, logits);
+    }
+
+    /// As [`Pass::push_text`], with a position for each token.
+    pub fn push(
+        &mut self,
+        tokens: &[u32],
+        positions: impl Iterator<Item = [u32; 3]>,
+        start: usize,
+        table: &[u32],
+        logits: usize,
+    ) {
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(positions);
         self.segments.push(Segment {
             start: start as u32,
             len: tokens.len() as u32,
@@ -49,6 +90,15 @@ impl Pass {
 
     pub fn rows(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Rows whose embeddings are looked up, in order.
+    pub fn looked_up(&self) -> impl Iterator<Item = usize> + '_ {
+        let mut given = self.given.iter().peekable();
+        (0..self.rows()).filter(move |row| {
+            while given.next_if(|g| g.row + g.rows <= *row).is_some() {}
+            given.peek().is_none_or(|g| *row < g.row)
+        })
     }
 
     /// Row indices whose logits are wanted, in order.
@@ -67,6 +117,13 @@ impl Pass {
 
     /// Catches a scheduler's mistake before it becomes a wrong token.
     pub fn check(&self, vocab: usize, kv_blocks: usize) -> Result<()> {
+        let mut behind = 0;
+        for g in &self.given {
+            if g.row < behind || g.row + g.rows > self.rows() || g.first + g.rows > g.from.rows() {
+                return Err(Error::internal("given embeddings that do not fit their pass"));
+            }
+            behind = g.row + g.rows;
+        }
         let rows: usize = self.segments.iter().map(|s| s.len as usize).sum();
         if rows != self.tokens.len() || rows != self.positions.len() {
             return Err(Error::internal(
@@ -110,5 +167,29 @@ mod tests {
         assert!(p.check(9, 4).is_ok());
         assert!(p.check(8, 4).is_err(), "token 8 has no row");
         assert!(p.check(9, 3).is_err(), "block 3 does not exist");
+    }
+
+    #[test]
+    fn given_rows_are_not_looked_up() {
+        let mut p = Pass::default();
+        p.push_text(&[1; 8], 0, &[0], 1);
+        let from = Arc::new(Embeddings {
+            cols: 2,
+            values: vec![0.0; 6],
+        });
+        let given = |row, rows, first| Given {
+            row,
+            rows,
+            from: from.clone(),
+            first,
+        };
+        p.given = vec![given(0, 2, 1), given(2, 1, 0), given(5, 2, 0)];
+        assert_eq!(p.looked_up().collect::<Vec<_>>(), [3, 4, 7]);
+        assert!(p.check(9, 4).is_ok());
+        for wrong in [given(7, 2, 0), given(4, 1, 0), given(7, 1, 3)] {
+            let mut bad = p.clone();
+            bad.given.push(wrong);
+            assert!(bad.check(9, 4).is_err());
+        }
     }
 }

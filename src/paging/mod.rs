@@ -10,8 +10,8 @@ mod stream;
 
 pub use device_map::parse_device_map;
 pub(crate) use pager::interrupted;
-pub use pager::{Lease, Pager, PagerOptions, unit_name};
-pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, is_streamed};
+pub use pager::{Lease, Origin, Pager, PagerOptions, unit_name};
+pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
 pub use rates::{DiskRates, RATES_FILE};
 pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use super::plan::{Plan, Tier, is_streamed};
+use super::plan::{Plan, Tier};
 use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::spec::UnitKind;
-use crate::store::Store;
+use crate::store::{Checksums, Store};
 use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
 
 /// Puts something around a reader.
@@ -65,6 +65,29 @@ struct EmbedAt {
     unit: UnitId,
 }
 
+/// What a pager needs to know of a store: enough to open another one later, without the store at hand. The store's lock must outlive it.
+#[derive(Clone)]
+pub struct Origin {
+    paths: Vec<std::path::PathBuf>,
+    file_bytes: Vec<u64>,
+    checksums: Arc<Checksums>,
+    embed: EmbedAt,
+    /// First row and rows of each head unit where the head is tied.
+    tied_head: Vec<(usize, usize, UnitId)>,
+}
+
+impl Origin {
+    pub fn of(store: &Store) -> Result<Origin> {
+        Ok(Origin {
+            paths: store.files.iter().map(|f| f.path.clone()).collect(),
+            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
+            checksums: store.checksums.clone(),
+            embed: embed_at(store)?,
+            tied_head: tied_head(store),
+        })
+    }
+}
+
 pub struct Pager {
     shared: Arc<Shared>,
     plan: Plan,
@@ -106,22 +129,35 @@ impl Pager {
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
+        Pager::start_from(&Origin::of(store)?, layouts, plan, options, cancel, loaded)
+    }
+
+    /// As [`Pager::start`].
+    pub fn start_from(
+        origin: &Origin,
+        layouts: Vec<SlotLayout>,
+        plan: Plan,
+        options: &PagerOptions,
+        cancel: Arc<AtomicBool>,
+        loaded: &mut dyn FnMut(u64, u64),
+    ) -> Result<Pager> {
         let arena = Arena::new(plan.arena_bytes())?;
         let exhausted = || Error::internal("the arena is smaller than its plan");
-        let embed = embed_at(store)?;
-        let head_rows = head_rows(store, &plan);
+        let embed = origin.embed;
+        let resident = |(_, _, unit): &&(usize, usize, UnitId)| plan.is_resident(*unit);
+        let head_rows = origin.tied_head.iter().filter(resident).copied().collect();
         let shared = Arc::new(Shared {
             names: layouts.iter().map(|l| unit_name(l.kind)).collect(),
             layouts,
-            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
-            paths: store.files.iter().map(|f| f.path.clone()).collect(),
-            checksums: store.checksums.clone(),
+            file_bytes: origin.file_bytes.clone(),
+            paths: origin.paths.clone(),
+            checksums: origin.checksums.clone(),
             verify: options.verify,
             counters: Counters::default(),
         });
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
-            .filter(|i| plan.tiers[*i] == Tier::Disk && is_streamed(shared.layouts[*i].kind))
+            .filter(|i| plan.tiers[*i] == Tier::Disk && plan.walk.streams(shared.layouts[*i].kind))
             .map(|i| UnitId(i as u32))
             .collect();
 
@@ -586,7 +622,7 @@ fn embed_at(store: &Store) -> Result<EmbedAt> {
     })
 }
 
-fn head_rows(store: &Store, plan: &Plan) -> Vec<(usize, usize, UnitId)> {
+fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
     if !store.spec.tied_head {
         return Vec::new();
     }
@@ -594,9 +630,7 @@ fn head_rows(store: &Store, plan: &Plan) -> Vec<(usize, usize, UnitId)> {
     let mut rows = Vec::new();
     for unit in &store.units {
         if let (UnitKind::Head(_), Some(place)) = (unit.kind, unit.places.first()) {
-            if plan.is_resident(unit.id) {
-                rows.push((first, place.rows, unit.id));
-            }
+            rows.push((first, place.rows, unit.id));
             first += place.rows;
         }
     }

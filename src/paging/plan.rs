@@ -47,9 +47,43 @@ pub struct Plan {
     /// Bytes from disk each decoder pass (embedding rows apart).
     pub streamed_bytes: u64,
     pub gather_bytes: u64,
+    /// Which units its passes walk through.
+    pub walk: Walk,
+}
+
+/// What a pass is: through the decoder, or through the vision tower, which never meet in one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walk {
+    Decoder,
+    Vision,
+}
+
+impl Walk {
+    pub fn streams(self, kind: UnitKind) -> bool {
+        match self {
+            Walk::Decoder => is_streamed(kind),
+            Walk::Vision => is_vision(kind),
+        }
+    }
 }
 
 impl Plan {
+    /// The vision tower, all of it from disk: slots for one unit and `depth` ahead of it.
+    pub fn vision(layouts: &[SlotLayout], depth: usize) -> Plan {
+        let tower = || layouts.iter().filter(|l| is_vision(l.kind));
+        let slots = (depth + 1).min(tower().count());
+        Plan {
+            tiers: vec![Tier::Disk; layouts.len()],
+            depth: slots.saturating_sub(1),
+            slots,
+            slot_bytes: tower().map(|l| l.slot_bytes).max().unwrap_or(0),
+            resident_bytes: 0,
+            streamed_bytes: tower().map(|l| l.read_bytes).sum(),
+            gather_bytes: 0,
+            walk: Walk::Vision,
+        }
+    }
+
     /// Host memory the pager takes: slots, residents, room for embedding rows.
     pub fn arena_bytes(&self) -> u64 {
         self.slots as u64 * self.slot_bytes + self.resident_bytes + self.gather_bytes
@@ -100,6 +134,15 @@ impl Plan {
     }
 
     fn with_tiers(layouts: &[SlotLayout], tiers: Vec<Tier>, depth: usize, tied_head: bool) -> Plan {
+        // A decoder's passes never touch the tower, wherever a device map puts it.
+        let mut tiers = tiers;
+        for (tier, _) in tiers
+            .iter_mut()
+            .zip(layouts)
+            .filter(|(_, l)| is_vision(l.kind))
+        {
+            *tier = Tier::Disk;
+        }
         let mut resident_bytes = 0;
         let mut streamed_bytes = 0;
         let mut slot_bytes = 0;
@@ -133,6 +176,7 @@ impl Plan {
             } else {
                 0
             },
+            walk: Walk::Decoder,
         }
     }
 
@@ -144,6 +188,13 @@ impl Plan {
 /// Units a decoder pass walks through. The embedding is gathered; the vision tower has passes of its own.
 pub fn is_streamed(kind: UnitKind) -> bool {
     matches!(kind, UnitKind::Layer(_) | UnitKind::Head(_))
+}
+
+fn is_vision(kind: UnitKind) -> bool {
+    matches!(
+        kind,
+        UnitKind::VisionEmbed | UnitKind::VisionBlock(_) | UnitKind::VisionMerger
+    )
 }
 
 fn everything(layouts: &[SlotLayout], tied_head: bool) -> Vec<Tier> {

@@ -195,8 +195,9 @@ impl UnitSource for &MemoryModel {
         for t in &self.units[unit.index()].tensors {
             let tensor = &self.tensors[&t.name];
             let dtype = Dtype::parse(&tensor.dtype).unwrap();
-            let cols = *tensor.shape.last().unwrap();
-            let rows: usize = tensor.shape[..tensor.shape.len() - 1].iter().product();
+            // A 1-D tensor is one row; a convolution's kernel is a matrix of its first dimension.
+            let rows = if tensor.shape.len() == 1 { 1 } else { tensor.shape[0] };
+            let cols = tensor.shape.iter().product::<usize>() / rows;
             let whole = WeightView::packed(dtype, rows, cols, &tensor.bytes);
             let part = if rows > 1 {
                 whole.slice_rows(t.rows.start, t.rows.len())

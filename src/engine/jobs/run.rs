@@ -240,6 +240,7 @@ impl Runner<'_> {
         for choice in 0..body.choices {
             let job = Job {
                 prompt: body.prompt.clone(),
+                media: Vec::new(),
                 max_tokens: body.max_tokens,
                 sampling: body.sampling.clone(),
                 choice,

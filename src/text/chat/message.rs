@@ -26,6 +26,13 @@ impl Message {
         Message::try_from(fields).map_err(|cause| refused("the message", &cause))
     }
 
+    /// The same message with other content parts, which must be objects.
+    pub fn with_content(&self, parts: Vec<Value>) -> Message {
+        let mut fields = self.0.clone();
+        fields.insert("content".into(), Value::Array(parts));
+        Message(fields)
+    }
+
     /// A conversation as a JSON list; `place` names it in errors, which are Code::Usage and say which message is wrong.
     pub fn list(json: &Value, place: &str) -> Result<Vec<Message>> {
         let Some(list) = json.as_array() else {

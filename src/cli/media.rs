@@ -1,0 +1,254 @@
+//! Pictures on the command line and in messages.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::model::Model;
+use super::prompt::{Prompt, PromptOptions, render};
+use crate::engine::expand_pictures;
+use crate::error::{Code, Error, Result};
+use crate::media::{
+    MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests, without_media,
+};
+use crate::text::{ChatTemplate, Message, Tokenizer};
+use crate::units::parse_size;
+
+/// Pictures that come with a prompt.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PictureOptions {
+    /// An image to look at: PNG, JPEG or WebP (may be given more than once)
+    #[arg(long, value_name = "FILE", help_heading = "Pictures")]
+    pub image: Vec<String>,
+    /// A video file (decoded by the system's ffmpeg) or a folder of frames (may be given more than once)
+    #[arg(long, value_name = "FILE|DIR", help_heading = "Pictures")]
+    pub video: Vec<String>,
+}
+
+/// How pictures are looked at. What is not given is the model's own way.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct LookOptions {
+    /// Frames looked at a second of video; for a folder of frames, how many of them are a second [default: 2]
+    #[arg(long, value_name = "N", value_parser = rate, help_heading = "Pictures")]
+    pub fps: Option<f64>,
+    /// Most frames of a video
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Pictures")]
+    pub max_frames: Option<u32>,
+    /// Images and frames are enlarged to this many pixels at least
+    #[arg(long, value_name = "N", value_parser = pixels, help_heading = "Pictures")]
+    pub min_pixels: Option<u64>,
+    /// Images and frames are shrunk to this many pixels at most: fewer take less memory and time
+    #[arg(long, value_name = "N", value_parser = pixels, help_heading = "Pictures")]
+    pub max_pixels: Option<u64>,
+    /// Which frames: spread as transformers (arange) or as qwen-vl-utils (linspace) does
+    #[arg(long, value_enum, default_value = "arange", help_heading = "Pictures")]
+    pub frame_sampling: SamplingArg,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SamplingArg {
+    #[default]
+    Arange,
+    Linspace,
+}
+
+fn rate(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(r) if r.is_finite() && r > 0.0 => Ok(r),
+        _ => Err("give a number of frames a second above 0".into()),
+    }
+}
+
+fn pixels(text: &str) -> std::result::Result<u64, String> {
+    match parse_size(text) {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("give a number of pixels, such as 200704 or 1M".into()),
+    }
+}
+
+impl PictureOptions {
+    pub fn is_empty(&self) -> bool {
+        self.image.is_empty() && self.video.is_empty()
+    }
+
+    /// As parts of a message: images first, then videos, then the text.
+    fn parts(&self, text: &str) -> Vec<Value> {
+        let images = self
+            .image
+            .iter()
+            .map(|at| json!({"type": "image", "image": at}));
+        let videos = self
+            .video
+            .iter()
+            .map(|at| json!({"type": "video", "video": at}));
+        images
+            .chain(videos)
+            .chain(std::iter::once(json!({"type": "text", "text": text})))
+            .collect()
+    }
+}
+
+impl LookOptions {
+    fn options(&self) -> Options {
+        Options {
+            min_pixels: self.min_pixels,
+            max_pixels: self.max_pixels,
+            fps: self.fps,
+            max_frames: self.max_frames.map(|n| n as usize),
+            sampling: match self.frame_sampling {
+                SamplingArg::Arange => Sampling::Arange,
+                SamplingArg::Linspace => Sampling::Linspace,
+            },
+        }
+    }
+}
+
+/// Token ids with every picture's placeholder repeated, and the pictures.
+#[derive(Default)]
+pub struct Rendered {
+    pub ids: Vec<u32>,
+    pub media: Vec<Arc<Visual>>,
+}
+
+/// Turns prompts and messages of one model into ids and pictures. The preprocessor's configuration is read when the first picture comes.
+pub struct Renderer<'m> {
+    pub model: &'m Model,
+    pub tokenizer: &'m Tokenizer,
+    /// None: text is sent as it is.
+    pub template: Option<&'m ChatTemplate>,
+    pub look: LookOptions,
+    processor: Option<Processor>,
+    tools: VideoTools,
+}
+
+impl<'m> Renderer<'m> {
+    pub fn new(
+        model: &'m Model,
+        tokenizer: &'m Tokenizer,
+        template: Option<&'m ChatTemplate>,
+        look: LookOptions,
+    ) -> Renderer<'m> {
+        Renderer {
+            model,
+            tokenizer,
+            template,
+            look,
+            processor: None,
+            tools: VideoTools::default(),
+        }
+    }
+
+    /// What the user typed, with the pictures named beside it. Without a chat template (or with --raw) the text must hold the placeholders.
+    pub fn prompt(
+        &mut self,
+        prompt: &Prompt,
+        options: &PromptOptions,
+        pictures: &PictureOptions,
+    ) -> Result<Rendered> {
+        match (prompt, self.template) {
+            (Prompt::Chat, _) if !pictures.is_empty() => Err(Error::new(
+                Code::Usage,
+                "pictures need a prompt",
+                "without one this is a chat, which takes text only",
+                "give --prompt beside --image and --video",
+            )),
+            (Prompt::Chat, _) => Ok(Rendered::default()),
+            (Prompt::Text(text), Some(_)) => {
+                let mut messages = Vec::new();
+                if let Some(system) = &options.system {
+                    messages.push(Message::new("system", system));
+                }
+                messages.push(match pictures.is_empty() {
+                    true => Message::new("user", text),
+                    false => Message::with_parts("user", pictures.parts(text))?,
+                });
+                self.messages(&messages, Path::new(""))
+            }
+            (Prompt::Text(text), None) => {
+                let ids = self.tokenizer.encode(text, true)?;
+                let wanted = requests(&pictures.parts(""), &self.look.options())?;
+                self.expanded(ids, &wanted, Path::new(""))
+            }
+            (Prompt::Messages(_), _) if !pictures.is_empty() => Err(Error::new(
+                Code::Usage,
+                "--image and --video do not go with --messages",
+                "the messages say themselves where their pictures stand",
+                r#"write {"type": "image_url", "image_url": {"url": "cat.jpg"}} parts into them"#,
+            )),
+            (Prompt::Messages(messages), Some(_)) => self.messages(messages, Path::new("")),
+            (Prompt::Messages(_), None) => Err(Error::new(
+                Code::Text,
+                "messages cannot be rendered",
+                "this model comes without a chat template",
+                "give a plain --prompt instead",
+            )),
+        }
+    }
+
+    /// A conversation whose parts may be pictures; their relative paths are taken from `base`.
+    pub fn messages(&mut self, messages: &[Message], base: &Path) -> Result<Rendered> {
+        let template = self.template.ok_or_else(|| {
+            Error::new(
+                Code::Text,
+                "messages cannot be rendered",
+                "this model comes without a chat template",
+                "give token ids or a plain prompt instead",
+            )
+        })?;
+        let mut wanted = Vec::new();
+        let mut plain = Vec::with_capacity(messages.len());
+        for message in messages {
+            let found = match message.parts() {
+                Some(parts) => requests(parts, &self.look.options())?,
+                None => Vec::new(),
+            };
+            plain.push(match (found.is_empty(), message.parts()) {
+                (false, Some(parts)) => message.with_content(without_media(parts)),
+                _ => message.clone(),
+            });
+            wanted.extend(found);
+        }
+        let ids = render(&plain, self.tokenizer, template)?;
+        self.expanded(ids, &wanted, base)
+    }
+
+    fn expanded(
+        &mut self,
+        ids: Vec<u32>,
+        wanted: &[MediaRequest],
+        base: &Path,
+    ) -> Result<Rendered> {
+        let spec = self.model.store.spec.vision.as_ref();
+        let mut media = Vec::with_capacity(wanted.len());
+        for request in wanted {
+            let Some(spec) = spec else {
+                return Err(no_tower());
+            };
+            let processor = match &mut self.processor {
+                Some(p) => p,
+                none => none.insert(Processor::load(&self.model.store.text_dir, spec)?),
+            };
+            media.push(Arc::new(processor.load_request(
+                request,
+                base,
+                &self.tools,
+            )?));
+        }
+        let ids = match spec {
+            Some(_) => expand_pictures(&ids, &media, spec)?,
+            None => ids,
+        };
+        Ok(Rendered { ids, media })
+    }
+}
+
+fn no_tower() -> Error {
+    Error::new(
+        Code::Usage,
+        "this model cannot look at pictures",
+        "it has no vision tower",
+        "choose a vision-language model, or leave the pictures out",
+    )
+}

@@ -1,0 +1,169 @@
+//! Where a picture lies: a path, a `file:` URL or a `data:` URL. Nothing is fetched from a network.
+
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use base64::{alphabet, engine::DecodePaddingMode};
+
+use super::decode::MAX_FILE_BYTES;
+use crate::error::{Code, Error, Result};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Located {
+    File(PathBuf),
+    /// The contents of a `data:` URL.
+    Bytes(Vec<u8>),
+}
+
+/// Resolves `at`; a relative path is taken from `base`. Errors are Code::Usage.
+pub fn locate(at: &str, base: &Path) -> Result<Located> {
+    let scheme = at
+        .split_once(':')
+        .map(|(s, _)| s.to_ascii_lowercase())
+        .filter(|s| s.len() > 1 && s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+'));
+    match scheme.as_deref() {
+        Some("data") => data(at).map(Located::Bytes),
+        Some("file") => file(&at[5..]).map(Located::File),
+        Some("http" | "https" | "ftp" | "s3") => Err(refused(
+            at,
+            "nothing is fetched from a network",
+            "download it, and give its path",
+        )),
+        // A colon may be part of a file's name.
+        _ if at.is_empty() => Err(refused(at, "the place is empty", "give a path")),
+        _ => Ok(Located::File(base.join(at))),
+    }
+}
+
+fn file(rest: &str) -> Result<PathBuf> {
+    let bad = |cause: &str| {
+        refused(
+            &format!("file:{rest}"),
+            cause,
+            "write file:///absolute/path",
+        )
+    };
+    // file:///path, file://localhost/path and file:/path are the same.
+    let path = match rest.strip_prefix("//") {
+        Some(rest) => match rest.find('/') {
+            Some(0) => rest,
+            Some(end) if rest[..end].eq_ignore_ascii_case("localhost") => &rest[end..],
+            _ => return Err(bad("it names another host")),
+        },
+        None => rest,
+    };
+    if !path.starts_with('/') {
+        return Err(bad("a file: URL has an absolute path"));
+    }
+    let bytes = percent_decoded(path).ok_or_else(|| bad("a % is not followed by two digits"))?;
+    String::from_utf8(bytes)
+        .map(PathBuf::from)
+        .map_err(|_| bad("it is not UTF-8"))
+}
+
+fn data(url: &str) -> Result<Vec<u8>> {
+    let name: String = url.chars().take(40).collect();
+    let bad = |cause: &str| refused(&format!("{name}…"), cause, "write data:image/png;base64,…");
+    let (head, body) = url
+        .split_once(',')
+        .ok_or_else(|| bad("a data: URL has a comma before its data"))?;
+    if body.len() as u64 > MAX_FILE_BYTES / 3 * 4 {
+        return Err(bad("it is longer than an image may be"));
+    }
+    let body = percent_decoded(body).ok_or_else(|| bad("a % is not followed by two digits"))?;
+    if !head.to_ascii_lowercase().ends_with(";base64") {
+        return Ok(body);
+    }
+    let clean: Vec<u8> = body
+        .into_iter()
+        .filter(|b| !b.is_ascii_whitespace())
+        .collect();
+    // With or without padding, in either alphabet: all four are met in the wild.
+    let config =
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let alphabet = match clean.iter().any(|b| matches!(b, b'-' | b'_')) {
+        true => &alphabet::URL_SAFE,
+        false => &alphabet::STANDARD,
+    };
+    GeneralPurpose::new(alphabet, config)
+        .decode(&clean)
+        .map_err(|e| bad(&format!("it is not base64: {e}")))
+}
+
+fn percent_decoded(text: &str) -> Option<Vec<u8>> {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while i < bytes.len() {
+        if bytes[i] == b'%' {
+            let digits = text.get(i + 1..i + 3)?;
+            if !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return None;
+            }
+            out.push(u8::from_str_radix(digits, 16).ok()?);
+            i += 3;
+        } else {
+            out.push(bytes[i]);
+            i += 1;
+        }
+    }
+    Some(out)
+}
+
+fn refused(at: &str, cause: &str, fix: &str) -> Error {
+    let at: String = at.chars().take(200).collect();
+    Error::new(
+        Code::Usage,
+        format!("cannot find the picture `{at}`"),
+        cause,
+        fix,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_urls() {
+        let base = Path::new("/jobs");
+        let file = |p: &str| Located::File(PathBuf::from(p));
+        for (at, want) in [
+            ("a/b.png", "/jobs/a/b.png"),
+            ("/x.png", "/x.png"),
+            ("12:30.png", "/jobs/12:30.png"),
+            ("file:///tmp/a%20b.png", "/tmp/a b.png"),
+            ("file://localhost/x", "/x"),
+            ("FILE:/x", "/x"),
+        ] {
+            assert_eq!(locate(at, base).unwrap(), file(want), "{at}");
+        }
+        for at in [
+            "http://x/y.png",
+            "https://x",
+            "file://elsewhere/x",
+            "file:x",
+            "file:///%zz",
+            "",
+        ] {
+            assert_eq!(locate(at, base).unwrap_err().code(), Code::Usage, "{at}");
+        }
+    }
+
+    #[test]
+    fn data_urls() {
+        let bytes = |at: &str| locate(at, Path::new("/")).unwrap();
+        for at in [
+            "data:image/png;base64,aGk/Pz4=",
+            "data:image/png;base64,aGk/Pz4",
+            "data:;base64,aGk_\nPz4%3D",
+            "DATA:text/plain,hi%3f%3F>",
+        ] {
+            assert_eq!(bytes(at), Located::Bytes(b"hi??>".to_vec()), "{at}");
+        }
+        for at in ["data:image/png;base64", "data:;base64,!!!!", "data:,%4"] {
+            assert!(locate(at, Path::new("/")).is_err(), "{at}");
+        }
+    }
+}

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::device::cpu::Mode;
-use crate::device::cpu::linear::tile4;
+use crate::device::cpu::linear::{Asked, tile4};
 use crate::device::cpu::scratch::K_BLOCK;
 use crate::device::cpu::simd::{Format, Isa, Op, Product, Simd};
 
@@ -207,7 +207,7 @@ impl Op for PackedTile<'_> {
             // SAFETY: four rows of k weights, three of activations with zeros up to a whole step.
             unsafe {
                 let len = K_BLOCK.min(k - first);
-                tile4::<S, PairsModel, 3>(s, acts, [0, 1, 2, 3].map(at), len, 0, self.sums);
+                tile4::<S, PairsModel, 3>(s, acts, [0, 1, 2, 3].map(at), len, Asked::NOTHING, self.sums);
             }
         }
     }

@@ -171,7 +171,10 @@ fn a_row_says_the_same_alone_and_in_company() {
     for (row, answer) in rows.iter().zip(&together) {
         write(dir.path(), std::slice::from_ref(row));
         done(batch(dir.path(), "alone.jsonl", &["--overwrite"]), 0);
-        assert_eq!(read(&dir.path().join("alone.jsonl")), [answer.clone()]);
+        assert_eq!(
+            read(&dir.path().join("alone.jsonl")),
+            std::slice::from_ref(answer)
+        );
     }
     let said = |id: &str| {
         let found = together.iter().find(|r| r["custom_id"] == id).unwrap();

@@ -42,7 +42,9 @@ fn built(more: &[&str]) -> Option<Output> {
 /// The folder with `libcuda.so.1`, for `LD_LIBRARY_PATH`; `None`: skip the test.
 pub fn driver() -> Option<&'static Path> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    FOLDER.get_or_init(|| built(&[]).map(|_| target())).as_deref()
+    FOLDER
+        .get_or_init(|| built(&[]).map(|_| target()))
+        .as_deref()
 }
 
 /// A driver that lacks one function, as an old one would.

@@ -84,8 +84,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
+    /// Queues a job. Refused when it could never run: an empty prompt, one longer than the context or with ids that the model does
+    /// not have, or one that asks for no token.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
+        let vocab = self.spec.vocab;
+        if let Some(id) = job.prompt.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("token id {id} is outside the vocabulary"),
+                format!("the model's embedding has {vocab} rows"),
+                "use the tokenizer that belongs to this model",
+            ));
+        }
         let pictures = Pictures::new(&job.prompt, &job.media, self.spec.vision.as_ref())?;
         if let Some(pictures) = &pictures {
             self.vision

@@ -540,12 +540,7 @@ impl Drop for Pager {
 }
 
 pub(crate) fn interrupted() -> Error {
-    Error::new(
-        Code::Interrupted,
-        "interrupted",
-        "Ctrl-C, or a request to stop",
-        "run the same command again",
-    )
+    Error::interrupted()
 }
 
 /// Starts the reading thread; the reader is made on it, because an io_uring ring belongs to one thread.

@@ -30,6 +30,8 @@ pub struct VisionRoom {
     pub slice: usize,
     /// Tokens of embeddings kept at once: at least those of the largest prompt's pictures.
     pub tokens: usize,
+    /// Host memory of pictures that are read while the engine runs; nothing where they were read before it was opened.
+    pub pixel_bytes: u64,
 }
 
 impl VisionRoom {
@@ -39,6 +41,7 @@ impl VisionRoom {
             patches: room.patches + v.grid.patches(),
             slice: room.slice.max(v.grid.slice()),
             tokens: room.tokens + v.tokens(),
+            ..room
         })
     }
 }
@@ -56,6 +59,19 @@ pub struct VisionStats {
     pub compute: Duration,
 }
 
+impl VisionStats {
+    pub fn since(&self, earlier: &VisionStats) -> VisionStats {
+        VisionStats {
+            waves: self.waves - earlier.waves,
+            pictures: self.pictures - earlier.pictures,
+            patches: self.patches - earlier.patches,
+            disk_bytes: self.disk_bytes - earlier.disk_bytes,
+            time: self.time - earlier.time,
+            compute: self.compute - earlier.compute,
+        }
+    }
+}
+
 /// What looking at pictures takes under a budget, before anything is allocated.
 #[derive(Clone, Debug)]
 pub struct VisionNeed {
@@ -65,6 +81,8 @@ pub struct VisionNeed {
     pub limits: Limits,
     /// Tokens of embeddings kept at once.
     pub tokens: usize,
+    /// Pictures that wait for the tower, bytes of pixels.
+    pub pixel_bytes: u64,
 }
 
 impl VisionNeed {
@@ -92,17 +110,19 @@ impl VisionNeed {
         }
         Ok(Some(VisionNeed {
             tokens: room.tokens,
+            pixel_bytes: room.pixel_bytes,
             spec,
             plan,
             limits,
         }))
     }
 
-    /// Host memory the tower takes while it runs, and the embeddings it leaves.
+    /// Host memory the tower takes while it runs, the embeddings it leaves, and the pictures that wait for it.
     pub fn bytes(&self) -> u64 {
         self.plan.arena_bytes()
             + Tower::scratch_bytes(&self.spec, self.limits)
             + (self.tokens * self.spec.out_hidden * 4) as u64
+            + self.pixel_bytes
     }
 }
 

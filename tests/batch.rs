@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tensorpager::checkpoint::{Checkpoint, OpenOptions};
 use tensorpager::engine::{Engine, EngineOptions, Event, FinishReason, Job, JobId};
+use tensorpager::error::Code;
 use tensorpager::paging::Placement;
 use tensorpager::store::Store;
 use tensorpager::text::SamplingParams;

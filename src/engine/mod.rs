@@ -211,7 +211,7 @@ impl Engine {
     /// Runs the scheduled pass, streaming its logits into `sink`.
     fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
         let started = Instant::now();
-        self.pager.begin_pass()?;
+        self.pager.begin_pass(self.scheduler.pass.wanted() > 0)?;
         let mut source = Paged(&mut self.pager);
         let pass = &self.scheduler.pass;
         self.forward

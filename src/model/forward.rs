@@ -246,7 +246,8 @@ impl Forward {
         Ok(())
     }
 
-    /// logits = head(RMSNorm(x[wanted])), block by block.
+    /// logits = head(RMSNorm(x[wanted])), block by block. A pass whose logits nobody wants asks for no unit of the head: its
+    /// schedule has none.
     fn head(
         &mut self,
         device: &Device,
@@ -255,6 +256,9 @@ impl Forward {
         sink: &mut LogitsSink<'_>,
     ) -> Result<()> {
         let wanted = pass.wanted();
+        if wanted == 0 {
+            return Ok(());
+        }
         let eps = self.spec.rms_eps;
         let s = &mut self.scratch;
         for (i, row) in pass.wanted_rows().enumerate() {
@@ -270,16 +274,13 @@ impl Forward {
         for &(unit, first, rows) in &self.heads {
             source.with_unit(unit, &mut |unit| {
                 let started = Instant::now();
-                // A pass whose logits nobody wants still walks the head: the stream's order never depends on the batch.
-                if wanted > 0 {
-                    let w = unit.need(Role::Head)?;
-                    for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
-                        let n = HEAD_TILE_ROWS.min(rows - tile);
-                        let part = w.slice_rows(tile, n);
-                        device.reshape(&mut s.logits, n);
-                        device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store);
-                        sink(first + tile, n, device.read(&s.logits, wanted * n))?;
-                    }
+                let w = unit.need(Role::Head)?;
+                for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
+                    let n = HEAD_TILE_ROWS.min(rows - tile);
+                    let part = w.slice_rows(tile, n);
+                    device.reshape(&mut s.logits, n);
+                    device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store);
+                    sink(first + tile, n, device.read(&s.logits, wanted * n))?;
                 }
                 computed += started.elapsed();
                 Ok(())

@@ -98,7 +98,10 @@ pub struct Pager {
     residents: Vec<Option<Region>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
-    /// Units of the cycle that this pass has had.
+    /// Where the head begins in the cycle: whether a pass reads it is known only when the pass begins.
+    tail: usize,
+    /// Units of the cycle that this pass reads, and that it has had.
+    due: usize,
     taken: usize,
     /// First row of each head unit that is resident, when the head is tied: `(first row, rows, unit)`.
     head_rows: Vec<(usize, usize, UnitId)>,
@@ -168,6 +171,8 @@ impl Pager {
             .filter(|i| plan.tiers[*i] == Tier::Disk && plan.walk.streams(shared.layouts[*i].kind))
             .map(|i| UnitId(i as u32))
             .collect();
+        let is_head = |u: &UnitId| matches!(shared.layouts[u.index()].kind, UnitKind::Head(_));
+        let tail = cycle.iter().position(is_head).unwrap_or(cycle.len());
 
         let gather = match plan.gather_bytes {
             0 => None,
@@ -201,6 +206,8 @@ impl Pager {
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
             cycle,
+            tail,
+            due: 0,
             taken: 0,
             head_rows,
             embed,
@@ -230,7 +237,7 @@ impl Pager {
             let slot = arena.take(pager.plan.slot_bytes).ok_or_else(exhausted)?;
             pager.send_free(slot)?;
         }
-        pager.schedule_pass()?;
+        pager.send_cycle(0..pager.tail)?;
         Ok(pager)
     }
 
@@ -265,23 +272,29 @@ impl Pager {
         Ok(())
     }
 
-    /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two. What a
-    /// pass that failed left unread is passed over, so that this one begins at its beginning.
-    pub fn begin_pass(&mut self) -> Result<()> {
-        while self.stats.passes > 0 && self.taken < self.cycle.len() {
+    /// To be called as a pass begins: schedules its head, where `logits` says that it needs one, and the layers of the pass after it,
+    /// so that the stream never stops between the two. What a pass that failed left unread is passed over, so that this one
+    /// begins at its beginning.
+    pub fn begin_pass(&mut self, logits: bool) -> Result<()> {
+        while self.taken < self.due {
             let lease = self.acquire(self.cycle[self.taken])?;
             self.release(lease)?;
         }
         self.taken = 0;
+        self.due = match logits {
+            true => self.cycle.len(),
+            false => self.tail,
+        };
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
-        self.schedule_pass()
+        self.send_cycle(self.tail..self.due)?;
+        self.send_cycle(0..self.tail)
     }
 
-    fn schedule_pass(&mut self) -> Result<()> {
-        for i in 0..self.cycle.len() {
-            self.send_schedule(self.cycle[i])?;
+    fn send_cycle(&self, units: std::ops::Range<usize>) -> Result<()> {
+        for &unit in &self.cycle[units] {
+            self.send_schedule(unit)?;
         }
         Ok(())
     }

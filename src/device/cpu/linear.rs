@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use super::act::{ActBuf, Operand};
-use super::scratch::{K_BLOCK, SUMS_STRIDE, SWEEP_COLS, SWEEP_ROWS, Scratch};
+use super::scratch::{K_BLOCK, SUMS_STRIDE, SWEEP_COLS, SWEEP_ROWS};
 use super::simd::{Element, F16, F32, Op, Product, Simd};
 use super::{CpuDevice, OutPtr};
 use crate::device::WeightView;

@@ -6,7 +6,34 @@ use crate::model::{UnitSource, UnitView};
 use crate::paging::{Pager, SlotWeight};
 use crate::units::UnitId;
 
-pub(super) struct Paged<'p>(pub &'p mut Pager);
+pub(super) struct Paged<'p> {
+    pager: &'p mut Pager,
+    /// Told how many units of the pass are done, and of how many, after each.
+    watch: Option<(usize, &'p mut dyn FnMut(usize, usize))>,
+    done: usize,
+}
+
+impl<'p> Paged<'p> {
+    pub fn new(pager: &'p mut Pager) -> Paged<'p> {
+        Paged {
+            pager,
+            watch: None,
+            done: 0,
+        }
+    }
+
+    /// `watch(units done, units)` after each unit.
+    pub fn watched(
+        pager: &'p mut Pager,
+        units: usize,
+        watch: &'p mut dyn FnMut(usize, usize),
+    ) -> Paged<'p> {
+        Paged {
+            watch: Some((units, watch)),
+            ..Paged::new(pager)
+        }
+    }
+}
 
 impl UnitSource for Paged<'_> {
     fn with_unit(
@@ -14,14 +41,18 @@ impl UnitSource for Paged<'_> {
         unit: UnitId,
         compute: &mut dyn FnMut(&UnitView<'_>) -> Result<()>,
     ) -> Result<()> {
-        let lease = self.0.acquire(unit)?;
-        let bytes = self.0.bytes(&lease);
+        let lease = self.pager.acquire(unit)?;
+        let bytes = self.pager.bytes(&lease);
         let mut view = UnitView::empty();
-        for w in self.0.weights(unit) {
+        for w in self.pager.weights(unit) {
             view.set(w.role, weight(w, bytes));
         }
         let done = compute(&view);
-        self.0.release(lease)?;
+        self.pager.release(lease)?;
+        self.done += 1;
+        if let Some((units, watch)) = &mut self.watch {
+            watch(self.done, *units);
+        }
         done
     }
 
@@ -31,8 +62,8 @@ impl UnitSource for Paged<'_> {
         tokens: &[u32],
         row: &mut dyn FnMut(usize, &WeightView<'_>) -> Result<()>,
     ) -> Result<()> {
-        let (dtype, cols) = self.0.embed_shape();
-        self.0.gather(tokens, &mut |i, bytes| {
+        let (dtype, cols) = self.pager.embed_shape();
+        self.pager.gather(tokens, &mut |i, bytes| {
             row(
                 i,
                 &WeightView {

@@ -10,6 +10,7 @@ use super::input::Lines;
 use super::job::BatchJob;
 use super::request::{Endpoint, RowError, TextTools};
 use super::scan::{State, parse_line};
+use super::sizing::Sizing;
 use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Logprobs};
 use crate::error::{Code, Error, Result};
 use crate::text::{StopMatcher, TokenStream};
@@ -36,8 +37,13 @@ pub struct JobProgress {
     pub shared_tokens: u64,
     pub output_tokens: u64,
     pub preemptions: u64,
-    /// Since this start.
+    /// Since this start, up to the last pass.
     pub stats: EngineStats,
+    /// Of the pass that runs now; `units` is 0 between two passes.
+    pub unit: usize,
+    pub units: usize,
+    /// What this start's rows take at most, prompts and answers, from some of them.
+    pub expected_tokens: u64,
     pub elapsed: Duration,
     /// Asked to stop: what runs is finished, nothing new begins.
     pub stopping: bool,
@@ -96,13 +102,13 @@ struct Runner<'a> {
 }
 
 impl BatchJob {
-    /// Answers what remains. `stop` raised: nothing new begins, what runs is finished. `sequences`: how many may run at once.
-    /// `progress` hears after every pass.
+    /// Answers what remains. `stop` raised: nothing new begins, what runs is finished. `sizing`: what the engine was opened with.
+    /// `progress` hears after every unit and every pass.
     pub fn run(
         &mut self,
         engine: &mut Engine,
         text: TextTools<'_>,
-        sequences: usize,
+        sizing: &Sizing,
         stop: &AtomicBool,
         progress: &mut dyn FnMut(&JobProgress),
     ) -> Result<JobSummary> {
@@ -113,6 +119,7 @@ impl BatchJob {
         let told = JobProgress {
             rows: self.rows(),
             before: self.done() + self.failed(),
+            expected_tokens: self.remaining() * sizing.row_tokens as u64,
             ..JobProgress::default()
         };
         let mut r = Runner {
@@ -135,11 +142,16 @@ impl BatchJob {
                 r.drop_unstarted();
             }
             if !stopping {
-                r.admit(sequences + AHEAD)?;
+                r.admit(sizing.sequences + AHEAD)?;
             }
             if r.engine.pending() > 0 {
                 events.clear();
-                r.engine.step(&mut events)?;
+                let mut now = r.told;
+                r.engine.step_watched(&mut events, &mut |unit, units| {
+                    (now.unit, now.units) = (unit, units);
+                    now.elapsed = started.elapsed();
+                    progress(&now);
+                })?;
                 for event in events.drain(..) {
                     r.hear(event)?;
                 }
@@ -262,6 +274,9 @@ impl Runner<'_> {
                 Err(e) if e.code() == Code::Usage => {
                     return Ok(Some(RowError::from_error("invalid_prompt", &e)));
                 }
+                Err(e) if e.code() == Code::Memory => {
+                    return Ok(Some(RowError::from_error("kv_room", &e)));
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -330,7 +345,11 @@ impl Runner<'_> {
                 self.engine.cancel(c.job);
                 self.owners.remove(&c.job);
             }
-            let e = RowError::from_error("model_output", e);
+            let code = match e.code() {
+                Code::Memory => "kv_room",
+                _ => "model_output",
+            };
+            let e = RowError::from_error(code, e);
             return self.refuse(index, row.id, Some(&row.custom_id), &e);
         }
         let answered: Vec<Answered> = row.choices.into_iter().map(Choice::answered).collect();

@@ -14,8 +14,6 @@ use crate::spec::ModelSpec;
 const SAMPLED_ROWS: usize = 128;
 /// Sequences at once where nobody says otherwise.
 const DEFAULT_SEQUENCES: usize = 256;
-/// A context costs only what is used of it; below this it is not worth cutting.
-const LEAST_CONTEXT: usize = 2048;
 
 /// What rows look like, from some of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -33,6 +31,8 @@ pub struct Sizing {
     pub sequences: usize,
     pub kv_tokens: usize,
     pub context: usize,
+    /// What a row takes at most, on average: prompts and answers of all its choices.
+    pub row_tokens: usize,
 }
 
 /// What the user asked for, and what there is.
@@ -40,6 +40,8 @@ pub struct Sizing {
 pub struct SizingInput {
     pub sequences: Option<usize>,
     pub kv_bytes: Option<u64>,
+    /// Where `kv_bytes` is not given: one part in so many of the budget, or more where all weights fit beside it.
+    pub kv_share: u64,
     pub context: Option<usize>,
     /// Bytes this process may take in all.
     pub budget: u64,
@@ -57,7 +59,11 @@ impl BatchJob {
         let all: Vec<usize> = (0..self.scan.marks.len()).filter(open).collect();
         let stride = all.len().div_ceil(SAMPLED_ROWS).max(1);
         let chosen: Vec<usize> = all.iter().copied().step_by(stride).collect();
-        sample(&self.spec.source, &self.spec.rules, text, &chosen)
+        let mut sample = sample(&self.spec.source, &self.spec.rules, text, &chosen)?;
+        // A short row may ask for the longest answer of all.
+        let asked = self.scan.longest_answer;
+        sample.longest_tokens = sample.longest_tokens.max(asked);
+        Ok(sample)
     }
 }
 
@@ -122,18 +128,15 @@ fn sample(
 }
 
 impl Sizing {
-    /// A deep queue: memory goes to KV and to sequences before it goes to weights, but never so much that little is left for
-    /// those. What the user asked for is taken as it is.
+    /// A deep queue: memory goes to KV and to sequences before it goes to weights. What the user asked for is taken as it is.
+    /// The context is the model's own: it costs nothing, and were it chosen by what memory holds or by the rows that happen
+    /// to remain, a long answer would end elsewhere in a resumed job than in a whole one.
     pub fn choose(spec: &ModelSpec, sample: &RowSample, i: &SizingInput) -> Sizing {
         let token_bytes = block_bytes(spec.layers, spec.kv_heads, spec.head_size, i.element_bytes)
             / BLOCK_TOKENS as u64;
-        // A quarter of the budget, or more where all weights fit beside it.
-        let room = (i.budget / 4).max(i.budget.saturating_sub(i.weights) / 2);
+        let room = (i.budget / i.kv_share.max(1)).max(i.budget.saturating_sub(i.weights) / 2);
         let kv_room = i.kv_bytes.unwrap_or(room) / token_bytes.max(1);
-        let context = i.context.unwrap_or_else(|| {
-            let wanted = (sample.longest_tokens + sample.longest_tokens / 4).max(LEAST_CONTEXT);
-            wanted.min(kv_room as usize)
-        });
+        let context = i.context.unwrap_or(spec.max_positions);
         let context = context.clamp(2, spec.max_positions.max(2));
         let sequences = i.sequences.unwrap_or_else(|| {
             let there_are = (i.rows as f64 * sample.choices).ceil() as usize;
@@ -146,14 +149,16 @@ impl Sizing {
         });
         let sequences = sequences.max(1);
         let wanted = (sequences as f64 * sample.mean_tokens * 1.1) as usize;
+        let longest = sample.longest_tokens.min(context);
         let kv_tokens = match i.kv_bytes {
             Some(_) => kv_room as usize,
-            None => wanted.min(kv_room as usize).max(context),
+            None => wanted.max(longest).min(kv_room as usize),
         };
         Sizing {
             sequences,
             kv_tokens: kv_tokens.max(BLOCK_TOKENS),
             context,
+            row_tokens: (sample.mean_tokens * sample.choices).ceil() as usize,
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::engine::Engine;
 use crate::engine::jobs::{BatchJob, JobSummary, Sizing};
 use crate::error::{Error, Result};
 use crate::report::job::Figures;
-use crate::report::summary::{PagingReport, Timings};
+use crate::report::summary::{PagingReport, Timings, VisionReport};
 
 /// What `--json` ends with.
 #[derive(Serialize)]
@@ -33,6 +33,8 @@ struct BatchReport<'a> {
     context: usize,
     timings: Timings,
     paging: PagingReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vision: Option<VisionReport>,
 }
 
 pub fn print_json(
@@ -69,6 +71,7 @@ pub fn print_json(
         context: opened.map_or(0, |(e, _)| e.context()),
         timings,
         paging,
+        vision: VisionReport::new(&p.vision),
     };
     let text = serde_json::to_string(&report)
         .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

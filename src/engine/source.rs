@@ -9,27 +9,30 @@ use crate::units::UnitId;
 pub(super) struct Paged<'p> {
     pager: &'p mut Pager,
     /// Told how many units of the pass are done, and of how many, after each.
-    watch: Option<(usize, &'p mut dyn FnMut(usize, usize))>,
+    watch: Option<&'p mut Watch<'p>>,
+    /// Units of the pass, as far as anybody asks.
+    units: usize,
     done: usize,
 }
+
+/// Called with (units done, units of the pass).
+pub(super) type Watch<'w> = dyn FnMut(usize, usize) + 'w;
 
 impl<'p> Paged<'p> {
     pub fn new(pager: &'p mut Pager) -> Paged<'p> {
         Paged {
             pager,
             watch: None,
+            units: 0,
             done: 0,
         }
     }
 
     /// `watch(units done, units)` after each unit.
-    pub fn watched(
-        pager: &'p mut Pager,
-        units: usize,
-        watch: &'p mut dyn FnMut(usize, usize),
-    ) -> Paged<'p> {
+    pub fn watched(pager: &'p mut Pager, units: usize, watch: &'p mut Watch<'p>) -> Paged<'p> {
         Paged {
-            watch: Some((units, watch)),
+            watch: Some(watch),
+            units,
             ..Paged::new(pager)
         }
     }
@@ -50,8 +53,8 @@ impl UnitSource for Paged<'_> {
         let done = compute(&view);
         self.pager.release(lease)?;
         self.done += 1;
-        if let Some((units, watch)) = &mut self.watch {
-            watch(self.done, *units);
+        if let Some(watch) = &mut self.watch {
+            watch(self.done, self.units);
         }
         done
     }

@@ -81,6 +81,11 @@ impl Acts {
         self.data.set_dtype(dtype);
     }
 
+    /// As [`Acts::round_to`], but its rows stay float32.
+    pub fn keep_exact(&mut self, dtype: Dtype) {
+        self.data.keep_exact(dtype);
+    }
+
     pub fn dtype(&self) -> Dtype {
         self.data.dtype()
     }

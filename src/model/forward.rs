@@ -1,7 +1,8 @@
 //! embed → N × (norm, attention, norm, MLP) → norm → head, over a ragged pass. There is no second forward.
 //!
-//! Numerics: the residual stream, norms, RoPE, softmax and logits are float32; the inputs of a matrix product are rounded
-//! once to the weights' type; products accumulate in float32. A row's result does not depend on the other rows.
+//! Numerics: the residual stream, norms, RoPE, softmax and logits are float32; products accumulate in float32. The inputs of the
+//! MLP's products are rounded once to the weights' type where the device gains by it; those of attention and head, a quarter of
+//! the arithmetic at most and more of the error, are not. A row's result does not depend on the other rows.
 
 use std::time::{Duration, Instant};
 
@@ -85,6 +86,14 @@ impl Forward {
     /// Host memory [`Forward::new`] takes.
     pub fn scratch_bytes(spec: &ModelSpec, tokens: usize, wanted: usize) -> u64 {
         Scratch::bytes(spec, tokens, wanted)
+    }
+
+    /// Units a pass acquires: layers, and where logits are wanted the final norm and the blocks of the head.
+    pub fn units(&self, logits: bool) -> usize {
+        match logits {
+            true => self.layers.len() + 1 + self.heads.len(),
+            false => self.layers.len(),
+        }
     }
 
     pub fn max_tokens(&self) -> usize {
@@ -186,7 +195,7 @@ impl Forward {
             let w = unit.need(role)?;
             if rounded_to != Some(w.dtype) {
                 rounded_to = Some(w.dtype);
-                s.normed.round_to(w.dtype);
+                s.normed.keep_exact(w.dtype);
                 device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed);
             }
             device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store);
@@ -211,7 +220,7 @@ impl Forward {
             window: p.window[layer],
         };
         let (w, b) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
-        s.attended.round_to(w.dtype);
+        s.attended.keep_exact(w.dtype);
         device.attention(&s.q, spans, kv, layer, &shape, &mut s.attended);
         device.linear(&s.attended, rows, w, b, &mut s.x, 0, Into::Add);
         Ok(())
@@ -264,7 +273,7 @@ impl Forward {
         for (i, row) in pass.wanted_rows().enumerate() {
             device.copy_row(&s.x, row, &mut s.picked, i);
         }
-        s.last.round_to(self.head_dtype);
+        s.last.keep_exact(self.head_dtype);
         source.with_unit(self.norm, &mut |unit| {
             let w = unit.need(Role::FinalNorm)?;
             device.rmsnorm(&s.picked, 0, wanted, w, eps, &mut s.last);

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use super::act::{ActBuf, Operand};
 use super::scratch::{K_BLOCK, SUMS_STRIDE, SWEEP_COLS, SWEEP_ROWS};
-use super::simd::{Element, F16, F32, Op, Product, Simd};
+use super::simd::{Bf16Split, Element, F16, F32, Format, Op, Product, Simd};
 use super::{CpuDevice, OutPtr};
 use crate::device::WeightView;
 use crate::units::Dtype;
@@ -63,8 +63,9 @@ impl CpuDevice {
         assert!(rows <= a.rows(), "{rows} rows of {}", a.rows());
         assert_eq!(a.cols(), w.cols, "columns of activations and weights");
         assert_eq!(a.dtype(), w.dtype, "dtype of activations and weights");
+        let known = [self.isa.format(w.dtype), self.isa.exact_format(w.dtype)];
         assert!(
-            a.format() == self.isa.format(w.dtype),
+            known.contains(&a.format()),
             "activations were written for another instruction set"
         );
         super::check_rows(out.len(), rows, out_stride, w.rows);
@@ -75,6 +76,7 @@ impl CpuDevice {
         }
         let job = Job {
             acts: a.operand(),
+            exact: matches!(a.format(), Format::Split { .. }),
             rows,
             w: *w,
             bias: bias.copied(),
@@ -141,6 +143,8 @@ impl Shares {
 
 struct Job<'a> {
     acts: Operand,
+    /// Bfloat16 weights meet float32 activations.
+    exact: bool,
     rows: usize,
     w: WeightView<'a>,
     bias: Option<WeightView<'a>>,
@@ -168,6 +172,7 @@ impl Op for Task<'_> {
             match self.job.w.dtype {
                 Dtype::F32 => self.walk::<S, F32>(s),
                 Dtype::F16 => self.walk::<S, F16>(s),
+                Dtype::BF16 if self.job.exact => self.walk::<S, Bf16Split>(s),
                 Dtype::BF16 => self.walk::<S, S::Bf16>(s),
             }
         }

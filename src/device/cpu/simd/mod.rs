@@ -372,6 +372,14 @@ impl Isa {
         }
     }
 
+    /// As [`Isa::format`], for activations that stay float32.
+    pub(crate) fn exact_format(self, dtype: Dtype) -> Format {
+        match self.format(dtype) {
+            Format::Packed => Format::Split { lanes: MAX_LANES },
+            other => other,
+        }
+    }
+
     #[inline]
     pub(crate) fn run<O: Op>(self, op: O) {
         match self {

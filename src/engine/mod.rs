@@ -33,9 +33,9 @@ use crate::paging::{Pager, PagingStats, Plan};
 use crate::spec::ModelSpec;
 use crate::units::Dtype;
 use pacer::Pacer;
+use pictures::Pictures;
 use sample::Samplers;
 use schedule::{ScheduleStats, Scheduler};
-use pictures::Pictures;
 use source::Paged;
 use vision::Vision;
 
@@ -133,7 +133,7 @@ impl Engine {
             return Ok(());
         }
         for copy in self.scheduler.copies() {
-            self.device.kv_copy(&mut self.kv, copy.from, copy.to);
+            self.device.kv_copy(&mut self.kv, copy.from, copy.to)?;
         }
         let vocab = self.spec.vocab;
         let mut logits = std::mem::take(&mut self.logits);

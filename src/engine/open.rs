@@ -12,7 +12,7 @@ use super::vision::{Vision, VisionRoom};
 use super::{Engine, no_kv_room};
 use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
-use crate::model::forward::Forward;
+use crate::model::forward::{Forward, PassLimits};
 use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
 use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout};
 use crate::spec::UnitKind;
@@ -107,11 +107,19 @@ impl Engine {
         let device = Device::cpu(options.threads, options.isa.as_deref())?;
         let wanted = options.logits_rows.max(1);
         let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
-        let vision = Vision::plan(store, &layouts, options, depth, budget)?;
+        let limits = |tokens: usize| PassLimits {
+            tokens,
+            wanted,
+            segments: tokens,
+            table: kv_blocks.max(options.max_sequences * KvPool::blocks_for(context)),
+            context,
+            select: options.keep_logits,
+        };
+        let vision = Vision::plan(store, &device, &layouts, options, depth, budget)?;
         let charges = |tokens: usize| Charges {
             base: host.resident,
             kv: kv_bytes,
-            scratch: Forward::scratch_bytes(&spec, tokens, wanted),
+            scratch: Forward::room(&device, &spec, &limits(tokens)).host,
             logits: if options.keep_logits {
                 (wanted * spec.vocab * 4) as u64
             } else {
@@ -133,8 +141,7 @@ impl Engine {
             &spec,
             &units,
             head_dtype(store),
-            pass_tokens,
-            wanted,
+            &limits(pass_tokens),
         )?;
         let kv = device.kv(&KvShape {
             layers: spec.layers,
@@ -142,7 +149,7 @@ impl Engine {
             kv_heads: spec.kv_heads,
             head_size: spec.head_size,
             dtype,
-        });
+        })?;
         let pager = Pager::start(
             store,
             layouts,

@@ -1,6 +1,6 @@
 //! The pager as the forward pass sees it: units by role, nothing of disks or slots.
 
-use crate::device::WeightView;
+use crate::device::{Bytes, WeightView};
 use crate::error::Result;
 use crate::model::{UnitSource, UnitView};
 use crate::paging::{Pager, SlotWeight};
@@ -40,7 +40,7 @@ impl UnitSource for Paged<'_> {
                     rows: 1,
                     cols,
                     row_stride: bytes.len(),
-                    data: bytes,
+                    data: Bytes::Host(bytes),
                 },
             )
         })
@@ -54,6 +54,6 @@ fn weight<'a>(w: &SlotWeight, bytes: &'a [u8]) -> WeightView<'a> {
         rows: w.rows,
         cols: w.cols,
         row_stride: w.cols * w.dtype.bytes(),
-        data: &bytes[at..at + w.bytes as usize],
+        data: Bytes::Host(&bytes[at..at + w.bytes as usize]),
     }
 }

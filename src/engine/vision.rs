@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::open::EngineOptions;
 use super::pictures::{Pictures, text_only};
 use super::source::Paged;
-use crate::device::Device;
+use crate::device::{Device, Room};
 use crate::error::{Code, Error, Result};
 use crate::media::Visual;
 use crate::model::pass::Embeddings;
@@ -66,6 +66,8 @@ pub(super) struct Vision {
     options: PagerOptions,
     units: Vec<(UnitId, UnitKind)>,
     limits: Limits,
+    /// What the tower takes besides its pager.
+    room: Room,
     tokens: usize,
     /// Oldest first.
     cache: Vec<(u128, Arc<Embeddings>)>,
@@ -76,6 +78,7 @@ impl Vision {
     /// `None` where the options ask for no pictures. `budget` decides how many patches go together.
     pub fn plan(
         store: &Store,
+        device: &Device,
         layouts: &[SlotLayout],
         options: &EngineOptions,
         depth: usize,
@@ -91,7 +94,7 @@ impl Vision {
             slice: room.slice,
         };
         // A wave may take a quarter of the budget from the weights; below that, pictures go through in more pieces.
-        let bytes = |l| plan.arena_bytes() + Tower::scratch_bytes(&spec, l);
+        let bytes = |l| plan.arena_bytes() + Tower::room(device, &spec, l).host;
         while bytes(limits) > budget / 4 && limits.wave > limits.slice {
             limits.wave = (limits.wave / 2).max(limits.slice);
         }
@@ -102,6 +105,7 @@ impl Vision {
             options: options.pager.clone(),
             units: store.units.iter().map(|u| (u.id, u.kind)).collect(),
             tokens: room.tokens,
+            room: Tower::room(device, &spec, limits),
             cache: Vec::new(),
             stats: VisionStats::default(),
             spec,
@@ -112,9 +116,7 @@ impl Vision {
 
     /// Host memory the tower takes while it runs, and the embeddings it leaves.
     pub fn bytes(&self) -> u64 {
-        self.plan.arena_bytes()
-            + Tower::scratch_bytes(&self.spec, self.limits)
-            + (self.tokens * self.out_hidden * 4) as u64
+        self.plan.arena_bytes() + self.room.host + (self.tokens * self.out_hidden * 4) as u64
     }
 
     /// Refuses pictures that could never be looked at here.

@@ -125,7 +125,7 @@ impl Weights {
             rows: self.rows,
             cols: self.cols,
             row_stride: self.row_stride,
-            data: &self.bytes[self.shift..],
+            data: Bytes::Host(&self.bytes[self.shift..]),
         }
     }
 }

@@ -360,7 +360,12 @@ mod tests {
     fn images_are_where_the_driver_wants_them() {
         assert_eq!(IMAGES.len() % 2, 0);
         for image in IMAGES {
-            assert_eq!(image.ptx.bytes.as_ptr() as usize % 64, 0, "{}", image.module);
+            assert_eq!(
+                image.ptx.bytes.as_ptr() as usize % 64,
+                0,
+                "{}",
+                image.module
+            );
             assert_eq!(image.ptx.bytes.last(), Some(&0), "{}", image.module);
         }
         let l = Launches::read().unwrap();

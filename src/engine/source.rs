@@ -47,13 +47,12 @@ impl UnitSource for Paged<'_> {
     }
 }
 
-fn weight<'a>(w: &SlotWeight, bytes: &'a [u8]) -> WeightView<'a> {
-    let at = w.offset as usize;
+fn weight<'a>(w: &SlotWeight, bytes: Bytes<'a>) -> WeightView<'a> {
     WeightView {
         dtype: w.dtype,
         rows: w.rows,
         cols: w.cols,
         row_stride: w.cols * w.dtype.bytes(),
-        data: Bytes::Host(&bytes[at..at + w.bytes as usize]),
+        data: bytes.part(w.offset as usize, w.bytes as usize),
     }
 }

@@ -59,7 +59,7 @@ impl Device {
     pub fn name(&self) -> &str {
         match self {
             Device::Cpu(_) => "cpu",
-            Device::Cuda(d) => d.name(),
+            Device::Cuda(d) => d.label(),
         }
     }
 

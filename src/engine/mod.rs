@@ -89,7 +89,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
+    /// Queues a job. Refused when it could never run: an empty prompt, one longer than the context, or one that no KV room
+    /// there is could hold.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
         let pictures = Pictures::new(&job.prompt, &job.media, self.spec.vision.as_ref())?;
         if let Some(pictures) = &pictures {
@@ -124,6 +125,16 @@ impl Engine {
     /// One pass. Appends what happened to `events`. Does nothing when no job is pending. After an error nothing computed is
     /// trusted any more: a further step computes every pending job's KV anew.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        self.step_watched(events, &mut |_, _| {})
+    }
+
+    /// As [`Engine::step`]; `watch(units done, units of a pass)` after each unit, for those who wait: a pass over a large
+    /// model takes long.
+    pub fn step_watched(
+        &mut self,
+        events: &mut Vec<Event>,
+        watch: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(crate::paging::interrupted());
         }
@@ -133,15 +144,15 @@ impl Engine {
             true => self.pacer.budget(most),
             false => most,
         };
-        self.scheduler.schedule(budget)?;
+        self.scheduler.schedule(budget, events)?;
         if self.scheduler.pass.rows() == 0 {
             return Ok(());
         }
         let before = self.stats();
         let candidates = self.candidates_wanted();
         let ran = self.copy_blocks().and_then(|()| match candidates {
-            Some(k) => self.run_for_candidates(k),
-            None => self.run_for_logits(),
+            Some(k) => self.run_for_candidates(k, watch),
+            None => self.run_for_logits(watch),
         });
         if let Err(e) = ran {
             self.scheduler.set_back_all();
@@ -181,23 +192,24 @@ impl Engine {
         each.collect::<Option<Vec<usize>>>()?.into_iter().max()
     }
 
-    fn run_for_logits(&mut self) -> Result<()> {
+    fn run_for_logits(&mut self, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let vocab = self.spec.vocab;
         let mut logits = std::mem::take(&mut self.logits);
-        let ran = self.run_pass(&mut |first, n, block| {
+        let mut keep = |first: usize, n: usize, block: &[f32]| {
             for (row, values) in block.chunks_exact(n).enumerate() {
                 logits[row * vocab + first..][..n].copy_from_slice(values);
             }
             Ok(())
-        });
+        };
+        let ran = self.run_pass(&mut keep, watch);
         self.logits = logits;
         ran
     }
 
-    fn run_for_candidates(&mut self, k: usize) -> Result<()> {
+    fn run_for_candidates(&mut self, k: usize, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let started = Instant::now();
         self.pager.begin_pass()?;
-        let mut source = Paged(&mut self.pager);
+        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
         let pass = &self.scheduler.pass;
         let limit = self.samplers.limit();
         let found = &mut self.candidates;
@@ -261,10 +273,14 @@ impl Engine {
     }
 
     /// Runs the scheduled pass, streaming its logits into `sink`.
-    fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
+    fn run_pass(
+        &mut self,
+        sink: &mut LogitsSink<'_>,
+        watch: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
         let started = Instant::now();
         self.pager.begin_pass()?;
-        let mut source = Paged(&mut self.pager);
+        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
         let pass = &self.scheduler.pass;
         self.forward
             .run(&self.device, &mut self.kv, &mut source, pass, sink)?;

@@ -13,7 +13,7 @@ use super::{Engine, no_kv_room};
 use crate::device::{CudaDevice, CudaOptions, Device, DeviceKind, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
-use crate::model::kv::{BLOCK_TOKENS, KvPool};
+use crate::model::kv::KvPool;
 use crate::paging::{Budget, Origin, Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
@@ -46,7 +46,8 @@ pub struct EngineOptions {
     pub context: usize,
     /// Sequences that may run at once.
     pub max_sequences: usize,
-    /// KV room in tokens; by default every sequence may reach the context.
+    /// KV room in tokens; by default every sequence may reach the context. With less, a sequence that no longer fits even
+    /// alone fails.
     pub kv_tokens: Option<usize>,
     /// Rows a pass may hold; shrinks to fit the budget.
     pub pass_tokens: usize,
@@ -164,7 +165,6 @@ impl Engine {
             return Err(no_kv_room(1));
         }
         let sample_limit = options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab);
-        let context = context.min(kv_blocks * BLOCK_TOKENS);
         let limits = Limits {
             context,
             sequences: options.max_sequences,

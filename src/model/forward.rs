@@ -117,6 +117,11 @@ impl Forward {
         Scratch::room(device, spec, limits)
     }
 
+    /// Units a pass acquires: layers, final norm, head blocks.
+    pub fn units(&self) -> usize {
+        self.layers.len() + 1 + self.heads.len()
+    }
+
     pub fn max_tokens(&self) -> usize {
         self.limits.tokens
     }

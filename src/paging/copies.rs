@@ -119,7 +119,7 @@ impl Copies {
                         return Ok(());
                     }
                     begin(&self.copier, slot, begun)?;
-                    self.from_memory(memory, *unit, done, slot, shared)?
+                    self.copy_from_memory(memory, *unit, done, slot, shared)?
                 }
                 None => {
                     while let Some(i) = self.landed.iter().position(|l| l.fill == *number) {
@@ -167,7 +167,7 @@ impl Copies {
     }
 
     /// A unit that rests in host memory: as it lies, or page by page through frames as these become free. True when all is given.
-    fn from_memory(
+    fn copy_from_memory(
         &mut self,
         memory: &InMemory,
         unit: UnitId,

@@ -116,7 +116,6 @@ impl PagingReport {
             probed_disk_gb_per_s: settings.probed_disk_gb_per_s,
             percent_of_bound: share.map(|s| s * 100.0),
             peak_memory_bytes: crate::engine::peak_bytes(),
-            ..PagingReport::default()
         }
     }
 }

@@ -174,7 +174,7 @@ impl CudaDevice {
     }
 
     /// `cuda:0`
-    pub fn name(&self) -> &str {
+    pub fn label(&self) -> &str {
         &self.context.label
     }
 

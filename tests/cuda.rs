@@ -90,15 +90,17 @@ impl Run {
     }
 
     /// The logits of every input, `[tokens, vocab]`.
-    fn score(mut self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    fn score(self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
+        let lines = inputs.iter().map(|ids| json!({ "input_ids": ids }));
+        self.score_lines(lines.collect())
+    }
+
+    fn score_lines(mut self, inputs: Vec<Value>) -> Vec<Vec<f32>> {
         let (from, to) = (
             self.folder.path().join("in.jsonl"),
             self.folder.path().join("out.safetensors"),
         );
-        let lines: Vec<String> = inputs
-            .iter()
-            .map(|ids| json!({ "input_ids": ids }).to_string())
-            .collect();
+        let lines: Vec<String> = inputs.iter().map(Value::to_string).collect();
         std::fs::write(&from, lines.join("\n")).unwrap();
         self.command
             .arg("--input")
@@ -206,6 +208,41 @@ fn tiers_readers_depths_pages_and_orders_change_no_bit() {
             .env("EMUCUDA_FAIL", "cuMemHostRegister:*:801"),
     );
     same("small blocks", new().env("EMUCUDA_SHARED_OPTIN", "101376"));
+}
+
+/// The tower and the decoder behind it, the pictures of a prompt together and alone.
+#[test]
+fn pictures_are_nearer_to_float32_than_transformers_own_16_bit_run() {
+    let Some(driver) = driver() else { return };
+    let folder = fixtures().join("gpu-vl-bf16");
+    let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+    // The fixture names its pictures relative to itself.
+    let text = text.replace(
+        "\"url\": \"image",
+        &format!("\"url\": \"{}/image", folder.display()),
+    );
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let tensors = read_safetensors(&folder.join("golden.safetensors"));
+    let cases = golden["cases"].as_array().unwrap();
+    let lines = || cases.iter().map(|c| json!({ "messages": c["messages"] }));
+    let score = |lines: Vec<Value>| Run::new(driver, "score", "gpu-vl-bf16").score_lines(lines);
+    let together = score(lines().collect());
+    for ((case, got), line) in cases.iter().zip(&together).zip(lines()) {
+        let name = case["case"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["input_ids"].clone()).unwrap();
+        let at: Vec<usize> = serde_json::from_value(case["positions"].clone()).unwrap();
+        let vocab = got.len() / ids.len();
+        let rows: Vec<f32> = at
+            .iter()
+            .flat_map(|p| &got[p * vocab..][..vocab])
+            .copied()
+            .collect();
+        let error = nmse(&rows, &tensors[&format!("{name}.logits")].f32s());
+        let half = case["half_error"]["nmse"].as_f64().unwrap();
+        println!("{name}: nmse {error:.2e}, half {half:.2e}");
+        assert!(error < half, "{name}: {error} against {half}");
+        assert!(score(vec![line])[0] == *got, "{name} alone");
+    }
 }
 
 #[test]

@@ -185,11 +185,26 @@ fn a_job_that_could_never_run_is_refused_alone() {
     let id = e.submit(good.clone()).unwrap();
     let vocab = e.spec().vocab as u32;
     for bad in [
-        Job { prompt: vec![1, vocab, 2], ..good.clone() },
-        Job { prompt: vec![u32::MAX], ..good.clone() },
-        Job { max_tokens: 0, ..good.clone() },
-        Job { prompt: Vec::new(), ..good.clone() },
-        Job { prompt: vec![1; 10_000], ..good },
+        Job {
+            prompt: vec![1, vocab, 2],
+            ..good.clone()
+        },
+        Job {
+            prompt: vec![u32::MAX],
+            ..good.clone()
+        },
+        Job {
+            max_tokens: 0,
+            ..good.clone()
+        },
+        Job {
+            prompt: Vec::new(),
+            ..good.clone()
+        },
+        Job {
+            prompt: vec![1; 10_000],
+            ..good
+        },
     ] {
         assert_eq!(e.submit(bad).unwrap_err().code(), Code::Usage);
     }

@@ -284,7 +284,7 @@ impl Task<'_> {
                         acts: job.acts.at(k, at.r0),
                         act_stride: job.acts.row_bytes,
                         rows: at.r1 - at.r0,
-                        weights: job.w.data.as_ptr().add(from),
+                        weights: job.w.host().as_ptr().add(from),
                         weight_stride: job.w.row_stride,
                         cols: (at.n1 - n).min(PANEL_ROWS),
                         len: (at.k1 - k).min(K_BLOCK),
@@ -323,7 +323,7 @@ impl Task<'_> {
         };
         let lines = chunks * chunk_bytes.div_ceil(LINE);
         let steps = rows.div_ceil(S::TILE_ROWS) * PANEL_ROWS.div_ceil(4) * span.div_ceil(P::STEP);
-        let first = w.data.as_ptr() as usize + next * w.row_stride + k * P::WEIGHT_BYTES;
+        let first = w.host().as_ptr() as usize + next * w.row_stride + k * P::WEIGHT_BYTES;
         let acts = match block {
             Some((r, _, k)) if job.rows > rows || span < w.cols => {
                 let bytes = (job.rows - r).min(rows) * job.acts.row_bytes;

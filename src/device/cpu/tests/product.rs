@@ -207,7 +207,14 @@ impl Op for PackedTile<'_> {
             // SAFETY: four rows of k weights, three of activations with zeros up to a whole step.
             unsafe {
                 let len = K_BLOCK.min(k - first);
-                tile4::<S, PairsModel, 3>(s, acts, [0, 1, 2, 3].map(at), len, Asked::NOTHING, self.sums);
+                tile4::<S, PairsModel, 3>(
+                    s,
+                    acts,
+                    [0, 1, 2, 3].map(at),
+                    len,
+                    Asked::NOTHING,
+                    self.sums,
+                );
             }
         }
     }

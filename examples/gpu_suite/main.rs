@@ -1,0 +1,3 @@
+mod bed;
+mod ops;
+fn main() {}

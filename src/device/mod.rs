@@ -43,18 +43,6 @@ pub struct DeviceBytes<'a> {
     slot: PhantomData<&'a ()>,
 }
 
-impl<'a> From<&'a [u8]> for Bytes<'a> {
-    fn from(bytes: &'a [u8]) -> Bytes<'a> {
-        Bytes::Host(bytes)
-    }
-}
-
-impl<'a> From<&'a Vec<u8>> for Bytes<'a> {
-    fn from(bytes: &'a Vec<u8>) -> Bytes<'a> {
-        Bytes::Host(bytes)
-    }
-}
-
 impl<'a> Bytes<'a> {
     pub fn len(&self) -> usize {
         match self {
@@ -86,18 +74,13 @@ impl<'a> Bytes<'a> {
 
 impl<'a> WeightView<'a> {
     /// Rows without gaps between them.
-    pub fn packed(
-        dtype: Dtype,
-        rows: usize,
-        cols: usize,
-        data: impl std::convert::Into<Bytes<'a>>,
-    ) -> WeightView<'a> {
+    pub fn packed(dtype: Dtype, rows: usize, cols: usize, data: &'a [u8]) -> WeightView<'a> {
         WeightView {
             dtype,
             rows,
             cols,
             row_stride: cols * dtype.bytes(),
-            data: data.into(),
+            data: Bytes::Host(data),
         }
     }
 

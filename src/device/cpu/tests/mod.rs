@@ -6,7 +6,7 @@ mod ops;
 mod product;
 
 use super::{ActBuf, CpuDevice};
-use crate::device::WeightView;
+use crate::device::{Bytes, WeightView};
 use crate::units::Dtype;
 
 pub(super) const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];

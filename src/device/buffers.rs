@@ -2,7 +2,7 @@
 
 use super::cpu::{ActBuf, AttnSegment, KvLayout};
 use super::cuda::{self, CudaDevice, ListShape};
-use super::{Device, KV_BLOCK_TOKENS};
+use super::{Device, DeviceKind, KV_BLOCK_TOKENS};
 use crate::error::Result;
 use crate::units::Dtype;
 
@@ -206,14 +206,6 @@ impl Device {
         })
     }
 
-    /// What [`Device::rows`] takes.
-    pub fn rows_room(&self, rows: usize, cols: usize) -> Room {
-        match self {
-            Device::Cpu(_) => host((rows * cols) as u64 * 4),
-            Device::Cuda(_) => device(CudaDevice::rows_bytes(rows * cols)),
-        }
-    }
-
     pub fn acts(&self, rows: usize, cols: usize, dtype: Dtype) -> Result<Acts> {
         Ok(Acts {
             data: match self {
@@ -224,14 +216,6 @@ impl Device {
         })
     }
 
-    /// What [`Device::acts`] takes.
-    pub fn acts_room(&self, rows: usize, cols: usize) -> Room {
-        match self {
-            Device::Cpu(_) => host(ActBuf::bytes_for(rows, cols)),
-            Device::Cuda(_) => device(CudaDevice::acts_bytes(rows * cols)),
-        }
-    }
-
     /// Where up to `elements` results are read; nothing where the device's memory is the host's.
     pub fn mirror(&self, elements: usize) -> Result<Mirror> {
         Ok(Mirror(match self {
@@ -240,29 +224,11 @@ impl Device {
         }))
     }
 
-    /// What [`Device::mirror`] takes.
-    pub fn mirror_room(&self, elements: usize) -> Room {
-        match self {
-            Device::Cpu(_) => Room::default(),
-            Device::Cuda(_) => host(elements as u64 * 4),
-        }
-    }
-
     pub fn lists(&self, shape: &ListShape) -> Result<Lists> {
         Ok(Lists(match self {
             Device::Cpu(_) => On::Cpu(()),
             Device::Cuda(d) => On::Cuda(Box::new(d.lists(shape)?)),
         }))
-    }
-
-    /// What [`Device::lists`] takes.
-    pub fn lists_room(&self, shape: &ListShape) -> Room {
-        match self {
-            Device::Cpu(_) => Room::default(),
-            Device::Cuda(_) => {
-                host(shape.numbers() as u64 * 4) + device(cuda::CudaLists::bytes(shape))
-            }
-        }
     }
 
     /// For [`Device::attention_dense`] of up to so many rows.
@@ -273,30 +239,11 @@ impl Device {
         }))
     }
 
-    /// What [`Device::dense`] takes.
-    pub fn dense_room(&self, rows: usize, shape: &DenseShape) -> Room {
-        match self {
-            Device::Cpu(_) => Room::default(),
-            Device::Cuda(_) => device(cuda::CudaDense::bytes(rows, shape)),
-        }
-    }
-
     /// Room for the best of `rows` rows of `tiles` blocks of logits. `None` where reading them all costs nothing.
     pub fn best(&self, tiles: usize, rows: usize) -> Result<Option<Best>> {
         match self {
             Device::Cpu(_) => Ok(None),
             Device::Cuda(d) => Ok(Some(Best(d.best(tiles, rows)?))),
-        }
-    }
-
-    /// What [`Device::best`] takes.
-    pub fn best_room(&self, tiles: usize, rows: usize) -> Room {
-        match self {
-            Device::Cpu(_) => Room::default(),
-            Device::Cuda(_) => {
-                host(CudaDevice::best_host_bytes(tiles, rows))
-                    + device(cuda::Best::bytes(tiles, rows))
-            }
         }
     }
 
@@ -309,12 +256,67 @@ impl Device {
             shape: *shape,
         })
     }
+}
+
+impl DeviceKind {
+    /// What [`Device::rows`] takes.
+    pub fn rows_room(self, rows: usize, cols: usize) -> Room {
+        match self {
+            DeviceKind::Cpu => host((rows * cols) as u64 * 4),
+            DeviceKind::Cuda => device(CudaDevice::rows_bytes(rows * cols)),
+        }
+    }
+
+    /// What [`Device::acts`] takes.
+    pub fn acts_room(self, rows: usize, cols: usize) -> Room {
+        match self {
+            DeviceKind::Cpu => host(ActBuf::bytes_for(rows, cols)),
+            DeviceKind::Cuda => device(CudaDevice::acts_bytes(rows * cols)),
+        }
+    }
+
+    /// What [`Device::mirror`] takes.
+    pub fn mirror_room(self, elements: usize) -> Room {
+        match self {
+            DeviceKind::Cpu => Room::default(),
+            DeviceKind::Cuda => host(elements as u64 * 4),
+        }
+    }
+
+    /// What [`Device::lists`] takes.
+    pub fn lists_room(self, shape: &ListShape) -> Room {
+        match self {
+            DeviceKind::Cpu => Room::default(),
+            DeviceKind::Cuda => {
+                host(shape.numbers() as u64 * 4) + device(cuda::CudaLists::bytes(shape))
+            }
+        }
+    }
+
+    /// What [`Device::dense`] takes.
+    pub fn dense_room(self, rows: usize, shape: &DenseShape) -> Room {
+        match self {
+            DeviceKind::Cpu => Room::default(),
+            DeviceKind::Cuda => device(cuda::CudaDense::bytes(rows, shape)),
+        }
+    }
+
+    /// What [`Device::best`] takes.
+    pub fn best_room(self, tiles: usize, rows: usize) -> Room {
+        match self {
+            DeviceKind::Cpu => Room::default(),
+            DeviceKind::Cuda => {
+                host(CudaDevice::best_host_bytes(tiles, rows))
+                    + device(cuda::Best::bytes(tiles, rows))
+            }
+        }
+    }
 
     /// What [`Device::kv`] takes.
-    pub fn kv_room(&self, shape: &KvShape) -> Room {
+    pub fn kv_room(self, shape: &KvShape) -> Room {
         match self {
-            Device::Cpu(_) => host(shape.bytes() as u64),
-            Device::Cuda(_) => device(cuda::DeviceBuffer::rounded(shape.bytes() as u64)),
+            DeviceKind::Cpu => host(shape.bytes() as u64),
+            DeviceKind::Cuda => device(cuda::DeviceBuffer::rounded(shape.bytes() as u64)),
         }
     }
 }

@@ -15,7 +15,7 @@ pub use buffers::{
 };
 pub use cpu::KV_BLOCK_TOKENS;
 pub use cuda::{CudaDevice, CudaOptions, ListShape};
-pub use ops::Device;
+pub use ops::{Device, DeviceKind};
 
 /// A weight matrix (or vector: one row) where it lies, in its stored type. `data` may start at any address.
 #[derive(Clone, Copy)]

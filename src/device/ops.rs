@@ -17,7 +17,22 @@ pub enum Device {
     Cuda(Box<CudaDevice>),
 }
 
+/// Which kind of device: enough to say what things take, before one is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceKind {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
 impl Device {
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Device::Cpu(_) => DeviceKind::Cpu,
+            Device::Cuda(_) => DeviceKind::Cuda,
+        }
+    }
+
     /// `threads`: one a core by default. `isa` forces an instruction set.
     pub fn cpu(threads: Option<usize>, isa: Option<&str>) -> Result<Device> {
         let threads = threads.unwrap_or(0);
@@ -44,7 +59,7 @@ impl Device {
     pub fn name(&self) -> &str {
         match self {
             Device::Cpu(_) => "cpu",
-            Device::Cuda(d) => d.name(),
+            Device::Cuda(d) => d.label(),
         }
     }
 

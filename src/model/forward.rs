@@ -9,7 +9,7 @@ use super::pass::Pass;
 use super::rope::Rope;
 use super::scratch::{HEAD_TILE_ROWS, MLP_TILE_ROWS, Scratch};
 use super::{UnitSource, UnitView};
-use crate::device::{AttnShape, Device, Into, Kv, PassRows, Room, Span};
+use crate::device::{AttnShape, Device, DeviceKind, Into, Kv, PassRows, Room, Span};
 use crate::error::{Error, Result};
 use crate::spec::{ModelSpec, Role, UnitKind};
 use crate::units::{Dtype, UnitId};
@@ -113,8 +113,13 @@ impl Forward {
     }
 
     /// Memory [`Forward::new`] takes.
-    pub fn room(device: &Device, spec: &ModelSpec, limits: &PassLimits) -> Room {
+    pub fn room(device: DeviceKind, spec: &ModelSpec, limits: &PassLimits) -> Room {
         Scratch::room(device, spec, limits)
+    }
+
+    /// Units a pass acquires: layers, final norm, head blocks.
+    pub fn units(&self) -> usize {
+        self.layers.len() + 1 + self.heads.len()
     }
 
     pub fn max_tokens(&self) -> usize {

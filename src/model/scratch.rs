@@ -1,7 +1,7 @@
 //! Everything a pass writes to besides weights and KV, allocated once.
 
 use super::forward::PassLimits;
-use crate::device::{Acts, Best, Device, ListShape, Lists, Mirror, Room, Rows};
+use crate::device::{Acts, Best, Device, DeviceKind, ListShape, Lists, Mirror, Room, Rows};
 use crate::error::Result;
 use crate::spec::ModelSpec;
 use crate::units::Dtype;
@@ -35,7 +35,7 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// Memory for passes within the limits.
-    pub fn room(device: &Device, spec: &ModelSpec, limits: &PassLimits) -> Room {
+    pub fn room(device: DeviceKind, spec: &ModelSpec, limits: &PassLimits) -> Room {
         let (tokens, wanted) = (limits.tokens, limits.wanted);
         let tile = tokens.min(MLP_TILE_ROWS);
         let q = spec.heads * spec.head_size;

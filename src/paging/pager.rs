@@ -1,17 +1,22 @@
 //! The computing side: asks for units in the order of the pass and gives them back.
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
+use super::copies::{Copies, InMemory, Space};
+use super::device_layout::DeviceLayout;
+use super::gpu::GpuSide;
 use super::plan::{Plan, Tier};
 use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use super::trace::{Happening, Trace, TraceEvent};
+use crate::device::Bytes;
+use crate::device::cuda::{Compute, Slot};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::spec::UnitKind;
@@ -56,6 +61,14 @@ impl Default for PagerOptions {
 pub enum Lease {
     Resident(UnitId),
     Slot(UnitId, Region),
+    /// On a GPU.
+    DeviceSlot(UnitId, Slot),
+}
+
+/// A unit that stays where it is.
+enum Resident {
+    Host(Arc<Region>),
+    Device(Slot),
 }
 
 /// Where embedding rows lie.
@@ -95,7 +108,7 @@ impl Origin {
 pub struct Pager {
     shared: Arc<Shared>,
     plan: Plan,
-    residents: Vec<Option<Region>>,
+    residents: Vec<Option<Resident>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
     /// Units of the cycle that this pass has had.
@@ -106,7 +119,7 @@ pub struct Pager {
     gather: Option<Gather>,
     order: Vec<u32>,
     schedule: Option<Sender<UnitId>>,
-    free: Option<Sender<Region>>,
+    free: Option<Sender<Space>>,
     ready: Receiver<Result<Filled>>,
     gather_tx: Option<Sender<Gather>>,
     gathered: Receiver<Gather>,
@@ -123,6 +136,8 @@ pub struct Pager {
     trace: Option<Arc<Trace>>,
     /// When the unit on loan was handed over, for the trace.
     handed_ns: u64,
+    /// Where a GPU computes.
+    gpu: Option<GpuSide>,
 }
 
 impl Pager {
@@ -136,15 +151,17 @@ impl Pager {
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
-        Pager::start_from(&Origin::of(store)?, layouts, plan, options, cancel, loaded)
+        let origin = Origin::of(store)?;
+        Pager::start_from(&origin, layouts, plan, options, None, cancel, loaded)
     }
 
-    /// As [`Pager::start`].
+    /// As [`Pager::start`]; `compute`: the GPU that computes, where the plan is for one.
     pub fn start_from(
         origin: &Origin,
         layouts: Vec<SlotLayout>,
         plan: Plan,
         options: &PagerOptions,
+        compute: Option<Compute>,
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
@@ -155,17 +172,27 @@ impl Pager {
         let head_rows = origin.tied_head.iter().filter(resident).copied().collect();
         let shared = Arc::new(Shared {
             names: layouts.iter().map(|l| unit_name(l.kind)).collect(),
-            layouts,
             file_bytes: origin.file_bytes.clone(),
             paths: origin.paths.clone(),
             checksums: origin.checksums.clone(),
             verify: options.verify,
             trace: options.trace.clone(),
-            counters: Counters::default(),
+            counters: Counters {
+                copy_tail_ns: layouts.iter().map(|_| AtomicU64::new(0)).collect(),
+                ..Counters::default()
+            },
+            device: match compute {
+                Some(_) => layouts.iter().map(DeviceLayout::new).collect(),
+                None => Vec::new(),
+            },
+            memory: layouts.iter().map(|_| OnceLock::new()).collect(),
+            layouts,
         });
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
-            .filter(|i| plan.tiers[*i] == Tier::Disk && plan.walk.streams(shared.layouts[*i].kind))
+            .filter(|i| {
+                plan.passes_by(UnitId(*i as u32)) && plan.walk.streams(shared.layouts[*i].kind)
+            })
             .map(|i| UnitId(i as u32))
             .collect();
 
@@ -176,6 +203,10 @@ impl Pager {
                 blocks: Vec::with_capacity((bytes / BLOCK_BYTES) as usize),
                 region: arena.take(bytes).ok_or_else(exhausted)?,
             }),
+        };
+        let mut gpu = match compute {
+            None => None,
+            Some(compute) => Some(GpuSide::new(compute, &plan, &arena, units)?),
         };
         let (schedule, schedule_rx) = bounded(3 * units + 4);
         let (free, free_rx) = bounded(units + plan.slots + 1);
@@ -197,6 +228,7 @@ impl Pager {
             &arena,
             options,
             plan.slots.max(units),
+            gpu.as_mut().and_then(|g| g.copies.take()),
         )?;
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
@@ -222,12 +254,17 @@ impl Pager {
             failed: OnceLock::new(),
             trace: options.trace.clone(),
             handed_ns: 0,
+            gpu,
             shared,
             plan,
         };
         pager.load_residents(&arena, loaded)?;
         for _ in 0..pager.plan.slots {
-            let slot = arena.take(pager.plan.slot_bytes).ok_or_else(exhausted)?;
+            let bytes = pager.plan.slot_bytes;
+            let slot = match &pager.gpu {
+                Some(gpu) => Space::Device(gpu.slot(bytes)?),
+                None => Space::Host(arena.take(bytes).ok_or_else(exhausted)?),
+            };
             pager.send_free(slot)?;
         }
         pager.schedule_pass()?;
@@ -238,18 +275,25 @@ impl Pager {
     fn load_residents(&mut self, arena: &Arena, loaded: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let wanted: Vec<UnitId> = (0..self.shared.layouts.len())
             .map(|i| UnitId(i as u32))
-            .filter(|u| self.plan.is_resident(*u))
+            .filter(|u| self.plan.tiers[u.index()] != Tier::Disk)
             .collect();
         let total: u64 = wanted
             .iter()
             .map(|u| self.shared.layouts[u.index()].read_bytes)
             .sum();
         for &unit in &wanted {
-            let bytes = self.shared.layouts[unit.index()].slot_bytes;
-            let region = arena
-                .take(bytes)
-                .ok_or_else(|| Error::internal("the arena is smaller than its plan"))?;
-            self.send_free(region)?;
+            let tier = self.plan.tiers[unit.index()];
+            let space = match &self.gpu {
+                Some(gpu) if tier == Tier::Gpu => {
+                    Space::Device(gpu.slot(self.shared.device[unit.index()].bytes)?)
+                }
+                _ => {
+                    let bytes = self.shared.layouts[unit.index()].slot_bytes;
+                    let exhausted = || Error::internal("the arena is smaller than its plan");
+                    Space::Host(arena.take(bytes).ok_or_else(exhausted)?)
+                }
+            };
+            self.send_free(space)?;
             self.send_schedule(unit)?;
         }
         let mut bytes = 0;
@@ -259,10 +303,40 @@ impl Pager {
                 return Err(Error::internal("residents arrived out of order"));
             }
             bytes += self.shared.layouts[unit.index()].read_bytes;
-            self.residents[unit.index()] = Some(filled.region);
+            let resident = self.settle(unit, filled.space, arena)?;
+            self.residents[unit.index()] = Some(resident);
             loaded(bytes, total);
         }
         Ok(())
+    }
+
+    /// A unit that has arrived to stay.
+    fn settle(&mut self, unit: UnitId, space: Space, arena: &Arena) -> Result<Resident> {
+        match (space, &mut self.gpu) {
+            (Space::Host(region), None) => Ok(Resident::Host(Arc::new(region))),
+            (Space::Host(region), Some(gpu)) => {
+                let region = Arc::new(region);
+                let memory = InMemory {
+                    pinned: gpu.pin(&region, arena),
+                    region: region.clone(),
+                };
+                let _ = self.shared.memory[unit.index()].set(memory);
+                Ok(Resident::Host(region))
+            }
+            (Space::Device(slot), Some(gpu)) => Ok(Resident::Device(gpu.keep(slot)?)),
+            (Space::Device(_), None) => Err(Error::internal("a slot on a GPU nobody asked for")),
+        }
+    }
+
+    /// To be called when a pass has been given to the device in full: waits for it, and reads off how long it waited and computed.
+    pub fn end_pass(&mut self) -> Result<()> {
+        let Some(gpu) = &mut self.gpu else {
+            return Ok(());
+        };
+        let tails = &self.shared.counters.copy_tail_ns;
+        gpu.end_pass(&mut self.stats, |unit| {
+            Duration::from_nanos(tails[unit.index()].load(Relaxed))
+        })
     }
 
     /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two. What a
@@ -273,6 +347,9 @@ impl Pager {
             self.release(lease)?;
         }
         self.taken = 0;
+        if let Some(gpu) = &mut self.gpu {
+            gpu.forget_pass();
+        }
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
@@ -289,16 +366,25 @@ impl Pager {
     /// Waits until `unit` is there. Streamed units must be asked for in the order of the schedule.
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
-        if self.residents[unit.index()].is_some() {
+        if self.is_here(unit) {
             self.handed_ns = self.now_ns();
+            if let Some(gpu) = &mut self.gpu {
+                gpu.enter(unit)?;
+            }
             return Ok(Lease::Resident(unit));
+        }
+        if let Some(gpu) = &mut self.gpu {
+            gpu.reach(unit)?;
         }
         let filled = match self.ready.try_recv() {
             Ok(filled) => self.heard(filled)?,
             Err(_) => {
                 let (started, from) = (Instant::now(), self.now_ns());
                 let filled = self.wait_ready();
-                self.stats.stall_disk += started.elapsed();
+                // A GPU that still computes is not kept waiting by the host's waiting: its own clock says how long it was.
+                if self.gpu.is_none() {
+                    self.stats.stall_disk += started.elapsed();
+                }
                 self.note(Happening::Wait, Some(unit), from, 0);
                 filled?
             }
@@ -313,29 +399,57 @@ impl Pager {
         self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
         self.handed_ns = self.now_ns();
-        Ok(Lease::Slot(unit, filled.region))
+        match (filled.space, &mut self.gpu) {
+            (Space::Device(mut slot), Some(gpu)) => {
+                gpu.acquire(unit, &mut slot)?;
+                Ok(Lease::DeviceSlot(unit, slot))
+            }
+            (Space::Host(region), None) => Ok(Lease::Slot(unit, region)),
+            _ => Err(Error::internal("a slot in the wrong memory")),
+        }
+    }
+
+    /// The unit lies where it is computed with.
+    fn is_here(&self, unit: UnitId) -> bool {
+        match &self.residents[unit.index()] {
+            Some(Resident::Device(_)) => true,
+            Some(Resident::Host(_)) => self.gpu.is_none(),
+            None => false,
+        }
     }
 
     /// The bytes of a leased unit, laid out as [`Pager::weights`] says.
-    pub fn bytes<'a>(&'a self, lease: &'a Lease) -> &'a [u8] {
+    pub fn bytes<'a>(&'a self, lease: &'a Lease) -> Bytes<'a> {
         match lease {
-            Lease::Slot(_, region) => region.bytes(),
-            Lease::Resident(unit) => self.residents[unit.index()]
-                .as_ref()
-                .map_or(&[], |region| region.bytes()),
+            Lease::Slot(_, region) => Bytes::Host(region.bytes()),
+            Lease::DeviceSlot(_, slot) => slot.bytes(),
+            Lease::Resident(unit) => match &self.residents[unit.index()] {
+                Some(Resident::Host(region)) => Bytes::Host(region.bytes()),
+                Some(Resident::Device(slot)) => slot.bytes(),
+                None => Bytes::Host(&[]),
+            },
         }
     }
 
     pub fn weights(&self, unit: UnitId) -> &[SlotWeight] {
-        &self.shared.layouts[unit.index()].weights
+        match self.gpu {
+            Some(_) => &self.shared.device[unit.index()].weights,
+            None => &self.shared.layouts[unit.index()].weights,
+        }
     }
 
     pub fn release(&mut self, lease: Lease) -> Result<()> {
-        let (Lease::Resident(unit) | Lease::Slot(unit, _)) = &lease;
+        let (Lease::Resident(unit) | Lease::Slot(unit, _) | Lease::DeviceSlot(unit, _)) = &lease;
         self.note(Happening::Compute, Some(*unit), self.handed_ns, 0);
-        match lease {
-            Lease::Resident(_) => Ok(()),
-            Lease::Slot(_, region) => self.send_free(region),
+        match (lease, &self.gpu) {
+            (Lease::Resident(unit), Some(gpu)) => gpu.leave(unit),
+            (Lease::Resident(_), None) => Ok(()),
+            (Lease::Slot(_, region), _) => self.send_free(Space::Host(region)),
+            (Lease::DeviceSlot(unit, mut slot), Some(gpu)) => {
+                gpu.release(unit, &mut slot)?;
+                self.send_free(Space::Device(slot))
+            }
+            (Lease::DeviceSlot(..), None) => Err(Error::internal("a slot in the wrong memory")),
         }
     }
 
@@ -400,10 +514,10 @@ impl Pager {
         };
         let weight = self.shared.layouts[unit.index()].weights.first()?;
         let at = weight.offset as usize + index * row_bytes;
-        self.residents[unit.index()]
-            .as_ref()?
-            .bytes()
-            .get(at..at + row_bytes)
+        match self.residents[unit.index()].as_ref()? {
+            Resident::Host(region) => region.bytes().get(at..at + row_bytes),
+            Resident::Device(_) => None,
+        }
     }
 
     fn gather_from_disk(
@@ -517,9 +631,9 @@ impl Pager {
         Ok(())
     }
 
-    fn send_free(&self, region: Region) -> Result<()> {
+    fn send_free(&self, space: Space) -> Result<()> {
         match &self.free {
-            Some(tx) if tx.send(region).is_ok() => Ok(()),
+            Some(tx) if tx.send(space).is_ok() => Ok(()),
             _ => Err(self.reader_error()),
         }
     }
@@ -553,6 +667,11 @@ impl Pager {
     /// Whether every file is read with O_DIRECT.
     pub fn direct(&self) -> bool {
         self.direct
+    }
+
+    /// Why copies to the GPU do not go straight from where they lie, where that is so.
+    pub fn pin_note(&self) -> Option<&str> {
+        self.gpu.as_ref()?.unpinned.as_deref()
     }
 
     pub fn unit_name(&self, unit: UnitId) -> &str {
@@ -594,6 +713,7 @@ fn spawn(
     arena: &Arena,
     options: &PagerOptions,
     depth: usize,
+    copies: Option<Copies>,
 ) -> Result<(JoinHandle<()>, String, &'static str, bool)> {
     let files = shared
         .paths
@@ -631,7 +751,7 @@ fn spawn(
             };
             let _ = told.send(Ok((reader.describe(), reader.name())));
             let flights = Flights::new(reader, paths, options.stall_limit);
-            Stream::new(shared, ports, flights, depth).run();
+            Stream::new(shared, ports, flights, depth, copies).run();
         })
         .map_err(|e| Error::io("the reading thread could not be started", &e))?;
     let (reader, name) = hears

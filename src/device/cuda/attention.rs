@@ -149,6 +149,7 @@ impl CudaDevice {
     }
 
     /// RoPE, then attention within windows, of rows `[q | k | v]`.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
     pub fn attention_dense(
         &self,
         qkv: &CudaRows,

@@ -52,6 +52,32 @@ pub struct CudaOptions {
     pub memory: Option<u64>,
 }
 
+/// Whether there is a GPU, and kernels for such a model: what `--device auto` asks.
+pub fn can_run(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
+    available()?;
+    check_model(half, head_size, vision_head_size)
+}
+
+fn check_model(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
+    if half == Dtype::F32 {
+        return Err(Error::new(
+            Code::Unsupported,
+            "float32 weights do not run on the GPU",
+            "its matrix units multiply 16-bit numbers",
+            "run with --dtype bfloat16, or with --device cpu",
+        ));
+    }
+    let known = head_sizes("attention_prefill")?;
+    if !known.contains(&head_size) {
+        return Err(no_head_size("attention", head_size, &known));
+    }
+    let known = head_sizes("attention_dense")?;
+    match vision_head_size.filter(|s| !known.contains(s)) {
+        Some(size) => Err(no_head_size("the vision tower's attention", size, &known)),
+        None => Ok(()),
+    }
+}
+
 /// Tiles of a product: names, columns and rows of a block, and how well it fills the tensor cores (a first guess, to be measured).
 const TILES: [(&str, usize, usize, f64); 7] = [
     ("linear_t8", 32, 8, 0.0),
@@ -104,22 +130,7 @@ pub struct CudaDevice {
 
 impl CudaDevice {
     pub fn new(options: &CudaOptions) -> Result<CudaDevice> {
-        if options.half == Dtype::F32 {
-            return Err(Error::new(
-                Code::Unsupported,
-                "float32 weights do not run on the GPU",
-                "its matrix units multiply 16-bit numbers",
-                "run with --dtype bfloat16, or with --device cpu",
-            ));
-        }
-        let known = head_sizes("attention_prefill")?;
-        if !known.contains(&options.head_size) {
-            return Err(no_head_size("attention", options.head_size, &known));
-        }
-        let known = head_sizes("attention_dense")?;
-        if let Some(size) = options.vision_head_size.filter(|s| !known.contains(s)) {
-            return Err(no_head_size("the vision tower's attention", size, &known));
-        }
+        check_model(options.half, options.head_size, options.vision_head_size)?;
         let context = Context::new(options.ordinal)?;
         let mut modules = Modules::new(&context, options.half)?;
         let kernels = Kernels::load(&mut modules, &context, options)?;
@@ -163,7 +174,7 @@ impl CudaDevice {
     }
 
     /// `cuda:0`
-    pub fn name(&self) -> &str {
+    pub fn label(&self) -> &str {
         &self.context.label
     }
 

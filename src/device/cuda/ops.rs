@@ -109,6 +109,7 @@ impl CudaDevice {
     }
 
     /// As [`CudaDevice::rmsnorm`], `group` rows side by side in `out`.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
     pub fn rmsnorm_groups(
         &self,
         x: &CudaRows,

@@ -265,6 +265,12 @@ impl Compute {
         self.0.mark(&ticks.go)
     }
 
+    /// What is computed from now on comes after the slot was filled.
+    pub fn await_slot(&self, slot: &mut Slot) -> Result<()> {
+        self.context().bind()?;
+        slot.take(&self.0)
+    }
+
     /// As [`Compute::acquire`], for a unit that stays.
     pub fn enter(&self, ticks: &Ticks) -> Result<()> {
         self.0.mark(&ticks.go)

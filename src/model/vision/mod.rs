@@ -15,7 +15,9 @@ use layout::Order;
 pub use layout::Slice;
 
 use super::{UnitSource, UnitView};
-use crate::device::{Acts, Dense, DenseShape, Device, Into, Mirror, PassRows, Room, Rows};
+use crate::device::{
+    Acts, Dense, DenseShape, Device, DeviceKind, Into, Mirror, PassRows, Room, Rows,
+};
 use crate::error::{Error, Result};
 use crate::spec::{Role, UnitKind, VisionSpec};
 use crate::units::UnitId;
@@ -125,7 +127,7 @@ impl Tower {
     }
 
     /// Memory [`Tower::new`] takes.
-    pub fn room(device: &Device, spec: &VisionSpec, limits: Limits) -> Room {
+    pub fn room(device: DeviceKind, spec: &VisionSpec, limits: Limits) -> Room {
         Scratch::room(device, spec, limits)
     }
 
@@ -454,7 +456,7 @@ impl Scratch {
         }
     }
 
-    fn room(device: &Device, spec: &VisionSpec, limits: Limits) -> Room {
+    fn room(device: DeviceKind, spec: &VisionSpec, limits: Limits) -> Room {
         let z = Scratch::shape(spec, limits);
         // Angles, the patches of a tile as they are gathered, and a slice's embeddings.
         let host = z.group * (spec.hidden / spec.heads)

@@ -1,0 +1,387 @@
+//! The whole program on an emulated CUDA driver: streams in a seeded legal order, copies as late as that allows, kernels compiled from
+//! `kernels/`. A missing wait, a slot or a frame refilled too soon, or a wrong argument ends in wrong logits or in the driver's own abort.
+//!
+//! Skipped, with a printed reason, where the driver cannot be built. It says nothing of a GPU's speed or rounding.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use common::{Golden, fixtures, golden, nmse, read_safetensors};
+use serde_json::{Value, json};
+
+const MODELS: [&str; 3] = ["gpu-qwen2-bf16", "gpu-qwen3-f16-tied", "gpu-mistral-bf16"];
+
+/// The folder with the emulated libcuda.so.1, built once.
+fn driver() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated-driver");
+        let script = root.join("kernels/emu/driver/build.sh");
+        let done = Command::new("bash").arg(script).arg(&out).output();
+        match done {
+            Ok(done) if done.status.success() => Some(out),
+            Ok(done) if done.status.code() == Some(77) => {
+                println!("skipped: {}", String::from_utf8_lossy(&done.stderr).trim());
+                None
+            }
+            Ok(done) => panic!("{}", String::from_utf8_lossy(&done.stderr)),
+            Err(e) => {
+                println!("skipped: bash cannot be started: {e}");
+                None
+            }
+        }
+    });
+    built.as_deref()
+}
+
+/// One run of the program beside the emulated driver.
+struct Run {
+    command: Command,
+    folder: tempfile::TempDir,
+}
+
+impl Run {
+    fn new(driver: &Path, command: &str, model: &str) -> Run {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
+        run.arg(command)
+            .arg(fixtures().join(model))
+            .args(["--device", "cuda", "--threads", "2", "--context", "512"])
+            .arg("--offload-folder")
+            .arg(folder.path().join("offload"))
+            .env("LD_LIBRARY_PATH", driver)
+            .env("XDG_CACHE_HOME", folder.path());
+        Run {
+            command: run,
+            folder,
+        }
+    }
+
+    fn args<const N: usize>(mut self, args: [&str; N]) -> Run {
+        self.command.args(args);
+        self
+    }
+
+    fn env(mut self, name: &str, value: &str) -> Run {
+        self.command.env(name, value);
+        self
+    }
+
+    fn output(mut self) -> Output {
+        self.command.output().unwrap()
+    }
+
+    fn fails(self) -> String {
+        let done = self.output();
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(1), "{text}");
+        text
+    }
+
+    /// The logits of every input, `[tokens, vocab]`.
+    fn score(mut self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
+        let (from, to) = (
+            self.folder.path().join("in.jsonl"),
+            self.folder.path().join("out.safetensors"),
+        );
+        let lines: Vec<String> = inputs
+            .iter()
+            .map(|ids| json!({ "input_ids": ids }).to_string())
+            .collect();
+        std::fs::write(&from, lines.join("\n")).unwrap();
+        self.command
+            .arg("--input")
+            .arg(&from)
+            .arg("--output")
+            .arg(&to);
+        let done = self.command.output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let tensors = read_safetensors(&to);
+        (0..inputs.len())
+            .map(|i| tensors[&format!("logits.{i}")].f32s())
+            .collect()
+    }
+
+    /// The closing object of a run.
+    fn json(self) -> Value {
+        let done = self.args(["--json"]).output();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let text = String::from_utf8(done.stdout).unwrap();
+        let line = text.lines().rfind(|l| l.starts_with('{')).unwrap_or(&text);
+        serde_json::from_str(line)
+            .or_else(|_| serde_json::from_str(&text))
+            .unwrap()
+    }
+}
+
+fn inputs(all: &[Golden]) -> Vec<Vec<u32>> {
+    all.iter().map(|g| g.ids.clone()).collect()
+}
+
+#[test]
+fn logits_are_nearer_to_float32_than_transformers_own_16_bit_run() {
+    let Some(driver) = driver() else { return };
+    for model in MODELS {
+        let all = golden(&fixtures().join(model));
+        let got = Run::new(driver, "score", model).score(&inputs(&all));
+        for (g, got) in all.iter().zip(&got) {
+            let vocab = got.len() / g.ids.len();
+            let rows = g.positions.iter().flat_map(|p| &got[p * vocab..][..vocab]);
+            let rows: Vec<f32> = rows.copied().collect();
+            let (error, half) = (nmse(&rows, &g.logits), g.half_nmse.unwrap());
+            println!(
+                "{model}: {} tokens, nmse {error:.2e}, half {half:.2e}",
+                g.ids.len()
+            );
+            assert!(error < half, "{model}: {error} against {half}");
+        }
+    }
+}
+
+#[test]
+fn tiers_readers_depths_pages_and_orders_change_no_bit() {
+    let Some(driver) = driver() else { return };
+    let model = "gpu-qwen2-bf16";
+    let inputs = inputs(&golden(&fixtures().join(model)));
+    let reference = Run::new(driver, "score", model).score(&inputs);
+    let same = |what: &str, run: Run| {
+        assert!(run.score(&inputs) == reference, "{what}");
+    };
+    let new = || Run::new(driver, "score", model);
+    for map in ["disk", "cpu", "gpu"] {
+        same(map, new().args(["--device-map", map]));
+    }
+    same(
+        "threads",
+        new().args(["--device-map", "disk", "--io", "threads"]),
+    );
+    same(
+        "in place",
+        new().args(["--device-map", "disk", "--in-place"]),
+    );
+    for depth in ["0", "2"] {
+        same(
+            depth,
+            new().args(["--device-map", "disk", "--prefetch-depth", depth]),
+        );
+    }
+    same(
+        "pages",
+        new().args(["--device-map", "disk", "--page-size", "64KiB"]),
+    );
+    for seed in ["2", "3", "4"] {
+        for order in ["drawn", "lazy", "eager"] {
+            same(
+                &format!("seed {seed}, {order}"),
+                new()
+                    .args(["--device-map", "disk", "--page-size", "64KiB"])
+                    .env("EMUCUDA_SEED", seed)
+                    .env("EMUCUDA_ORDER", order),
+            );
+        }
+    }
+    same(
+        "unpinned",
+        new()
+            .args(["--device-map", "cpu"])
+            .env("EMUCUDA_FAIL", "cuMemHostRegister:*:801"),
+    );
+    same("small blocks", new().env("EMUCUDA_SHARED_OPTIN", "101376"));
+}
+
+#[test]
+fn a_batch_changes_no_bit() {
+    let Some(driver) = driver() else { return };
+    for model in ["gpu-mistral-bf16", "gpu-qwen3-f16-tied"] {
+        let inputs = inputs(&golden(&fixtures().join(model)));
+        let together = Run::new(driver, "score", model).score(&inputs);
+        for (i, input) in inputs.iter().enumerate() {
+            let alone = Run::new(driver, "score", model).score(std::slice::from_ref(input));
+            assert!(alone[0] == together[i], "{model}, input {i}");
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_the_references() {
+    let Some(driver) = driver() else { return };
+    for model in MODELS {
+        for g in golden(&fixtures().join(model)).iter().take(3) {
+            let run = Run::new(driver, "run", model)
+                .args([
+                    "--raw",
+                    "--greedy",
+                    "--ignore-eos",
+                    "--max-tokens",
+                    "12",
+                    "--device-map",
+                    "disk",
+                ])
+                .args(["--prompt", &g.text]);
+            let out = run.json();
+            let ids: Vec<u32> = serde_json::from_value(out["token_ids"].clone()).unwrap();
+            assert_eq!(ids, g.greedy[..12], "{model}: {}", g.text);
+            assert_eq!(out["device"], "cuda:0");
+            let paging = &out["paging"];
+            assert!(paging["h2d_bytes"].as_u64().unwrap() > 0, "{paging}");
+            assert!(paging["h2d_gb_per_s"].as_f64().unwrap() > 0.0, "{paging}");
+        }
+    }
+}
+
+/// Top-k is drawn from candidates selected on the device; with a bias on an id that never comes up, from all logits. The same tokens.
+#[test]
+fn candidates_and_whole_rows_give_the_same_draws() {
+    let Some(driver) = driver() else { return };
+    let run = |extra: [&str; 2]| {
+        let run = Run::new(driver, "run", "gpu-mistral-bf16")
+            .args([
+                "--raw",
+                "--ignore-eos",
+                "--max-tokens",
+                "16",
+                "--prompt",
+                "Layer 7",
+                "--seed",
+                "5",
+            ])
+            .args(["--temperature", "1.3", "--top-p", "0.9"])
+            .args(extra);
+        run.json()["token_ids"].clone()
+    };
+    // More than the device selects, and no more than the vocabulary holds: all logits are read.
+    assert_eq!(run(["--top-k", "64"]), run(["--top-k", "64"]));
+    assert_ne!(run(["--top-k", "64"]), run(["--top-k", "2"]));
+}
+
+#[test]
+fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
+    let Some(driver) = driver() else { return };
+    let run = |memory: &str| {
+        Run::new(driver, "run", "gpu-qwen2-bf16")
+            .args([
+                "--raw",
+                "--greedy",
+                "--max-tokens",
+                "2",
+                "--prompt",
+                "T",
+                "--gpu-memory",
+                memory,
+            ])
+            .env("EMUCUDA_CONTEXT", "100000000")
+    };
+    let refused = run("32MiB").fails();
+    assert!(refused.contains("GPU memory"), "{refused}");
+    let smallest = refused
+        .split_whitespace()
+        .skip_while(|w| *w != "--gpu-memory")
+        .nth(1)
+        .unwrap();
+    run(smallest).json();
+    let mib: u64 = smallest.trim_end_matches("MiB").parse().unwrap();
+    run(&format!("{}MiB", mib - 3)).fails();
+}
+
+#[test]
+fn what_is_missing_is_said_in_plain_words() {
+    let Some(driver) = driver() else { return };
+    let run = || Run::new(driver, "run", "gpu-mistral-bf16").args(["--raw", "--prompt", "T"]);
+    let none = tempfile::tempdir().unwrap();
+    let said = |run: Run, words: &str| {
+        let text = run.fails();
+        assert!(text.contains(words), "{text}");
+        assert!(
+            text.contains("error:") && text.contains("cause:") && text.contains("fix:"),
+            "{text}"
+        );
+    };
+    // Where the machine has a driver of its own it would be found.
+    if ![
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib/wsl/lib",
+    ]
+    .iter()
+    .any(|d| Path::new(d).join("libcuda.so.1").exists())
+    {
+        said(
+            run().env("LD_LIBRARY_PATH", none.path().to_str().unwrap()),
+            "no NVIDIA driver was found",
+        );
+    }
+    said(run().env("EMUCUDA_DEVICES", "0"), "GPU");
+    said(run().env("EMUCUDA_VERSION", "12010"), "driver is too old");
+    said(
+        run().env("EMUCUDA_CAPABILITY", "75"),
+        "too old for these kernels",
+    );
+    for (code, name) in [
+        (209, "NO_BINARY_FOR_GPU"),
+        (218, "INVALID_PTX"),
+        (222, "UNSUPPORTED_PTX_VERSION"),
+    ] {
+        said(
+            run().env("EMUCUDA_FAIL", &format!("cuModuleLoadData:*:{code}")),
+            name,
+        );
+    }
+    said(
+        run().env("EMUCUDA_FAIL", "cuMemAlloc:2:2"),
+        "CUDA_ERROR_OUT_OF_MEMORY (2)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "cuLaunchKernel:7:719"),
+        "CUDA_ERROR_LAUNCH_FAILED (719)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "kernel:20:700"),
+        "CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "copy:9:700"),
+        "CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+    );
+    let f32 = Run::new(driver, "run", "llama-f32").args(["--raw", "--prompt", "T"]);
+    said(f32, "--dtype bfloat16");
+    let small = Run::new(driver, "run", "qwen2-bf16").args(["--raw", "--prompt", "T"]);
+    said(small, "head size 16");
+    let out = run()
+        .args(["--device", "auto", "--max-tokens", "1"])
+        .env("EMUCUDA_DEVICES", "0");
+    assert_eq!(out.json()["device"], "cpu");
+}
+
+/// What makes the tests above able to fail: without the waits between the streams the driver notices.
+#[test]
+fn without_its_waits_the_run_does_not_pass() {
+    let Some(driver) = driver() else { return };
+    for ignored in ["cuStreamWaitEvent", "cuEventSynchronize,cuEventQuery"] {
+        let run = Run::new(driver, "run", "gpu-qwen2-bf16")
+            .args([
+                "--raw",
+                "--greedy",
+                "--max-tokens",
+                "8",
+                "--prompt",
+                "Layer 7",
+            ])
+            .args(["--device-map", "disk", "--page-size", "64KiB"])
+            .env("EMUCUDA_ORDER", "lazy")
+            .env("EMUCUDA_IGNORE", ignored);
+        let done = run.output();
+        assert!(!done.status.success(), "{ignored} was not missed");
+    }
+}

@@ -54,7 +54,13 @@ impl Weight {
     pub fn view(&self) -> WeightView<'_> {
         match &self.place {
             Place::Host(bytes) => WeightView::packed(self.half, self.rows, self.cols, bytes),
-            Place::Gpu(slot) => WeightView::packed(self.half, self.rows, self.cols, slot.bytes()),
+            Place::Gpu(slot) => WeightView {
+                dtype: self.half,
+                rows: self.rows,
+                cols: self.cols,
+                row_stride: self.cols * self.half.bytes(),
+                data: slot.bytes(),
+            },
         }
     }
 }

@@ -412,6 +412,9 @@ impl MachineOptions {
     /// What can be known to be wrong before a model is opened.
     pub fn check(&self) -> Result<()> {
         check_device(&self.device)?;
+        if !["auto", "cpu"].contains(&self.device.as_str()) {
+            cuda::available()?;
+        }
         if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
             read_device_map(&self.device_map)?;
         }

@@ -51,7 +51,9 @@ impl UnitSource for Paged<'_> {
             view.set(w.role, weight(w, bytes));
         }
         let done = compute(&view);
-        self.pager.release(lease)?;
+        // What went wrong first is what is said.
+        let released = self.pager.release(lease);
+        let done = done.and(released);
         self.done += 1;
         if let Some(watch) = &mut self.watch {
             watch(self.done, self.units);

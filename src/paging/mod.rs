@@ -4,7 +4,9 @@ mod compute_rates;
 mod copies;
 mod device_layout;
 mod device_map;
+mod gather;
 mod gpu;
+mod origin;
 mod pager;
 mod plan;
 mod planner;
@@ -18,8 +20,9 @@ mod trace;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
+pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
-pub use pager::{Lease, Origin, Pager, PagerOptions, WrapReader, unit_name};
+pub use pager::{Lease, Pager, PagerOptions, WrapReader};
 pub use plan::{
     GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,
 };

@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::copies::{Copies, InMemory, Space};
 use super::device_layout::DeviceLayout;
 use super::gpu::GpuSide;
+use super::origin::{EmbedAt, Origin, unit_name};
 use super::plan::{Plan, Tier};
 use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
@@ -19,9 +20,8 @@ use crate::device::Bytes;
 use crate::device::cuda::{Compute, Slot};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
-use crate::spec::UnitKind;
-use crate::store::{Checksums, Store};
-use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
+use crate::store::Store;
+use crate::units::{BLOCK_BYTES, Dtype, UnitId};
 
 /// Puts something around a reader.
 pub type WrapReader = fn(Box<dyn io::Reader>) -> Box<dyn io::Reader>;
@@ -66,67 +66,33 @@ pub enum Lease {
 }
 
 /// A unit that stays where it is.
-enum Resident {
+pub(super) enum Resident {
     Host(Arc<Region>),
     Device(Slot),
 }
 
-/// Where embedding rows lie.
-#[derive(Clone, Copy)]
-struct EmbedAt {
-    file: FileId,
-    offset: u64,
-    rows: usize,
-    cols: usize,
-    dtype: Dtype,
-    unit: UnitId,
-}
-
-/// What a pager needs to know of a store: enough to open another one later, without the store at hand. The store's lock must outlive it.
-#[derive(Clone)]
-pub struct Origin {
-    paths: Vec<std::path::PathBuf>,
-    file_bytes: Vec<u64>,
-    checksums: Arc<Checksums>,
-    embed: EmbedAt,
-    /// First row and rows of each head unit where the head is tied.
-    tied_head: Vec<(usize, usize, UnitId)>,
-}
-
-impl Origin {
-    pub fn of(store: &Store) -> Result<Origin> {
-        Ok(Origin {
-            paths: store.files.iter().map(|f| f.path.clone()).collect(),
-            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
-            checksums: store.checksums.clone(),
-            embed: embed_at(store)?,
-            tied_head: tied_head(store),
-        })
-    }
-}
-
 pub struct Pager {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     plan: Plan,
-    residents: Vec<Option<Resident>>,
+    pub(super) residents: Vec<Option<Resident>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
     /// Units of the cycle that this pass has had.
     taken: usize,
     /// First row of each head unit that is resident, when the head is tied: `(first row, rows, unit)`.
-    head_rows: Vec<(usize, usize, UnitId)>,
-    embed: EmbedAt,
-    gather: Option<Gather>,
-    order: Vec<u32>,
+    pub(super) head_rows: Vec<(usize, usize, UnitId)>,
+    pub(super) embed: EmbedAt,
+    pub(super) gather: Option<Gather>,
+    pub(super) order: Vec<u32>,
     schedule: Option<Sender<UnitId>>,
     free: Option<Sender<Space>>,
     ready: Receiver<Result<Filled>>,
-    gather_tx: Option<Sender<Gather>>,
-    gathered: Receiver<Gather>,
+    pub(super) gather_tx: Option<Sender<Gather>>,
+    pub(super) gathered: Receiver<Gather>,
     stop: Arc<AtomicBool>,
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    stats: PagingStats,
+    pub(super) stats: PagingStats,
     stall_limit: Duration,
     reader: String,
     reader_name: &'static str,
@@ -454,12 +420,12 @@ impl Pager {
     }
 
     /// The trace's clock; 0 without a trace.
-    fn now_ns(&self) -> u64 {
+    pub(super) fn now_ns(&self) -> u64 {
         self.trace.as_ref().map_or(0, |t| t.now_ns())
     }
 
     /// Something that began at `start_ns` ends now.
-    fn note(&self, what: Happening, unit: Option<UnitId>, start_ns: u64, bytes: u64) {
+    pub(super) fn note(&self, what: Happening, unit: Option<UnitId>, start_ns: u64, bytes: u64) {
         if let Some(trace) = &self.trace {
             trace.computing(TraceEvent {
                 what,
@@ -471,123 +437,8 @@ impl Pager {
         }
     }
 
-    /// Calls `row(i, bytes)` once for each of `tokens` with that row of the embedding, in any order. Rows of a resident
-    /// tied head are taken from there; others are gathered in whole verified blocks.
-    pub fn gather(
-        &mut self,
-        tokens: &[u32],
-        row: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let e = self.embed;
-        let row_bytes = e.cols * e.dtype.bytes();
-        self.order.clear();
-        for (i, &token) in tokens.iter().enumerate() {
-            if token as usize >= e.rows {
-                return Err(Error::internal("a token id outside the embedding"));
-            }
-            match self.resident_row(token as usize, row_bytes) {
-                Some(bytes) => row(i, bytes)?,
-                None => self.order.push(i as u32),
-            }
-        }
-        if self.order.is_empty() {
-            return Ok(());
-        }
-        let mut order = std::mem::take(&mut self.order);
-        order.sort_unstable_by_key(|i| tokens[*i as usize]);
-        let result = self.gather_from_disk(&order, tokens, row_bytes, row);
-        self.order = order;
-        result
-    }
-
-    fn resident_row(&self, token: usize, row_bytes: usize) -> Option<&[u8]> {
-        let (unit, index) = match self.residents[self.embed.unit.index()] {
-            Some(_) => (self.embed.unit, token),
-            None => {
-                let i = self
-                    .head_rows
-                    .partition_point(|(first, _, _)| *first <= token)
-                    .checked_sub(1)?;
-                let (first, rows, unit) = self.head_rows[i];
-                (token < first + rows).then_some((unit, token - first))?
-            }
-        };
-        let weight = self.shared.layouts[unit.index()].weights.first()?;
-        let at = weight.offset as usize + index * row_bytes;
-        match self.residents[unit.index()].as_ref()? {
-            Resident::Host(region) => region.bytes().get(at..at + row_bytes),
-            Resident::Device(_) => None,
-        }
-    }
-
-    fn gather_from_disk(
-        &mut self,
-        order: &[u32],
-        tokens: &[u32],
-        row_bytes: usize,
-        row: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let e = self.embed;
-        let start_of = |token: u32| e.offset + token as u64 * row_bytes as u64;
-        let mut next = 0;
-        while next < order.len() {
-            let mut g = self
-                .gather
-                .take()
-                .ok_or_else(|| Error::internal("no room was planned for embedding rows"))?;
-            g.blocks.clear();
-            g.region.rewind();
-            let room = g.blocks.capacity();
-            let first = next;
-            while next < order.len() {
-                let at = start_of(tokens[order[next] as usize]);
-                // Rows come in ascending order, so a block is either the last one taken or new.
-                let first_new = g.blocks.last().map_or(0, |last| last + 1);
-                let fresh =
-                    first_new.max(at / BLOCK_BYTES)..(at + row_bytes as u64).div_ceil(BLOCK_BYTES);
-                if g.blocks.len() + fresh.clone().count() > room {
-                    break;
-                }
-                g.blocks.extend(fresh);
-                next += 1;
-            }
-            let bytes = g.blocks.len() as u64 * BLOCK_BYTES;
-            self.stats.used_bytes += bytes;
-            self.stats.gathered_bytes += bytes;
-            let from = self.now_ns();
-            let g = self.fetch(g)?;
-            self.note(Happening::Gather, None, from, bytes);
-            for &i in &order[first..next] {
-                let at = start_of(tokens[i as usize]);
-                let k = g.blocks.partition_point(|b| *b < at / BLOCK_BYTES);
-                let from = k * BLOCK_BYTES as usize + (at % BLOCK_BYTES) as usize;
-                row(i as usize, &g.region.bytes()[from..from + row_bytes])?;
-            }
-            self.gather = Some(g);
-        }
-        Ok(())
-    }
-
-    fn fetch(&mut self, g: Gather) -> Result<Gather> {
-        let started = Instant::now();
-        let gone = || Error::internal("the reading thread is gone");
-        let tx = self.gather_tx.as_ref().ok_or_else(gone)?;
-        if tx.send(g).is_err() {
-            return Err(self.reader_error());
-        }
-        let answer = loop {
-            match self.gathered.recv_timeout(Duration::from_millis(100)) {
-                Ok(g) => break Ok(g),
-                Err(RecvTimeoutError::Disconnected) => break Err(self.reader_error()),
-                Err(RecvTimeoutError::Timeout) => self.check_wait(started)?,
-            }
-        };
-        self.stats.stall_disk += started.elapsed();
-        answer
-    }
-
     /// The reading thread ended: its last word says why.
-    fn reader_error(&self) -> Error {
+    pub(super) fn reader_error(&self) -> Error {
         let last = || {
             std::iter::from_fn(|| self.ready.try_recv().ok())
                 .find_map(Result::err)
@@ -613,7 +464,7 @@ impl Pager {
     }
 
     /// The reading thread notices a stalled drive itself; twice its limit without a word means that it is stuck.
-    fn check_wait(&self, started: Instant) -> Result<()> {
+    pub(super) fn check_wait(&self, started: Instant) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(interrupted());
         }
@@ -758,53 +609,4 @@ fn spawn(
         .recv()
         .map_err(|_| Error::internal("the reading thread ended before it began"))??;
     Ok((thread, reader, name, direct))
-}
-
-fn embed_at(store: &Store) -> Result<EmbedAt> {
-    let unit = store
-        .units
-        .iter()
-        .find(|u| u.kind == UnitKind::Embed)
-        .ok_or_else(|| Error::internal("a store without an embedding"))?;
-    let place = unit
-        .places
-        .first()
-        .ok_or_else(|| Error::internal("an embedding without its tensor"))?;
-    let extent = &unit.extents[place.extent];
-    Ok(EmbedAt {
-        file: extent.file,
-        offset: extent.offset + place.offset,
-        rows: place.rows,
-        cols: place.cols,
-        dtype: place.dtype,
-        unit: unit.id,
-    })
-}
-
-fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
-    if !store.spec.tied_head {
-        return Vec::new();
-    }
-    let mut first = 0;
-    let mut rows = Vec::new();
-    for unit in &store.units {
-        if let (UnitKind::Head(_), Some(place)) = (unit.kind, unit.places.first()) {
-            rows.push((first, place.rows, unit.id));
-            first += place.rows;
-        }
-    }
-    rows
-}
-
-/// `layer 12`, `head block 0`: as reports and errors name a unit.
-pub fn unit_name(kind: UnitKind) -> String {
-    match kind {
-        UnitKind::Embed => "the embedding".into(),
-        UnitKind::Layer(i) => format!("layer {i}"),
-        UnitKind::Norm => "the final norm".into(),
-        UnitKind::Head(i) => format!("head block {i}"),
-        UnitKind::VisionEmbed => "the patch embedding".into(),
-        UnitKind::VisionBlock(i) => format!("vision block {i}"),
-        UnitKind::VisionMerger => "the vision merger".into(),
-    }
 }

@@ -19,7 +19,7 @@ pub fn available() -> Result<usize> {
     if !ffi::library_is_there() {
         return Err(Error::new(
             Code::Device,
-            "no NVIDIA driver was found",
+            "the GPU cannot be used: no NVIDIA driver was found",
             "libcuda.so.1 cannot be loaded: it comes with the driver, not with this program or a CUDA toolkit",
             "install the NVIDIA driver (535 or newer), or run with --device cpu",
         ));

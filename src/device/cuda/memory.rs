@@ -73,9 +73,10 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     /// Waits for the GPU first: what it was given may still use the memory.
     fn drop(&mut self) {
-        let _ = self.context.synchronize();
         // After a lost device nothing can be freed; the process's end frees it.
-        let _ = ffi::device_free(self.address);
+        if self.context.synchronize().is_ok() {
+            let _ = ffi::device_free(self.address);
+        }
         self.context.give_back(self.bytes);
     }
 }
@@ -139,8 +140,10 @@ impl HostBuffer {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        let _ = self.context.synchronize();
-        let _ = ffi::host_free(self.address);
+        // A lost GPU may still read or write it.
+        if self.context.synchronize().is_ok() {
+            let _ = ffi::host_free(self.address);
+        }
     }
 }
 
@@ -161,7 +164,7 @@ pub struct Pin {
     context: Arc<Context>,
     address: *const u8,
     /// Keeps the memory where it is.
-    _owner: Box<dyn Send + Sync>,
+    owner: Option<Box<dyn Send + Sync>>,
 }
 
 // SAFETY: the address is only handed back to the driver.
@@ -177,14 +180,17 @@ impl Pin {
         Ok(Pin {
             context: context.clone(),
             address: memory.as_ptr(),
-            _owner: owner,
+            owner: Some(owner),
         })
     }
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        let _ = self.context.synchronize();
-        let _ = ffi::host_unregister(self.address);
+        match self.context.synchronize() {
+            Ok(()) => drop(ffi::host_unregister(self.address)),
+            // A lost GPU may still read it: it stays where it is.
+            Err(_) => std::mem::forget(self.owner.take()),
+        }
     }
 }

@@ -210,9 +210,13 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
 }
 
 impl<F> Drop for Copier<F> {
-    /// The GPU must have let go of the frames before they go.
+    /// The GPU must have let go of the frames before they go. A lost GPU never says so: then they stay until the process ends.
     fn drop(&mut self) {
-        let _ = self.stream.synchronize();
+        if self.stream.synchronize().is_err() {
+            self.flights
+                .drain(..)
+                .for_each(|f| std::mem::forget(f.frame));
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
-use tensorpager::device::cuda::{Copier, CudaOptions, Piece, Pin, Slot};
+use tensorpager::device::cuda::{Copier, CudaOptions, Piece, Pin, Slot, Ticks};
 use tensorpager::device::{Device, Into};
 use tensorpager::units::Dtype;
 

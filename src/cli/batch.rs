@@ -468,7 +468,9 @@ fn report(
     let (paging, sizing) = match opened {
         Some((engine, sizing)) => {
             let settings = model.read_settings(&args.machine, &p.stats);
-            (PagingReport::new(engine, &p.stats, &settings), *sizing)
+            let paging = PagingReport::new(engine, &p.stats, &settings);
+            model.write_records(&args.machine, engine, &timings, &paging)?;
+            (paging, *sizing)
         }
         None => (PagingReport::default(), Sizing::default()),
     };

@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement};
-use super::options::{MachineOptions, OrAuto, SourceOptions};
+use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, fit, kv_dtype,
+    DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, VisionNeed, VisionRoom, fit, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
@@ -71,6 +71,23 @@ struct Row {
     tokens_per_s: f64,
 }
 
+/// What pictures cost a model that looks at them. Products alone are counted.
+#[derive(Serialize)]
+struct VisionRow {
+    /// Read once a wave of pictures, and by no pass over text.
+    tower_bytes: u64,
+    tower_disk_s: f64,
+    /// Of 10⁶ pixels, as is all that follows.
+    patches: usize,
+    tokens: usize,
+    tower_compute_s: f64,
+    prefill_compute_s: f64,
+    kv_bytes: u64,
+    activation_bytes: u64,
+    /// Frames of a video that cost together what one image of their size does.
+    frames_an_image: usize,
+}
+
 /// What more memory would bring one sequence.
 #[derive(Serialize)]
 struct Gain {
@@ -112,6 +129,8 @@ struct Report {
     smallest_cpu_memory: u64,
     cpu_memory_for_everything: u64,
     more_memory: Vec<Gain>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vision: Option<VisionRow>,
     /// What packing would still write, and what is free there.
     pack_bytes: u64,
     disk_free_bytes: Option<u64>,
@@ -169,7 +188,12 @@ impl Planned {
             &args.source.offload_folder,
             args.source.in_place,
         )?;
-        let page_bytes = args.machine.page_size.or(DEFAULT_PAGE_BYTES);
+        let reading = reading(
+            &args.machine,
+            &outline.dir,
+            outline.ready && !outline.in_place,
+        );
+        let page_bytes = reading.page_bytes;
         let sizes = outline
             .units
             .iter()
@@ -198,10 +222,7 @@ impl Planned {
                         .unwrap_or_else(|| host.default_budget()),
                 ),
                 placement: placement(&args.machine.device_map, &kinds)?,
-                prefetch_depth: match args.machine.prefetch_depth {
-                    OrAuto::Auto => None,
-                    OrAuto::Is(n) => Some(n),
-                },
+                prefetch_depth: Some(reading.prefetch_depth),
                 page_bytes: Some(page_bytes),
                 threads: args.machine.threads,
                 context: args.machine.context.unwrap_or(2048),
@@ -267,6 +288,41 @@ impl Planned {
             bound_s: cost.bound_s,
             compute_s: cost.compute_s,
             tokens_per_s: at_once as f64 / cost.pass_s,
+        })
+    }
+
+    /// One more megapixel of image.
+    fn vision(&self) -> Option<VisionRow> {
+        let spec = self.outline.spec.vision.as_ref()?;
+        let patches = 1_000_000 / (spec.patch * spec.patch);
+        let tokens = patches / (spec.merge * spec.merge);
+        let room = VisionRoom {
+            patches,
+            slice: patches,
+            tokens,
+            ..VisionRoom::default()
+        };
+        let depth = self.options.prefetch_depth.unwrap_or(1);
+        let need = VisionNeed::of(&self.outline.spec, &self.sizes, Some(room), depth, u64::MAX);
+        let need = need.ok().flatten()?;
+        let element = self.dtype.bytes() as f64;
+        let compute = &self.rates.compute;
+        let layers = self
+            .sizes
+            .iter()
+            .filter(|u| matches!(u.kind, UnitKind::Layer(_)));
+        let layer_bytes: u64 = layers.map(|u| u.read_bytes).sum();
+        let tower_bytes = need.plan.streamed_bytes;
+        Some(VisionRow {
+            tower_bytes,
+            tower_disk_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
+            patches,
+            tokens,
+            tower_compute_s: compute.seconds(tower_bytes, element, patches),
+            prefill_compute_s: compute.seconds(layer_bytes, element, tokens),
+            kv_bytes: tokens as u64 * self.kv_block() / BLOCK_TOKENS as u64,
+            activation_bytes: need.bytes() - need.plan.arena_bytes(),
+            frames_an_image: spec.temporal_patch,
         })
     }
 
@@ -349,6 +405,7 @@ impl Planned {
             smallest_cpu_memory: self.smallest(|_| true),
             cpu_memory_for_everything: everything,
             more_memory: more.filter_map(gain).collect(),
+            vision: self.vision(),
             pack_bytes: self.outline.pack_bytes,
             disk_free_bytes: free_for_pack(&args.source.offload_folder),
         })
@@ -368,16 +425,14 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     }
     let disk_gb_per_s = match args.disk_gb_per_s {
         Some(rate) => rate,
-        None => DiskRates::of(&outline.dir, outline.ready && !outline.in_place)
-            .best_or_probe(&outline.files, u64::MAX)?
-            .ok_or_else(|| {
-                Error::new(
-                    Code::Unsupported,
-                    "the disk's rate cannot be measured",
-                    "its file system does not read past the page cache",
-                    "give --disk-gb-per-s",
-                )
-            })?,
+        None => known_disk_rate(outline)?.ok_or_else(|| {
+            Error::new(
+                Code::Unsupported,
+                "the disk's rate cannot be measured",
+                "its file system does not read past the page cache",
+                "give --disk-gb-per-s",
+            )
+        })?,
     };
     let by_hand = |memory_gb_per_s, gflops| ComputeRates {
         memory_gb_per_s,
@@ -401,8 +456,18 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     };
     Ok(MachineRates {
         disk_gb_per_s,
+        h2d_gb_per_s: None,
         compute,
     })
+}
+
+/// What runs of this model read at, else the best the disk is known to give, else that measured now.
+fn known_disk_rate(outline: &Outline) -> Result<Option<f64>> {
+    let rates = DiskRates::of(&outline.dir, outline.ready && !outline.in_place);
+    match rates.streamed() {
+        Some(rate) => Ok(Some(rate)),
+        None => rates.best_or_probe(&outline.files, u64::MAX),
+    }
 }
 
 fn table(r: &Report) -> String {

@@ -339,6 +339,11 @@ impl Pager {
         }
     }
 
+    /// Where events are kept, if anywhere.
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_deref()
+    }
+
     /// The trace's clock; 0 without a trace.
     fn now_ns(&self) -> u64 {
         self.trace.as_ref().map_or(0, |t| t.now_ns())

@@ -12,7 +12,6 @@ use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, size};
 use super::signals;
 use crate::engine::{Engine, EngineOptions, Job};
 use crate::error::{Code, Error, Result};
-use crate::io::ReaderKind;
 use crate::paging::{KeptSetting, PagerOptions, Placement, Setting, Space, Tuned, is_streamed};
 use crate::report::progress::CountProgress;
 use crate::spec::UnitKind;
@@ -47,11 +46,12 @@ pub struct TuneArgs {
     /// Units ahead of the one computing
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2,4")]
     prefetch_depths: Vec<usize>,
+    /// auto is io_uring where the system has it
     #[arg(
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "io_uring,threads"
+        default_value = "auto,threads"
     )]
     readers: Vec<IoArg>,
     /// Seconds a run
@@ -131,21 +131,17 @@ fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model) -> Result<Spa
         );
     }
     let reading = model.reading(machine);
-    let reader = match reading.reader {
-        ReaderKind::Auto => ReaderKind::IoUring,
-        other => other,
-    };
     let fixed =
         |given: bool, all: &[usize], one: usize| if given { vec![one] } else { all.to_vec() };
     Ok(Space {
-        default: Setting { reader, ..reading },
+        default: reading,
         readers: match machine.io {
             IoArg::Auto => args
                 .readers
                 .iter()
                 .map(|r| super::bench::kind(*r))
                 .collect(),
-            _ => vec![reader],
+            _ => vec![reading.reader],
         },
         page_bytes: match machine.page_size {
             OrAuto::Auto => args.page_sizes.clone(),
@@ -217,7 +213,10 @@ impl Bench {
         };
         let opened = Engine::open(&self.store, &options, self.cancel.clone(), &mut |_, _| {});
         let mut engine = match opened {
-            Err(e) if e.code() == Code::Memory && !needed => return Ok(f64::INFINITY),
+            // Too large for the memory given, or a reader this system refuses.
+            Err(e) if matches!(e.code(), Code::Memory | Code::Unsupported) && !needed => {
+                return Ok(f64::INFINITY);
+            }
             opened => opened?,
         };
         engine.submit(Job {
@@ -256,7 +255,7 @@ fn verdict(tuned: &Tuned, space: &Space) -> String {
     if tuned.best == space.default {
         format!(
             "the defaults are as good: the best other setting was {gain:+.1} % ± {noise:.1} % faster in {} pairs",
-            5
+            tuned.pairs
         )
     } else {
         format!(

@@ -56,6 +56,7 @@ pub struct Tuned {
     /// Time of `best` over the default's in the closing pairs: median, and the distance within which it could as well be 1.
     pub ratio: f64,
     pub noise: f64,
+    pub pairs: usize,
     /// Everything tried, the fastest first.
     pub curve: Vec<Score>,
 }
@@ -63,7 +64,7 @@ pub struct Tuned {
 /// Runs between two of the default.
 const BETWEEN_DEFAULTS: usize = 5;
 /// Pairs in the closing comparison.
-const PAIRS: usize = 5;
+const PAIRS: usize = 7;
 /// Settings that go on to the prefetch depths.
 const FINALISTS: usize = 3;
 /// A gain below this is not worth a setting of its own.
@@ -147,11 +148,12 @@ pub fn tune(space: &Space, run: &mut dyn FnMut(&Setting) -> Result<f64>) -> Resu
         best: if better { best } else { space.default },
         ratio,
         noise,
+        pairs: PAIRS,
         curve: trials.curve(),
     })
 }
 
-/// Default and challenger in turn: the median of their ratios, and twice the standard error of it.
+/// Default and challenger in turn: the median of their ratios, and three standard errors.
 fn closing_pairs(
     default: &Setting,
     challenger: &Setting,
@@ -171,7 +173,7 @@ fn closing_pairs(
     let n = ratios.len() as f64;
     let mean = ratios.iter().sum::<f64>() / n;
     let variance = ratios.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    Ok((median(&mut ratios), 2.0 * (variance / n).sqrt()))
+    Ok((median(&mut ratios), 3.0 * (variance / n).sqrt()))
 }
 
 struct Trials {

@@ -72,7 +72,7 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     let model = Model::open(&args.source, &cancel, args.quiet)?;
     let space = space(&args, &machine, &model)?;
     let kept = KeptSetting::of(&model.store.dir, !model.store.in_place);
-    let options = model.engine_options(&machine, &OpenFor::default())?;
+    let options = model.engine_options(&machine, &OpenFor::default(), args.quiet)?;
     let bench = Bench {
         store: shortened(model.store),
         options,

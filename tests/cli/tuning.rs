@@ -237,3 +237,45 @@ fn a_report_is_one_page_that_needs_nothing_else() {
         serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
     assert!(events["traceEvents"].as_array().unwrap().len() > 10);
 }
+
+#[test]
+fn plan_for_a_gpu_that_is_not_here() {
+    let p = Place::new();
+    let model = fixture("qwen2-bf16");
+    let base = [
+        "plan",
+        str(&model),
+        "--max-memory",
+        "0=2GiB,cpu=2GiB",
+        "--json",
+    ];
+    let refused = p.run(&base);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("--h2d-gb-per-s"),
+        "{}",
+        refused.stderr
+    );
+    let mut args = base.to_vec();
+    args.extend(RATES);
+    args.extend([
+        "--h2d-gb-per-s",
+        "12",
+        "--gpu-gb-per-s",
+        "400",
+        "--gpu-gflops",
+        "50000",
+    ]);
+    let all = p.run(&args).done().json();
+    assert!(all["resident_gpu_bytes"].as_u64().unwrap() > 0, "{all}");
+    assert_eq!(all["rows"][0]["copied_bytes_per_pass"], 0);
+    args.extend(["--device-map", "cpu"]);
+    let host = p.run(&args).done().json();
+    assert_eq!(host["disk_bytes_per_pass"], 0);
+    assert!(
+        host["rows"][0]["copied_bytes_per_pass"].as_u64().unwrap() > 0,
+        "{host}"
+    );
+    let pass = |plan: &serde_json::Value| plan["rows"][0]["pass_s"].as_f64().unwrap();
+    assert!(pass(&host) > pass(&all), "copying costs");
+}

@@ -19,7 +19,7 @@ use crate::engine::{Engine, HostMemory};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
-use crate::report::summary::Timings;
+use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
@@ -285,18 +285,29 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         total_s: started.elapsed().as_secs_f64(),
         ..Timings::default()
     };
-    if args.json {
-        batch_report::print_json(
-            &model,
-            &args.machine,
-            &job,
-            &summary,
-            opened.as_ref(),
-            timings,
-        )?;
+    let during = &summary.progress.stats;
+    let paging = opened.as_ref().map(|(engine, _)| {
+        let settings = model.read_settings(&args.machine, during);
+        PagingReport::new(engine, during, &settings)
+    });
+    if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+        model.write_records(&args.machine, engine, &timings, paging)?;
     }
     if !quiet {
         eprintln!("{}", batch_report::last_words(&job, &summary));
+        if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+            eprintln!("{}", paging_line(paging, during, engine));
+        }
+    }
+    if args.json {
+        batch_report::print_json(
+            &model,
+            &job,
+            &summary,
+            opened.as_ref(),
+            paging.unwrap_or_default(),
+            timings,
+        )?;
     }
     Ok(match (summary.remaining, summary.failed) {
         (0, 0) => 0,

@@ -30,6 +30,8 @@ pub struct BenchArgs {
 enum Bench {
     /// Each reader × block size × queue depth on the model's own files
     Io(IoArgs),
+    /// Two records of `bench MODEL`, row by row
+    Compare(super::bench_compare::CompareArgs),
 }
 
 #[derive(Args)]
@@ -63,6 +65,7 @@ struct IoArgs {
 pub fn run(args: BenchArgs) -> Result<u8> {
     match (args.what, args.model) {
         (Some(Bench::Io(args)), _) => io(args),
+        (Some(Bench::Compare(args)), _) => super::bench_compare::run(args),
         (None, Some(args)) => super::bench_model::run(args),
         (None, None) => Err(Error::new(
             Code::Usage,

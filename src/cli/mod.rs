@@ -6,6 +6,7 @@ mod batch_check;
 mod batch_merge;
 mod batch_report;
 mod bench;
+mod bench_compare;
 mod bench_model;
 mod clean;
 mod demo;
@@ -22,6 +23,7 @@ mod run;
 mod score;
 mod signals;
 mod synthetic;
+mod tune;
 mod verify;
 
 use std::ffi::OsString;
@@ -62,6 +64,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// What goes where under a budget, and how fast that will be, without loading anything
     Plan(plan::PlanArgs),
+    /// Find the best way to read a model on this machine, and keep it for `run` and `batch`
+    Tune(tune::TuneArgs),
     /// Measure
     Bench(bench::BenchArgs),
     /// See it work: no model, no GPU, no network needed
@@ -113,6 +117,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Clean(args) => clean::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }

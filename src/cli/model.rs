@@ -5,19 +5,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
+use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::cuda;
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
+    DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, Engine, EngineOptions, EngineStats, HostMemory,
+    SLACK_BYTES, kv_dtype,
 };
 use crate::engine::{DeviceChoice, VisionRoom};
 use crate::error::{Code, Error, Result};
+use crate::io::ReaderKind;
 use crate::paging::{
-    DiskRates, PagerOptions, Placement, Tier, Trace, VerifyWhen, parse_device_map,
+    DiskRates, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier, Trace,
+    VerifyWhen, parse_device_map, unit_name,
 };
+use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
-use crate::report::summary::ReadSettings;
+use crate::report::summary::{PagingReport, ReadSettings, Timings};
 use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
@@ -45,7 +49,6 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
-    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenFor {
@@ -59,7 +62,6 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
-            trace: None,
         }
     }
 }
@@ -193,7 +195,12 @@ impl Model {
         engine
     }
 
-    fn engine_options(
+    /// How its units are read: as the user says, else as `tune` found on this machine, else the defaults.
+    pub fn reading(&self, machine: &MachineOptions) -> Setting {
+        reading(machine, &self.store.dir, !self.store.in_place)
+    }
+
+    pub fn engine_options(
         &self,
         machine: &MachineOptions,
         want: &OpenFor,
@@ -201,22 +208,22 @@ impl Model {
     ) -> Result<EngineOptions> {
         let device = device_choice(&machine.device, &self.store, quiet)?;
         let defaults = EngineOptions::default();
+        let reading = self.reading(machine);
         let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
             placement: placement(&machine.device_map, &kinds)?,
             device,
             gpu_memory: machine.gpu_budget()?,
-            prefetch_depth: match machine.prefetch_depth {
-                OrAuto::Auto => None,
-                OrAuto::Is(n) => Some(n),
-            },
-            page_bytes: Some(machine.page_size.or(DEFAULT_PAGE_BYTES)),
+            prefetch_depth: Some(reading.prefetch_depth),
+            page_bytes: Some(reading.page_bytes),
             pager: PagerOptions {
-                reader: super::bench::kind(machine.io),
-                queue_depth: queue_depth(machine),
+                reader: reading.reader,
+                queue_depth: reading.queue_depth,
                 verify: verify_when(machine.verify),
-                trace: want.trace.clone(),
+                // Allocated before the budget is divided, so that it is charged like everything else the process holds.
+                trace: (machine.trace.is_some() || machine.report.is_some())
+                    .then(|| Arc::new(Trace::new(TRACE_EVENTS))),
                 ..PagerOptions::default()
             },
             threads: machine.threads,
@@ -232,15 +239,54 @@ impl Model {
         })
     }
 
+    /// Writes what `--trace` and `--report` ask for. To be called while the engine rests.
+    pub fn write_records(
+        &self,
+        machine: &MachineOptions,
+        engine: &Engine,
+        timings: &Timings,
+        paging: &PagingReport,
+    ) -> Result<()> {
+        let Some(trace) = engine.pager().trace() else {
+            return Ok(());
+        };
+        if let Some(path) = &machine.trace {
+            crate::report::trace::write(path, trace, engine.pager())?;
+        }
+        let Some(path) = &machine.report else {
+            return Ok(());
+        };
+        let units = self.store.units.iter();
+        let page = Page {
+            model: &self.label,
+            device: &engine.device().describe(),
+            dtype: &self.dtype(),
+            timings,
+            paging,
+            plan: engine.plan(),
+            units: units
+                .map(|u| (u.kind, unit_name(u.kind), u.bytes))
+                .collect(),
+            events: trace.events(),
+            curve: KeptSetting::of(&self.store.dir, !self.store.in_place).curve(),
+        };
+        crate::report::html::write(path, &page)
+    }
+
     /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
     pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
         let p = &during.paging;
         if p.disk_bytes >= MEASURABLE_BYTES {
-            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+            let rate = p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9;
+            match p.disk_busy.as_secs_f64() > 0.8 * during.pass.as_secs_f64() {
+                true => self.rates().ran_at(rate),
+                false => self.record_disk_rate(rate),
+            }
         }
+        let reading = self.reading(machine);
         ReadSettings {
-            page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
-            queue_depth: queue_depth(machine),
+            page_bytes: reading.page_bytes,
+            queue_depth: reading.queue_depth,
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
@@ -338,11 +384,27 @@ pub(super) fn prepare(
     Ok(prepared)
 }
 
-fn queue_depth(machine: &MachineOptions) -> usize {
-    machine
-        .queue_depth
-        .or(PagerOptions::default().queue_depth)
-        .max(1)
+/// [`Model::reading`] of the pack in `dir`, or the source streamed in place (`ours` false).
+pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
+    let tuned = match machine.no_tune {
+        true => None,
+        false => KeptSetting::of(dir, ours).best(),
+    };
+    let usual = tuned.unwrap_or(Setting {
+        reader: ReaderKind::Auto,
+        page_bytes: DEFAULT_PAGE_BYTES,
+        queue_depth: PagerOptions::default().queue_depth,
+        prefetch_depth: DEFAULT_PREFETCH_DEPTH,
+    });
+    Setting {
+        reader: match machine.io {
+            IoArg::Auto => usual.reader,
+            io => super::bench::kind(io),
+        },
+        page_bytes: machine.page_size.or(usual.page_bytes),
+        queue_depth: machine.queue_depth.or(usual.queue_depth).max(1),
+        prefetch_depth: machine.prefetch_depth.or(usual.prefetch_depth),
+    }
 }
 
 fn verify_when(arg: VerifyArg) -> VerifyWhen {
@@ -471,10 +533,14 @@ impl MachineOptions {
             prefetch_depth: OrAuto::Auto,
             page_size: OrAuto::Auto,
             queue_depth: OrAuto::Auto,
-            io: super::options::IoArg::Auto,
+            io: IoArg::Auto,
+            // The same figures on every machine the demonstration runs on.
+            no_tune: true,
             verify: VerifyArg::Always,
             threads,
             context: None,
+            trace: None,
+            report: None,
         }
     }
 }

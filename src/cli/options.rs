@@ -191,6 +191,9 @@ pub struct MachineOptions {
         help_heading = "Machine"
     )]
     pub io: IoArg,
+    /// Read with the defaults, whatever `tune` found on this machine
+    #[arg(long, env = "TENSORPAGER_NO_TUNE", value_parser = BoolishValueParser::new(), help_heading = "Machine")]
+    pub no_tune: bool,
     /// Compare every byte read with its checksum: always, on first read, never
     #[arg(
         long,
@@ -206,6 +209,12 @@ pub struct MachineOptions {
     /// Longest sequence, prompt and answer together
     #[arg(long, value_name = "N", value_parser = at_least_one, env = "TENSORPAGER_CONTEXT", help_heading = "Machine")]
     pub context: Option<usize>,
+    /// Write what happened when, unit by unit, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE.json", help_heading = "Machine")]
+    pub trace: Option<PathBuf>,
+    /// Write one page about the run, readable offline: passes over time, waits by unit, tiers, the tuning curve
+    #[arg(long, value_name = "FILE.html", help_heading = "Machine")]
+    pub report: Option<PathBuf>,
 }
 
 /// How tokens are chosen and when to stop. What is not given comes from the model's generation_config.json.

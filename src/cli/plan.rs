@@ -6,11 +6,12 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement};
-use super::options::{MachineOptions, OrAuto, SourceOptions};
-use crate::device::Device;
+use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::options::{MachineOptions, SourceOptions};
+use crate::device::{Device, DeviceKind};
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, fit, kv_dtype,
+    DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, VisionNeed, VisionRoom,
+    fit_on, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
@@ -50,10 +51,22 @@ pub struct PlanArgs {
     /// 10^9 floating point operations a second of a product of many rows [default: measured, and kept]
     #[arg(long, value_name = "RATE", help_heading = "Rates")]
     cpu_gflops: Option<f64>,
+    /// Host memory to the GPU, 10^9 bytes a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    h2d_gb_per_s: Option<f64>,
+    /// Weights the GPU reads from its own memory, 10^9 bytes a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    gpu_gb_per_s: Option<f64>,
+    /// The GPU's 10^9 floating point operations a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    gpu_gflops: Option<f64>,
     /// One JSON object instead of the table
     #[arg(long)]
     json: bool,
 }
+
+/// What a driver's context, kernels and slack take of a GPU's memory.
+const GPU_BASE_BYTES: u64 = 700 << 20;
 
 /// One queue length.
 #[derive(Serialize)]
@@ -65,10 +78,29 @@ struct Row {
     kv_tokens: usize,
     cpu_bytes_per_pass: u64,
     disk_bytes_per_pass: u64,
+    /// To the GPU.
+    copied_bytes_per_pass: u64,
     pass_s: f64,
     bound_s: f64,
     compute_s: f64,
     tokens_per_s: f64,
+}
+
+/// What pictures cost a model that looks at them. Products alone are counted.
+#[derive(Serialize)]
+struct VisionRow {
+    /// Read once a wave of pictures, and by no pass over text.
+    tower_bytes: u64,
+    tower_disk_s: f64,
+    /// Of 10⁶ pixels, as is all that follows.
+    patches: usize,
+    tokens: usize,
+    tower_compute_s: f64,
+    prefill_compute_s: f64,
+    kv_bytes: u64,
+    activation_bytes: u64,
+    /// Frames of a video that cost together what one image of their size does.
+    frames_an_image: usize,
 }
 
 /// What more memory would bring one sequence.
@@ -92,6 +124,7 @@ struct Report {
     model: String,
     dtype: String,
     cpu_memory: u64,
+    gpu_memory: Option<u64>,
     context: usize,
     rates: MachineRates,
     prefetch_depth: usize,
@@ -112,6 +145,8 @@ struct Report {
     smallest_cpu_memory: u64,
     cpu_memory_for_everything: u64,
     more_memory: Vec<Gain>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vision: Option<VisionRow>,
     /// What packing would still write, and what is free there.
     pack_bytes: u64,
     disk_free_bytes: Option<u64>,
@@ -124,6 +159,7 @@ struct Planned {
     dtype: Dtype,
     rates: MachineRates,
     host: HostMemory,
+    gpu: Option<GpuRoom>,
     options: EngineOptions,
 }
 
@@ -169,11 +205,24 @@ impl Planned {
             &args.source.offload_folder,
             args.source.in_place,
         )?;
-        let page_bytes = args.machine.page_size.or(DEFAULT_PAGE_BYTES);
+        let reading = reading(
+            &args.machine,
+            &outline.dir,
+            outline.ready && !outline.in_place,
+        );
+        let page_bytes = reading.page_bytes;
+        let gpu = args.machine.gpu_budget()?.map(|limit| GpuRoom {
+            limit,
+            base: GPU_BASE_BYTES,
+        });
+        let size: fn(&SlotLayout) -> UnitSize = match gpu {
+            Some(_) => UnitSize::on_gpu,
+            None => UnitSize::of,
+        };
         let sizes = outline
             .units
             .iter()
-            .map(|u| UnitSize::of(&SlotLayout::new(u, &outline.file_bytes, page_bytes)))
+            .map(|u| size(&SlotLayout::new(u, &outline.file_bytes, page_bytes)))
             .collect();
         // What a run holds before it plans: the tokenizer and the checksums.
         let tokenizer = Tokenizer::load(&outline.text_dir).ok();
@@ -198,10 +247,7 @@ impl Planned {
                         .unwrap_or_else(|| host.default_budget()),
                 ),
                 placement: placement(&args.machine.device_map, &kinds)?,
-                prefetch_depth: match args.machine.prefetch_depth {
-                    OrAuto::Auto => None,
-                    OrAuto::Is(n) => Some(n),
-                },
+                prefetch_depth: Some(reading.prefetch_depth),
                 page_bytes: Some(page_bytes),
                 threads: args.machine.threads,
                 context: args.machine.context.unwrap_or(2048),
@@ -212,6 +258,7 @@ impl Planned {
             dtype,
             rates,
             host,
+            gpu,
         })
     }
 
@@ -224,12 +271,13 @@ impl Planned {
             pass_tokens: DEFAULT_PASS_TOKENS.max(n),
             ..self.options.clone()
         };
-        fit(
+        fit_on(
             &self.outline.spec,
             self.dtype,
             &self.sizes,
             &options,
             &self.host,
+            self.gpu,
         )
     }
 
@@ -259,14 +307,57 @@ impl Planned {
         Some(Row {
             sequences,
             at_once,
-            kv_bytes: fitted.charges.kv,
+            kv_bytes: fitted.kv_blocks as u64 * self.kv_block(),
             kv_tokens: fitted.kv_blocks * BLOCK_TOKENS,
             cpu_bytes_per_pass: fitted.plan.resident_bytes,
             disk_bytes_per_pass: cost.disk_bytes,
+            copied_bytes_per_pass: cost.copied_bytes,
             pass_s: cost.pass_s,
             bound_s: cost.bound_s,
             compute_s: cost.compute_s,
             tokens_per_s: at_once as f64 / cost.pass_s,
+        })
+    }
+
+    /// One more megapixel of image.
+    fn vision(&self) -> Option<VisionRow> {
+        let spec = self.outline.spec.vision.as_ref()?;
+        let patches = 1_000_000 / (spec.patch * spec.patch);
+        let tokens = patches / (spec.merge * spec.merge);
+        let room = VisionRoom {
+            patches,
+            slice: patches,
+            tokens,
+            ..VisionRoom::default()
+        };
+        let options = EngineOptions {
+            vision: Some(room),
+            ..self.options.clone()
+        };
+        let kind = match self.gpu {
+            Some(_) => DeviceKind::Cuda,
+            None => DeviceKind::Cpu,
+        };
+        let need = VisionNeed::of(&self.outline.spec, &self.sizes, &options, kind, u64::MAX);
+        let need = need.ok().flatten()?;
+        let element = self.dtype.bytes() as f64;
+        let compute = &self.rates.compute;
+        let layers = self
+            .sizes
+            .iter()
+            .filter(|u| matches!(u.kind, UnitKind::Layer(_)));
+        let layer_bytes: u64 = layers.map(|u| u.read_bytes).sum();
+        let tower_bytes = need.plan.streamed_bytes;
+        Some(VisionRow {
+            tower_bytes,
+            tower_disk_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
+            patches,
+            tokens,
+            tower_compute_s: compute.seconds(tower_bytes, element, patches),
+            prefill_compute_s: compute.seconds(layer_bytes, element, tokens),
+            kv_bytes: tokens as u64 * self.kv_block() / BLOCK_TOKENS as u64,
+            activation_bytes: need.bytes().saturating_sub(need.plan.arena_bytes()),
+            frames_an_image: spec.temporal_patch,
         })
     }
 
@@ -313,13 +404,14 @@ impl Planned {
             model: self.outline.label.clone(),
             dtype: self.outline.dtype.to_string(),
             cpu_memory: budget,
+            gpu_memory: self.gpu.map(|g| g.limit),
             context: one.context,
             rates: self.rates.clone(),
             prefetch_depth: one.plan.depth,
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,
             resident_cpu_bytes: one.plan.resident_bytes,
-            resident_gpu_bytes: 0,
+            resident_gpu_bytes: one.plan.gpu.map_or(0, |g| g.resident_bytes),
             disk_bytes_per_pass: one.plan.streamed_bytes,
             process_bytes: one.charges.base,
             activation_bytes: one.charges.scratch + one.charges.logits,
@@ -349,6 +441,7 @@ impl Planned {
             smallest_cpu_memory: self.smallest(|_| true),
             cpu_memory_for_everything: everything,
             more_memory: more.filter_map(gain).collect(),
+            vision: self.vision(),
             pack_bytes: self.outline.pack_bytes,
             disk_free_bytes: free_for_pack(&args.source.offload_folder),
         })
@@ -361,6 +454,9 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         ("--disk-gb-per-s", args.disk_gb_per_s),
         ("--memory-gb-per-s", args.memory_gb_per_s),
         ("--cpu-gflops", args.cpu_gflops),
+        ("--h2d-gb-per-s", args.h2d_gb_per_s),
+        ("--gpu-gb-per-s", args.gpu_gb_per_s),
+        ("--gpu-gflops", args.gpu_gflops),
     ] {
         if let Some(v) = value.filter(|v| !(*v > 0.0 && *v < 1e9)) {
             return Err(usage(flag, v, "a rate is above 0"));
@@ -368,16 +464,14 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     }
     let disk_gb_per_s = match args.disk_gb_per_s {
         Some(rate) => rate,
-        None => DiskRates::of(&outline.dir, outline.ready && !outline.in_place)
-            .best_or_probe(&outline.files, u64::MAX)?
-            .ok_or_else(|| {
-                Error::new(
-                    Code::Unsupported,
-                    "the disk's rate cannot be measured",
-                    "its file system does not read past the page cache",
-                    "give --disk-gb-per-s",
-                )
-            })?,
+        None => known_disk_rate(outline)?.ok_or_else(|| {
+            Error::new(
+                Code::Unsupported,
+                "the disk's rate cannot be measured",
+                "its file system does not read past the page cache",
+                "give --disk-gb-per-s",
+            )
+        })?,
     };
     let by_hand = |memory_gb_per_s, gflops| ComputeRates {
         memory_gb_per_s,
@@ -385,6 +479,23 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         element_bytes: dtype.bytes() as f64,
         points: Vec::new(),
     };
+    if args.machine.gpu_budget()?.is_some() {
+        let (Some(h2d), Some(memory), Some(gflops)) =
+            (args.h2d_gb_per_s, args.gpu_gb_per_s, args.gpu_gflops)
+        else {
+            return Err(Error::new(
+                Code::Usage,
+                "a GPU cannot be planned for without its rates",
+                "--gpu-memory is given and what the GPU does a second is not",
+                "give --h2d-gb-per-s, --gpu-gb-per-s and --gpu-gflops too",
+            ));
+        };
+        return Ok(MachineRates {
+            disk_gb_per_s,
+            h2d_gb_per_s: Some(h2d),
+            compute: by_hand(memory, gflops),
+        });
+    }
     let compute = match (args.memory_gb_per_s, args.cpu_gflops) {
         (Some(memory), Some(gflops)) => by_hand(memory, gflops),
         (memory, gflops) => {
@@ -401,8 +512,18 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     };
     Ok(MachineRates {
         disk_gb_per_s,
+        h2d_gb_per_s: None,
         compute,
     })
+}
+
+/// What runs of this model read at, else the best the disk is known to give, else that measured now.
+fn known_disk_rate(outline: &Outline) -> Result<Option<f64>> {
+    let rates = DiskRates::of(&outline.dir, outline.ready && !outline.in_place);
+    match rates.streamed() {
+        Some(rate) => Ok(Some(rate)),
+        None => rates.best_or_probe(&outline.files, u64::MAX),
+    }
 }
 
 fn table(r: &Report) -> String {
@@ -433,6 +554,15 @@ fn table(r: &Report) -> String {
         human_bytes(r.activation_bytes),
         r.pass_tokens,
     );
+    if let Some(limit) = r.gpu_memory {
+        t += &format!(
+            "on the GPU {:>10}  {} units of the {} given; {} copied to it a pass\n\n",
+            human_bytes(r.resident_gpu_bytes),
+            placed("gpu"),
+            flag_size(limit),
+            human_bytes(r.rows.first().map_or(0, |row| row.copied_bytes_per_pass)),
+        );
+    }
     t += "sequences  at once    KV room    from RAM   from disk  s a pass  tokens/s\n";
     for row in &r.rows {
         t += &format!(

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
-    Fitted, OpenProgress, fit, kv_dtype,
+    Fitted, GpuRoom, OpenProgress, fit, fit_on, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};

@@ -17,6 +17,7 @@ mod stats;
 mod strategy;
 mod stream;
 mod trace;
+mod tune;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
@@ -37,3 +38,4 @@ pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;
 pub use trace::{Happening, TRACE_EVENTS, Trace, TraceEvent};
+pub use tune::{KeptSetting, Score, Setting, Space, TUNE_FILE, Tuned, most_runs, tune};

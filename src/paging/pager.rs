@@ -419,6 +419,11 @@ impl Pager {
         }
     }
 
+    /// Where events are kept, if anywhere.
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_deref()
+    }
+
     /// The trace's clock; 0 without a trace.
     pub(super) fn now_ns(&self) -> u64 {
         self.trace.as_ref().map_or(0, |t| t.now_ns())

@@ -65,3 +65,57 @@ impl ByteProgress {
         }
     }
 }
+
+/// Progress of something counted in steps, with an ETA and what was done last.
+pub struct CountProgress {
+    bar: Option<ProgressBar>,
+    label: String,
+    total: usize,
+    done: usize,
+    last: Instant,
+    quiet: bool,
+}
+
+impl CountProgress {
+    pub fn new(label: &str, total: usize, quiet: bool) -> CountProgress {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::with_draw_target(
+                Some(total as u64),
+                ProgressDrawTarget::stderr_with_hz(8),
+            );
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} ETA {eta}  {msg}")
+            {
+                bar.set_style(style);
+            }
+            bar.set_prefix(label.to_string());
+            bar
+        });
+        CountProgress {
+            bar,
+            label: label.to_string(),
+            total,
+            done: 0,
+            last: Instant::now(),
+            quiet,
+        }
+    }
+
+    /// One more, which was `what`.
+    pub fn step(&mut self, what: &str) {
+        self.done += 1;
+        if let Some(bar) = &self.bar {
+            bar.set_message(what.to_string());
+            bar.inc(1);
+        } else if !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
+            self.last = Instant::now();
+            eprintln!("{}: {} of {}, {what}", self.label, self.done, self.total);
+        }
+    }
+
+    pub fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -40,8 +40,8 @@ pub use verify::{Problem, ProblemKind, VerifyReport, verify};
 
 use crate::checkpoint::{Checkpoint, SourceFile, SourceKind};
 use crate::error::{Code, Error, Result};
-use crate::spec::{ModelSpec, parse_config};
-use crate::units::{Dtype, FileId};
+use crate::spec::{ModelSpec, UnitKind, parse_config};
+use crate::units::{Dtype, FileId, UnitId};
 use lock::{Lock, LockMode};
 use manifest::{Manifest, Opened};
 
@@ -140,6 +140,18 @@ impl Store {
             ..options.clone()
         };
         prepare::prepare(ckpt, &options, progress)
+    }
+
+    /// The same model without its layers from `layers` on: what short measurements run. It computes nothing meaningful.
+    pub fn first_layers(mut self, layers: usize) -> Store {
+        self.spec.layers = self.spec.layers.min(layers);
+        let kept = self.spec.layers as u32;
+        self.units
+            .retain(|u| !matches!(u.kind, UnitKind::Layer(i) if i >= kept));
+        for (i, unit) in self.units.iter_mut().enumerate() {
+            unit.id = UnitId(i as u32);
+        }
+        self
     }
 
     pub fn file(&self, id: FileId) -> &SourceFile {

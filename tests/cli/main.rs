@@ -4,3 +4,4 @@ mod process;
 mod refusals;
 mod results;
 mod signals;
+mod tuning;

@@ -128,29 +128,25 @@ impl Sampler {
     fn truncate(&mut self, params: &SamplingParams) {
         let (scores, candidates) = (&self.scores, &mut self.candidates);
         // Adding zero turns −0 into +0, so that total_cmp below agrees with equality.
-        let best = scores.iter().copied().fold(f32::MIN, f32::max) + 0.0;
+        let best = largest(scores) + 0.0;
         let floor = match params.top_k {
-            k if k > 0 && k < scores.len() => {
-                self.order.clear();
-                self.order.extend_from_slice(scores);
-                *self
-                    .order
-                    .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
-                    .1
-            }
+            k if k > 0 && k < scores.len() => kth_largest(scores, k, &mut self.order),
             _ => f32::MIN,
         };
         // Scaling relative to the best keeps a tiny temperature from overflowing: the best weighs 1 whatever it is.
         let scale = 1.0 / f64::from(params.temperature);
         candidates.clear();
         let mut total = 0.0;
-        for (id, &score) in scores.iter().enumerate() {
-            if score >= floor {
+        for (i, part) in scores.chunks(STRIDE).enumerate() {
+            if largest(part) < floor {
+                continue;
+            }
+            for (j, &score) in part.iter().enumerate().filter(|(_, s)| **s >= floor) {
                 let weight = ((f64::from(score) - f64::from(best)) * scale).exp();
                 total += weight;
                 candidates.push(Candidate {
                     score: score + 0.0,
-                    id: id as u32,
+                    id: (i * STRIDE + j) as u32,
                     weight,
                 });
             }
@@ -206,7 +202,7 @@ impl Sampler {
 
 /// log Σ exp(x), accumulated in float64.
 pub fn log_sum_exp(x: &[f32]) -> f64 {
-    let best = f64::from(x.iter().copied().fold(f32::MIN, f32::max));
+    let best = f64::from(largest(x));
     let sum: f64 = x.iter().map(|&v| (f64::from(v) - best).exp()).sum();
     best + sum.ln()
 }
@@ -241,15 +237,54 @@ fn usable(logits: &[f32], limit: usize) -> Result<&[f32]> {
     ))
 }
 
+/// Values looked at together: one comparison for all of them where none matters.
+const STRIDE: usize = 64;
+
 /// Index of the largest value, the lowest one among equals.
 fn argmax(x: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, v) in x.iter().enumerate() {
-        if *v > x[best] {
-            best = i;
+    let (mut best, mut at) = (f32::MIN, 0);
+    for (i, part) in x.chunks(STRIDE).enumerate() {
+        let most = largest(part);
+        if most > best {
+            (best, at) = (most, i * STRIDE);
         }
     }
-    best as u32
+    let among = x[at..].iter().position(|v| *v == best);
+    (at + among.unwrap_or(0)) as u32
+}
+
+/// The largest of some finite values. Sixteen running maxima side by side: one would be a chain of dependent steps.
+fn largest(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::MIN; 16];
+    let (whole, rest) = x.as_chunks::<16>();
+    for part in whole {
+        for (lane, v) in lanes.iter_mut().zip(part) {
+            *lane = larger(*lane, *v);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::MIN, |a, b| larger(a, *b))
+}
+
+/// The `k`-th largest value; `room` is scratch. Few candidates are ever kept: most of a row lies below the largest so far.
+fn kth_largest(x: &[f32], k: usize, room: &mut Vec<f32>) -> f32 {
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    room.clear();
+    let mut floor = f32::MIN;
+    for part in x.chunks(STRIDE) {
+        if room.len() >= k && largest(part) <= floor {
+            continue;
+        }
+        room.extend(part.iter().filter(|v| **v >= floor));
+        if room.len() >= 2 * k + STRIDE {
+            floor = *room.select_nth_unstable_by(k - 1, descending).1;
+            room.truncate(k);
+        }
+    }
+    *room.select_nth_unstable_by(k - 1, descending).1
 }
 
 /// Moves the nucleus (Holtzman et al. 2020) to the front, best first, and returns its size: a token belongs to it while

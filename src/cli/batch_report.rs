@@ -73,14 +73,13 @@ pub fn print_json(
 
 pub fn last_words(job: &BatchJob, s: &JobSummary) -> String {
     let f = Figures::new(&s.progress);
-    let mut text = format!(
-        "{} of {} rows answered; {} tokens out in {:.1} s: {:.1} tokens/s",
-        job.done(),
-        job.rows(),
-        f.output_tokens,
-        f.elapsed_s,
-        f.output_tokens_per_s
-    );
+    let mut text = format!("{} of {} rows answered", job.done(), job.rows());
+    if f.output_tokens > 0 {
+        text += &format!(
+            "; {} tokens out in {:.1} s: {:.1} tokens/s",
+            f.output_tokens, f.elapsed_s, f.output_tokens_per_s
+        );
+    }
     if f.shared_prompt_tokens > 0 {
         text += &format!("; {} prompt tokens shared", f.shared_prompt_tokens);
     }

@@ -72,7 +72,7 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Model> {
-        let ckpt = open_checkpoint(source)?;
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
         let started = Instant::now();
         let mut options = pack_options(source, cancel)?;
         if let Some(budget) = budget {
@@ -87,7 +87,23 @@ impl Model {
             in_place,
             ..options
         };
+        log::info!(
+            "{} at {}: {:?}, {} files",
+            ckpt.label,
+            ckpt.dir.display(),
+            ckpt.kind,
+            ckpt.files.len()
+        );
         let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
+        log::info!(
+            "weights at {}{}",
+            prepared.store.dir.display(),
+            if prepared.store.in_place {
+                ", in place"
+            } else {
+                ""
+            }
+        );
         Ok(Model {
             label: prepared.store.label.clone(),
             pack_s: match prepared.packed {
@@ -180,6 +196,10 @@ impl Model {
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want)?;
         self.probe_before(&options)?;
+        log::debug!(
+            "engine: {options:?}, best disk rate {:?} GB/s",
+            self.rates().best()
+        );
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
@@ -248,7 +268,13 @@ impl Model {
     }
 }
 
-pub(super) fn open_checkpoint(source: &SourceOptions) -> Result<Checkpoint> {
+/// Opens the source, downloaded first where it is a hub id that the local cache lacks.
+pub(super) fn open_checkpoint(
+    source: &SourceOptions,
+    cancel: &Arc<AtomicBool>,
+    quiet: bool,
+) -> Result<Checkpoint> {
+    super::pull::ensure(&source.model, cancel, quiet)?;
     Checkpoint::open(
         &source.model,
         &OpenOptions {

@@ -43,7 +43,7 @@ pub fn run(args: PackArgs) -> Result<u8> {
         ));
     }
     let cancel = signals::cancel_flag()?;
-    let ckpt = open_checkpoint(&args.source)?;
+    let ckpt = open_checkpoint(&args.source, &cancel, args.quiet || args.json)?;
     let mut options = PackOptions {
         repack: args.repack,
         refuse_nonfinite: args.refuse_nonfinite,

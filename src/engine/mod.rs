@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
+pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};

@@ -97,7 +97,11 @@ fn what_is_not_there_is_said_with_what_to_do() {
     for model in ["org/other", "org/tiny@v2", other.as_str(), "org/tiny@a/b"] {
         let error = open(model, cache.path()).unwrap_err();
         assert_eq!(error.code(), Code::Usage, "{error}");
-        assert!(error.fix().contains("hf download org/"), "{error}");
+        let command = match cfg!(feature = "hub") {
+            true => "tensorpager pull org/",
+            false => "hf download org/",
+        };
+        assert!(error.fix().contains(command), "{error}");
     }
     for model in [
         "./nowhere",

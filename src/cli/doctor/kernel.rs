@@ -56,6 +56,11 @@ fn try_ring() -> Result<String, String> {
     };
     open()
         .map(|reader| reader.describe())
+        // Its own file is read through the cache: that says nothing about the offload folder.
+        .map(|how| {
+            let how = how.split(", buffered").next().unwrap_or_default();
+            how.trim_start_matches("io_uring: ").to_string()
+        })
         .map_err(|e| e.cause().to_string())
 }
 

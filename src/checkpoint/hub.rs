@@ -89,6 +89,14 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
         Err(_) => {}
     }
     let Some(id) = HubId::parse(model) else {
+        if let Some(id) = id_of_address(model) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("`{}` is an address, not a model", clip(model)),
+                "models are named as the hub names them, or by a folder",
+                format!("give the id alone: {id}"),
+            ));
+        }
         return Err(Error::new(
             Code::Usage,
             format!("there is no model at `{}`", clip(model)),
@@ -117,6 +125,17 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
         )));
     }
     snapshot(&store, &id, &absent)
+}
+
+/// `org/name` of `https://huggingface.co/org/name…`, as people copy it from a browser.
+fn id_of_address(model: &str) -> Option<String> {
+    let rest = model
+        .split_once("://")
+        .filter(|(s, _)| matches!(*s, "https" | "http"))?
+        .1;
+    let mut parts = rest.split(['/', '?', '#']).skip(1);
+    let id = format!("{}/{}", parts.next()?, parts.next()?);
+    HubId::parse(&id).map(|_| id)
 }
 
 /// The folder of a revision's snapshot, as it is; `None` where there is none. For looking only: [`resolve_in`] checks.

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::model::Model;
+use crate::device::Device;
 use crate::engine::{EngineOptions, EngineStats, Fitted, HostMemory, fit, kv_dtype};
 use crate::error::{Code, Error, Result};
 use crate::paging::{
@@ -11,7 +12,7 @@ use crate::paging::{
 };
 use crate::report::summary::PagingReport;
 use crate::spec::ModelSpec;
-use crate::store::{PackState, list_packs};
+use crate::store::list_packs;
 use crate::units::{Dtype, flag_size, human_bytes};
 
 /// Advice for less than this is noise.
@@ -35,7 +36,9 @@ impl Advisor {
     pub(super) fn new(model: &Model, options: &EngineOptions, host: HostMemory) -> Result<Advisor> {
         let store = &model.store;
         let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
-        let page = options.page_bytes.unwrap_or(crate::engine::DEFAULT_PAGE_BYTES);
+        let page = options
+            .page_bytes
+            .unwrap_or(crate::engine::DEFAULT_PAGE_BYTES);
         Ok(Advisor {
             spec: store.spec.clone(),
             dtype: kv_dtype(&store.units),
@@ -80,22 +83,23 @@ impl Advisor {
             return error;
         };
         let free = self.host.default_budget();
+        // What the engine said stands: it knows to the page what it holds.
         let mut fix = match needed <= free {
             true => format!(
-                "give --cpu-memory {} or more (this machine has {} for it)",
-                flag_size(needed),
+                "{}; this machine has {} for it",
+                error.fix(),
                 human_bytes(free)
             ),
             false => format!(
-                "{} would do, and this machine has {}: end other programs",
-                human_bytes(needed),
+                "{}; this machine has {} for it: end other programs",
+                error.fix(),
                 human_bytes(free)
             ),
         };
         for (what, options) in self.smaller() {
             match self.smallest(&options) {
                 Some(n) if (n as f64) * LEAST_GAIN < needed as f64 => {
-                    fix += &format!("; with {what} {} would do", flag_size(n));
+                    fix += &format!("; with {what} {} are enough", flag_size(n));
                 }
                 _ => {}
             }
@@ -144,12 +148,14 @@ impl Advisor {
         &self,
         report: &PagingReport,
         during: &EngineStats,
-        kept: &KeptCompute,
+        device: &Device,
     ) -> Option<String> {
         let pass_s = during.pass.as_secs_f64() / report.passes.max(1) as f64;
         let compute_s = report.compute_s / report.passes.max(1) as f64;
         let waited = report.stall_s / (during.pass.as_secs_f64()).max(1e-9);
-        let disk = report.disk_gb_per_s.max(report.probed_disk_gb_per_s.unwrap_or(0.0));
+        let disk = report
+            .disk_gb_per_s
+            .max(report.probed_disk_gb_per_s.unwrap_or(0.0));
         if waited < LEAST_WAIT || disk <= 0.0 || compute_s <= 0.0 || during.rows == 0 {
             return None;
         }
@@ -159,7 +165,9 @@ impl Advisor {
             .unwrap_or_else(|| self.host.default_budget());
         let now = self.fitted(&self.options, budget).ok()?;
         let weights: u64 = self.sizes.iter().map(|u| u.read_bytes).sum();
-        let rows = (during.rows as f64 / report.passes.max(1) as f64).round().max(1.0) as usize;
+        let rows = (during.rows as f64 / report.passes.max(1) as f64)
+            .round()
+            .max(1.0) as usize;
         // This run's own rates.
         let rates = MachineRates {
             disk_gb_per_s: disk,
@@ -201,7 +209,7 @@ impl Advisor {
         }
         // Many rows need arithmetic that this run did not show: only where it was measured before.
         if rows < BATCH
-            && let Some(compute) = kept.known()
+            && let Some(compute) = KeptCompute::of(device, self.dtype).known()
         {
             let options = EngineOptions {
                 max_sequences: BATCH,
@@ -234,10 +242,7 @@ pub(super) fn no_space(error: Error, offload_folder: &Path) -> Error {
     let stale: u64 = list_packs(offload_folder)
         .unwrap_or_default()
         .iter()
-        .filter(|p| {
-            let gone = [PackState::Unfinished, PackState::SourceChanged, PackState::SourceGone];
-            gone.contains(&p.state) || matches!(p.state, PackState::Damaged(_))
-        })
+        .filter(|p| p.state.is_stale())
         .map(|p| p.bytes)
         .sum();
     let clean = match stale {
@@ -259,12 +264,17 @@ mod tests {
         let error = || Error::new(Code::Space, "not enough", "x", "y");
         let none = no_space(error(), dir.path());
         assert!(none.fix().contains("nothing there is stale"), "{none}");
-        // A pack that was cut off.
+        // A pack whose manifest is cut off.
         let cut = dir.path().join("model--bf16");
         std::fs::create_dir(&cut).unwrap();
         std::fs::write(cut.join("layer.000.dat"), vec![0; 20_000]).unwrap();
+        let manifest = r#"{"format": "tensorpager", "version": 1}"#;
+        std::fs::write(cut.join("manifest.json"), manifest).unwrap();
         let some = no_space(error(), dir.path());
-        assert!(some.fix().contains("clean --stale` would free 20"), "{some}");
+        assert!(
+            some.fix().contains("clean --stale` would free 20"),
+            "{some}"
+        );
         let other = Error::new(Code::Io, "a", "b", "c");
         assert_eq!(no_space(other.clone(), dir.path()), other);
     }

@@ -1,10 +1,12 @@
 //! The command line: one file a command. One client of `engine` among others.
 
+mod advice;
 mod batch;
 mod batch_bench;
 mod batch_check;
 mod batch_merge;
 mod bench;
+mod bench_model;
 mod clean;
 mod completions;
 mod demo;
@@ -15,6 +17,7 @@ mod media;
 mod model;
 mod options;
 mod pack;
+mod plan;
 mod prompt;
 mod pull;
 mod repl;
@@ -61,6 +64,8 @@ enum Command {
     Clean(clean::CleanArgs),
     /// What the offload folder holds, or what a model is made of
     Inspect(inspect::InspectArgs),
+    /// What goes where under a budget, and how fast that will be, without loading anything
+    Plan(plan::PlanArgs),
     /// Measure
     Bench(bench::BenchArgs),
     /// See it work: no model, no GPU, no network needed
@@ -105,6 +110,9 @@ fn usage(e: &clap::Error) -> Error {
         ErrorKind::MissingRequiredArgument => {
             what = format!("{cause} is missing");
             cause = "the command cannot do without it".to_string();
+        }
+        ErrorKind::ArgumentConflict if cause.is_empty() => {
+            cause = "one excludes the other".to_string();
         }
         _ => {}
     }
@@ -153,6 +161,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Verify(args) => verify::run(args),
         Command::Clean(args) => clean::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),

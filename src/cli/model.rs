@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use super::advice::{self, Advisor};
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::VisionRoom;
@@ -12,7 +13,7 @@ use crate::engine::{
     DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
-use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
+use crate::paging::{DiskRates, PagerOptions, Placement, Trace, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
 use crate::report::summary::ReadSettings;
 use crate::spec::UnitKind;
@@ -31,7 +32,7 @@ pub struct Model {
 }
 
 /// What a command wants of the engine, besides what the machine options say.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct OpenFor {
     pub context: usize,
     /// Rows of the longest prompt: a pass need not be larger.
@@ -42,6 +43,7 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenFor {
@@ -55,6 +57,7 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
+            trace: None,
         }
     }
 }
@@ -73,6 +76,28 @@ impl Model {
         quiet: bool,
     ) -> Result<Model> {
         let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    /// [`Model::open_within`] for what cannot do without a tokenizer: one that is missing is told before hours of packing.
+    pub fn open_with_text(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Tokenizer::expect_in(&ckpt.config_dir)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    fn prepared(
+        budget: Option<u64>,
+        ckpt: &Checkpoint,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
         let started = Instant::now();
         let mut options = pack_options(source, cancel)?;
         if let Some(budget) = budget {
@@ -94,7 +119,7 @@ impl Model {
             ckpt.kind,
             ckpt.files.len()
         );
-        let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
+        let prepared = prepare(ckpt, &options, quiet, Store::prepare)?;
         log::info!(
             "weights at {}{}",
             prepared.store.dir.display(),
@@ -151,7 +176,7 @@ impl Model {
 
     /// Bytes of one element of the KV cache.
     pub fn element_bytes(&self) -> usize {
-        kv_dtype(&self.store).bytes()
+        kv_dtype(&self.store.units).bytes()
     }
 
     fn rates(&self) -> DiskRates {
@@ -200,20 +225,29 @@ impl Model {
             "engine: {options:?}, best disk rate {:?} GB/s",
             self.rates().best()
         );
+        let host = HostMemory::read();
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
-        engine
+        engine.map_err(|e| match Advisor::new(self, &options, host) {
+            Ok(advisor) => advisor.too_little(e),
+            Err(_) => e,
+        })
     }
 
-    fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
+    pub(super) fn engine_options(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+    ) -> Result<EngineOptions> {
         check_device(&machine.device)?;
         let defaults = EngineOptions::default();
+        let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
-            placement: self.placement(&machine.device_map)?,
+            placement: placement(&machine.device_map, &kinds)?,
             prefetch_depth: match machine.prefetch_depth {
                 OrAuto::Auto => None,
                 OrAuto::Is(n) => Some(n),
@@ -223,6 +257,7 @@ impl Model {
                 reader: super::bench::kind(machine.io),
                 queue_depth: queue_depth(machine),
                 verify: verify_when(machine.verify),
+                trace: want.trace.clone(),
                 ..PagerOptions::default()
             },
             threads: machine.threads,
@@ -238,20 +273,6 @@ impl Model {
         })
     }
 
-    fn placement(&self, map: &str) -> Result<Placement> {
-        match map {
-            "auto" => Ok(Placement::Auto),
-            "cpu" => Ok(Placement::Cpu),
-            "disk" => Ok(Placement::Disk),
-            "gpu" => Err(no_gpu()),
-            file => {
-                let json = read_device_map(file)?;
-                let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
-                Ok(Placement::Units(parse_device_map(&json, &kinds)?))
-            }
-        }
-    }
-
     /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
     pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
         let p = &during.paging;
@@ -264,6 +285,29 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+        }
+    }
+}
+
+/// What `--device-map` asks for; `kinds`: the model's units.
+pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
+    match map {
+        "auto" => Ok(Placement::Auto),
+        "cpu" => Ok(Placement::Cpu),
+        "disk" => Ok(Placement::Disk),
+        "gpu" => Err(no_gpu()),
+        file => {
+            let bad = |cause: String| {
+                Error::new(
+                    Code::Usage,
+                    format!("the device map {file} cannot be used"),
+                    cause,
+                    "give auto, cpu, disk, or a JSON file of module → tier",
+                )
+            };
+            let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+            let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+            Ok(Placement::Units(parse_device_map(&json, kinds)?))
         }
     }
 }
@@ -323,7 +367,7 @@ pub(super) fn prepare(
         PackProgress::Finishing => {}
     });
     bar.finish();
-    let prepared = prepared?;
+    let prepared = prepared.map_err(|e| advice::no_space(e, &options.offload_folder))?;
     if !quiet {
         for note in &prepared.notes {
             eprintln!("{note}");
@@ -356,7 +400,7 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
+pub(super) fn check_device(device: &str) -> Result<()> {
     match device {
         "auto" | "cpu" => Ok(()),
         d if d == "cuda" || d.starts_with("cuda:") => Err(no_gpu()),

@@ -29,6 +29,7 @@ pub struct PackArgs {
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
+    /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
 }

@@ -31,6 +31,28 @@ Examples:
 `tensorpager COMMAND --help` explains one. Every option can also be set by the environment: --cpu-memory as
 TENSORPAGER_CPU_MEMORY; the option wins. RUST_LOG=tensorpager=debug logs to stderr; NO_COLOR is honoured.";
 
+/// Options that few need: `--help` lists them, `-h` does not.
+const RARE: [&str; 18] = [
+    "allow-overflow",
+    "allow-external",
+    "config-from",
+    "offload-limit",
+    "device-map",
+    "max-memory",
+    "prefetch-depth",
+    "page-size",
+    "queue-depth",
+    "io",
+    "verify",
+    "threads",
+    "min-p",
+    "repetition-penalty",
+    "ignore-eos",
+    "frame-sampling",
+    "min-pixels",
+    "trace",
+];
+
 /// The variable of an option; `None` for what is no option (positional values, --help).
 pub(super) fn variable(arg: &Arg) -> Option<String> {
     let long = arg.get_long()?;
@@ -52,8 +74,9 @@ pub(super) fn with_environment(command: Command) -> Command {
                     // `--temperature -1` is a value to refuse, not an option `-1`.
                     _ => arg.allow_negative_numbers(true),
                 };
+                let rare = arg.get_long().is_some_and(|long| RARE.contains(&long));
                 // Not one line more in the help for each: its foot says how they are called.
-                arg.env(name).hide_env(true)
+                arg.env(name).hide_env(true).hide_short_help(rare)
             }
         })
         .mut_subcommands(with_environment)
@@ -138,7 +161,7 @@ mod tests {
     #[test]
     fn help_is_narrow_and_every_option_is_explained() {
         walk(&super::super::command(), "", &mut |path, command| {
-            let text = command.clone().render_help().to_string();
+            let text = command.clone().render_long_help().to_string();
             let long = text.lines().find(|l| l.chars().count() > 160);
             assert_eq!(long, None, "{path}");
             for arg in command.get_arguments() {

@@ -51,6 +51,9 @@ fn the_first_page_groups_the_commands() {
     for title in ["Weights:", "Machine:", "Sampling:", "Examples:"] {
         assert!(run.contains(title), "{title}\n{run}");
     }
+    let short = p.run(&["run", "-h"]).done().stdout;
+    assert!(short.lines().count() <= 70, "{short}");
+    assert!(!short.contains("--queue-depth") && run.contains("--queue-depth"));
 }
 
 #[test]
@@ -132,4 +135,68 @@ fn no_color_is_honoured_on_a_terminal() {
     );
     let plain = on_a_terminal(false).unwrap();
     assert!(plain.status.success() && !plain.stdout.contains(&0x1b));
+}
+
+#[test]
+fn a_stderr_that_takes_nothing_costs_no_answer() {
+    let p = Place::new();
+    let args = ["run", &qwen2(), "-p", "x", "--greedy", "-n", "2"];
+    let expected = p.run(&args).done().stdout;
+    let full = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = p.command(&args).stderr(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    // Nor is there a panic where nobody reads an error.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let refused = p
+        .command(&["run", "./nothing", "-p", "x"])
+        .stderr(writer)
+        .output();
+    assert_eq!(refused.unwrap().status.code(), Some(2));
+}
+
+#[test]
+fn too_little_memory_is_answered_with_this_machines_numbers() {
+    let p = Place::new();
+    let args = [
+        "run",
+        &qwen2(),
+        "-p",
+        "x",
+        "-n",
+        "400",
+        "--cpu-memory",
+        "1MiB",
+    ];
+    let ran = p.run(&args);
+    ran.refused(1, &["--cpu-memory ", "this machine has "]);
+    // What is named as enough is enough.
+    let named = ran.stderr.split("--cpu-memory ").nth(1).unwrap();
+    let named = named.split_whitespace().next().unwrap();
+    p.run(&[
+        "run",
+        &qwen2(),
+        "-p",
+        "x",
+        "-n",
+        "400",
+        "--cpu-memory",
+        named,
+        "-q",
+    ])
+    .done();
+}
+
+#[test]
+fn a_missing_tokenizer_is_told_before_anything_is_packed() {
+    let p = Place::new();
+    let model = p.copy("qwen2-bf16", "model");
+    std::fs::remove_file(model.join("tokenizer.json")).unwrap();
+    p.run(&["run", str(&model), "-p", "x"])
+        .refused(1, &["has no tokenizer.json"]);
+    assert!(!p.offload().exists());
 }

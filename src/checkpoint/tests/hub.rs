@@ -124,6 +124,20 @@ fn what_is_not_there_is_said_with_what_to_do() {
             "{error}"
         );
     }
+    for address in [
+        "https://huggingface.co/org/tiny",
+        "https://huggingface.co/org/tiny/tree/main?x",
+    ] {
+        let error = open(address, cache.path()).unwrap_err();
+        assert!(
+            error.fix().ends_with("give the id alone: org/tiny"),
+            "{error}"
+        );
+    }
+    let gguf = cache.path().join("q4.gguf");
+    fs::write(&gguf, "GGUF and more").unwrap();
+    let error = open(gguf.to_str().unwrap(), cache.path()).unwrap_err();
+    assert!(error.cause().contains("GGUF"), "{error}");
     let file = cache.path().join("model.safetensors");
     fs::write(&file, "x").unwrap();
     let error = open(file.to_str().unwrap(), cache.path()).unwrap_err();

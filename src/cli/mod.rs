@@ -115,10 +115,13 @@ fn usage(e: &clap::Error) -> Error {
         ErrorKind::ArgumentConflict if cause.is_empty() => {
             cause = "one excludes the other".to_string();
         }
+        ErrorKind::InvalidValue if cause.is_empty() => {
+            cause = "the option stands without its value".to_string();
+        }
         _ => {}
     }
     if cause.is_empty() {
-        cause = "the command line does not say what to do".to_string();
+        cause = "the command line cannot be understood as it is".to_string();
     }
     if fix.is_empty() {
         fix = "see --help of the command, which shows what each option takes".to_string();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::model::Model;
 use crate::device::Device;
-use crate::engine::{EngineOptions, EngineStats, Fitted, HostMemory, fit, kv_dtype};
+use crate::engine::{DeviceChoice, EngineOptions, EngineStats, Fitted, HostMemory, fit, kv_dtype};
 use crate::error::{Code, Error, Result};
 use crate::paging::{
     ComputeRates, KeptCompute, MachineRates, PassWork, SlotLayout, UnitSize, predict,
@@ -52,6 +52,10 @@ impl Advisor {
         })
     }
 
+    fn on_cpu(&self) -> bool {
+        matches!(self.options.device, DeviceChoice::Cpu)
+    }
+
     fn fitted(&self, options: &EngineOptions, budget: u64) -> Result<Fitted> {
         let options = EngineOptions {
             cpu_memory: Some(budget),
@@ -76,7 +80,8 @@ impl Advisor {
 
     /// Where memory was too little: the budget that would do, whether this machine has it, and what takes less.
     pub(super) fn too_little(&self, error: Error) -> Error {
-        if error.code() != Code::Memory {
+        // The GPU's memory is another budget, which its own errors speak of.
+        if error.code() != Code::Memory || !self.on_cpu() {
             return error;
         }
         let Some(needed) = self.smallest(&self.options) else {
@@ -156,7 +161,12 @@ impl Advisor {
         let disk = report
             .disk_gb_per_s
             .max(report.probed_disk_gb_per_s.unwrap_or(0.0));
-        if waited < LEAST_WAIT || disk <= 0.0 || compute_s <= 0.0 || during.rows == 0 {
+        if !self.on_cpu()
+            || waited < LEAST_WAIT
+            || disk <= 0.0
+            || compute_s <= 0.0
+            || during.rows == 0
+        {
             return None;
         }
         let budget = self

@@ -147,7 +147,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     };
     let advisor = Advisor::new(
         &model,
-        &model.engine_options(&args.machine, &open_for)?,
+        &model.engine_options(&args.machine, &open_for, true)?,
         HostMemory::read(),
     )?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;

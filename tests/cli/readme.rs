@@ -150,10 +150,10 @@ fn the_entries_that_a_command_can_bring_about_are_brought_about() {
             "model `Qwen/Qwen2.5-0.5B-Instruct` is not in the local cache",
         );
     }
-    printed(
-        run("./model", &["--device", "cuda"]),
-        "the GPU cannot be used",
-    );
+    let no_driver = "the GPU cannot be used: no NVIDIA driver was found";
+    if tensorpager::device::cuda::available().is_err_and(|e| e.what() == no_driver) {
+        printed(run("./model", &["--device", "cuda"]), no_driver);
+    }
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();
     printed(
         run("./model", &["--in-place"]),

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use super::Check;
 use crate::device::cpu::CpuDevice;
+use crate::device::cuda;
 use crate::engine::{HostMemory, cgroup_limit};
 use crate::media::VideoTools;
 use crate::units::human_bytes;
@@ -18,7 +19,7 @@ pub(super) fn check(say: &mut dyn FnMut(Check)) {
     say(memory());
     let gpu = Gpu::look(Path::new("/"));
     say(pinned(&gpu));
-    say(gpu.check());
+    say(card(&gpu));
     say(ffmpeg());
 }
 
@@ -66,6 +67,34 @@ fn memory() -> Check {
         .with("default_budget_bytes", host.default_budget())
 }
 
+/// The GPU as its driver describes it; where there is no driver to ask, what the machine shows of one.
+fn card(gpu: &Gpu) -> Check {
+    let asked = cuda::available().and_then(|_| cuda::Context::new(0));
+    match asked {
+        Ok(c) => Check::pass(
+            "gpu",
+            format!(
+                "{}, compute capability {}.{}, CUDA {}.{}, {} of {} free",
+                c.name,
+                c.compute / 10,
+                c.compute % 10,
+                c.driver / 1000,
+                c.driver % 1000 / 10,
+                human_bytes(c.free_bytes),
+                human_bytes(c.total_bytes)
+            ),
+        )
+        .with("name", c.name.clone())
+        .with("cuda_driver", c.driver)
+        .with("free_bytes", c.free_bytes)
+        .with("total_bytes", c.total_bytes),
+        Err(e) if gpu.library.is_some() => {
+            Check::warn("gpu", format!("{}: {}", e.what(), e.cause()), e.fix())
+        }
+        Err(_) => gpu.check(),
+    }
+}
+
 /// What of an NVIDIA GPU can be seen without its driver's library being loaded.
 struct Gpu {
     /// On the PCI bus.
@@ -103,7 +132,7 @@ impl Gpu {
             (Some(library), true) => Check::pass(
                 "gpu",
                 format!(
-                    "driver {}, {}; this version computes on the CPU all the same",
+                    "driver {}, {}",
                     self.driver.as_deref().unwrap_or("present"),
                     library.display()
                 ),

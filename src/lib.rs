@@ -2,6 +2,24 @@
 //!
 //! The modules stand in the order of the way of a byte.
 
+#[macro_use]
+mod say {
+    //! Lines for people on stderr. One that is closed or full is no reason to panic, which std's own macros do.
+
+    macro_rules! eprint {
+        ($($text:tt)*) => {{
+            use std::io::Write as _;
+            let _ = write!(std::io::stderr(), $($text)*);
+        }};
+    }
+
+    macro_rules! eprintln {
+        ($($text:tt)*) => {{
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), $($text)*);
+        }};
+    }
+}
 // The one error type: what, cause, fix.
 pub mod error;
 // Sizes, ids, alignment.

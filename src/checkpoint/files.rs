@@ -14,6 +14,24 @@ pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Indexes of shards and of accelerate's tensors.
 pub(super) const MAX_INDEX_BYTES: u64 = 32 << 20;
 
+/// The text files of a model that this engine or a pack of it has a use for.
+pub(crate) const TEXT_FILES: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+];
+
 /// A model folder and how far its links may lead.
 #[derive(Clone, Debug)]
 pub(super) struct Folder {
@@ -138,6 +156,13 @@ fn refuse_irregular(path: &Path, metadata: &Metadata) -> Result<()> {
         format!("it is {found}"),
         "restore the model's files from its repository",
     ))
+}
+
+/// Bytes that this process may still write below `path`; `None` where the system does not tell.
+#[cfg(feature = "hub")]
+pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(path).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Nanoseconds since 1970 of the last change of content.

@@ -5,6 +5,8 @@
 //! Pickles are refused.
 
 mod accelerate;
+#[cfg(feature = "hub")]
+mod download;
 mod files;
 mod header;
 mod hub;
@@ -16,6 +18,9 @@ mod synthetic;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "hub")]
+pub use self::download::{DownloadProgress, Downloaded, Hub, wants_download};
+pub(crate) use self::files::TEXT_FILES;
 use self::files::{Folder, MAX_CONFIG_BYTES, clip};
 use self::header::Stored;
 pub use self::hub::{ModelPath, resolve_model};

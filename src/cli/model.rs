@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use super::advice::{self, Advisor};
 use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::cuda;
@@ -79,7 +80,29 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Model> {
-        let ckpt = open_checkpoint(source)?;
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    /// [`Model::open_within`] for what cannot do without a tokenizer: one that is missing is told before hours of packing.
+    pub fn open_with_text(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Tokenizer::expect_in(&ckpt.config_dir)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    fn prepared(
+        budget: Option<u64>,
+        ckpt: &Checkpoint,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
         let started = Instant::now();
         let mut options = pack_options(source, cancel)?;
         if let Some(budget) = budget {
@@ -94,7 +117,23 @@ impl Model {
             in_place,
             ..options
         };
-        let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
+        log::info!(
+            "{} at {}: {:?}, {} files",
+            ckpt.label,
+            ckpt.dir.display(),
+            ckpt.kind,
+            ckpt.files.len()
+        );
+        let prepared = prepare(ckpt, &options, quiet, Store::prepare)?;
+        log::info!(
+            "weights at {}{}",
+            prepared.store.dir.display(),
+            if prepared.store.in_place {
+                ", in place"
+            } else {
+                ""
+            }
+        );
         Ok(Model {
             label: prepared.store.label.clone(),
             pack_s: match prepared.packed {
@@ -187,12 +226,20 @@ impl Model {
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want, quiet)?;
         self.probe_before(&options)?;
+        log::debug!(
+            "engine: {options:?}, best disk rate {:?} GB/s",
+            self.rates().best()
+        );
+        let host = HostMemory::read();
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
-        engine
+        engine.map_err(|e| match Advisor::new(self, &options, host) {
+            Ok(advisor) => advisor.too_little(e),
+            Err(_) => e,
+        })
     }
 
     /// How its units are read: as the user says, else as `tune` found on this machine, else the defaults.
@@ -200,7 +247,7 @@ impl Model {
         reading(machine, &self.store.dir, !self.store.in_place)
     }
 
-    pub fn engine_options(
+    pub(super) fn engine_options(
         &self,
         machine: &MachineOptions,
         want: &OpenFor,
@@ -317,7 +364,13 @@ pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
     }
 }
 
-pub(super) fn open_checkpoint(source: &SourceOptions) -> Result<Checkpoint> {
+/// Opens the source, downloaded first where it is a hub id that the local cache lacks.
+pub(super) fn open_checkpoint(
+    source: &SourceOptions,
+    cancel: &Arc<AtomicBool>,
+    quiet: bool,
+) -> Result<Checkpoint> {
+    super::pull::ensure(&source.model, cancel, quiet)?;
     Checkpoint::open(
         &source.model,
         &OpenOptions {
@@ -366,7 +419,7 @@ pub(super) fn prepare(
         PackProgress::Finishing => {}
     });
     bar.finish();
-    let prepared = prepared?;
+    let prepared = prepared.map_err(|e| advice::no_space(e, &options.offload_folder))?;
     if !quiet {
         for note in &prepared.notes {
             eprintln!("{note}");

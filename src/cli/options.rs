@@ -97,7 +97,7 @@ pub enum VerifyArg {
 /// Where the weights come from and where they are kept.
 #[derive(Args, Clone, Debug)]
 pub struct SourceOptions {
-    /// A folder as the hub delivers it, a packed folder, accelerate's offload folder, or a hub id in the local cache
+    /// A folder as the hub delivers it, a packed folder, accelerate's offload folder, or a hub id (org/name, downloaded if need be)
     pub model: String,
     /// Where packed weights are kept
     #[arg(
@@ -226,6 +226,7 @@ pub struct SamplingOptions {
     /// Always take the likeliest token
     #[arg(long, env = "TENSORPAGER_GREEDY", value_parser = BoolishValueParser::new(), help_heading = "Sampling")]
     pub greedy: bool,
+    /// 0 is greedy; higher is more random
     #[arg(
         long,
         value_name = "T",
@@ -233,6 +234,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub temperature: Option<f32>,
+    /// Sample among the K likeliest tokens
     #[arg(
         long,
         value_name = "K",
@@ -240,6 +242,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub top_k: Option<usize>,
+    /// Sample among the likeliest tokens that make up P of the probability
     #[arg(
         long,
         value_name = "P",
@@ -247,6 +250,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub top_p: Option<f32>,
+    /// Leave out tokens less likely than P times the likeliest
     #[arg(
         long,
         value_name = "P",
@@ -254,6 +258,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub min_p: Option<f32>,
+    /// Above 1: tokens that were there before become less likely
     #[arg(
         long,
         value_name = "X",

@@ -1,8 +1,5 @@
 //! `plan`: what goes where under a budget, and how fast that will be, without loading anything.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
 use clap::Args;
 use serde::Serialize;
 
@@ -196,8 +193,8 @@ fn usage(flag: &str, value: f64, why: &str) -> Error {
 
 impl Planned {
     fn new(args: &PlanArgs) -> Result<Planned> {
-        let ckpt = open_checkpoint(&args.source)?;
-        let cancel = Arc::new(AtomicBool::new(false));
+        let cancel = super::signals::cancel_flag()?;
+        let ckpt = open_checkpoint(&args.source, &cancel, args.json)?;
         let policy = pack_options(&args.source, &cancel)?.dtype;
         let outline = outline(
             &ckpt,

@@ -8,13 +8,14 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use super::advice::Advisor;
 use super::generate::{Answer, generate};
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
-use crate::engine::{Engine, Job, VisionRoom};
+use crate::engine::{Engine, HostMemory, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
 use crate::text::{GenerationConfig, StopStrings};
@@ -81,7 +82,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open_within(
+    let model = Model::open_with_text(
         args.machine.cpu_budget()?,
         &args.source,
         &cancel,
@@ -134,6 +135,11 @@ pub fn run(args: RunArgs) -> Result<u8> {
         vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
         ..OpenFor::default()
     };
+    let advisor = Advisor::new(
+        &model,
+        &model.engine_options(&args.machine, &open_for, true)?,
+        HostMemory::read(),
+    )?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {
@@ -194,6 +200,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
                 &engine
             )
         );
+        if let Some(advice) = advisor.faster(&paging, &answer.during_decode, engine.device()) {
+            eprintln!("{advice}");
+        }
     }
     Ok(0)
 }
@@ -256,6 +265,9 @@ pub(super) fn print(text: &str) -> Result<()> {
         .map_err(|e| {
             let error = Error::io("standard output cannot be written", &e);
             match e.kind() {
+                std::io::ErrorKind::StorageFull => {
+                    error.with_fix("free some space where the output goes")
+                }
                 std::io::ErrorKind::BrokenPipe => {
                     error.with_fix("keep whatever reads the output open until the end")
                 }

@@ -37,6 +37,7 @@ pub struct ScoreArgs {
     look: LookOptions,
     #[command(flatten)]
     machine: MachineOptions,
+    /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
 }

@@ -95,6 +95,7 @@ fn usage(e: &clap::Error) -> Error {
 
 /// Runs one command line. The number is the process's exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
+    let args = bench::name_the_model(args.into_iter().collect());
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {

@@ -144,6 +144,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
     let _ = env_logger::Builder::from_default_env()
         .format_timestamp(None)
         .try_init();
+    let args = bench::name_the_model(args.into_iter().collect());
     let mut command = command();
     let parsed = command
         .try_get_matches_from_mut(args)

@@ -62,6 +62,8 @@ pub struct PlanArgs {
     json: bool,
 }
 
+/// More than any machine has: what needs more than this needs something else.
+const MOST_MEMORY: u64 = 1 << 46;
 /// What a driver's context, kernels and slack take of a GPU's memory.
 const GPU_BASE_BYTES: u64 = 700 << 20;
 
@@ -140,7 +142,8 @@ struct Report {
     tokens_that_hide_the_disk: Option<usize>,
     /// For one sequence.
     smallest_cpu_memory: u64,
-    cpu_memory_for_everything: u64,
+    /// None where the placement asked for leaves some on disk whatever it is given.
+    cpu_memory_for_everything: Option<u64>,
     more_memory: Vec<Gain>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vision: Option<VisionRow>,
@@ -361,7 +364,7 @@ impl Planned {
     /// The smallest budget, to a MiB, for which `good` holds, given that more is never worse.
     fn smallest(&self, good: impl Fn(&Fitted) -> bool) -> u64 {
         let holds = |budget: u64| self.fitted(1, budget).is_ok_and(|f| good(&f));
-        let (mut low, mut high) = (0u64, 1u64 << 46);
+        let (mut low, mut high) = (0u64, MOST_MEMORY);
         while high - low > 1 << 20 {
             let middle = low + (high - low) / 2;
             match holds(middle) {
@@ -386,11 +389,15 @@ impl Planned {
                 tokens_per_s: 1.0 / cost.pass_s,
             })
         };
-        let more = [1u64, 2, 4, 8, 16, 32, 64]
+        let steps: &[u64] = match everything < MOST_MEMORY {
+            true => &[1, 2, 4, 8, 16, 32, 64],
+            false => &[],
+        };
+        let more = steps
             .iter()
             .map(|gib| budget + (gib << 30))
             .take_while(|b| *b < everything)
-            .chain((budget < everything).then_some(everything));
+            .chain((budget < everything && everything < MOST_MEMORY).then_some(everything));
         let units = self
             .outline
             .units
@@ -436,7 +443,7 @@ impl Planned {
                 1 << 20,
             ),
             smallest_cpu_memory: self.smallest(|_| true),
-            cpu_memory_for_everything: everything,
+            cpu_memory_for_everything: (everything < MOST_MEMORY).then_some(everything),
             more_memory: more.filter_map(gain).collect(),
             vision: self.vision(),
             pack_bytes: self.outline.pack_bytes,
@@ -579,9 +586,12 @@ fn table(r: &Report) -> String {
         (_, None) => "\nno number of tokens hides the disk\n".to_string(),
     };
     t += &format!(
-        "smallest --cpu-memory {}; everything in RAM from {}\n",
+        "smallest --cpu-memory {}; {}\n",
         flag_size(r.smallest_cpu_memory),
-        flag_size(r.cpu_memory_for_everything)
+        match r.cpu_memory_for_everything {
+            Some(bytes) => format!("nothing from disk from {} on", flag_size(bytes)),
+            None => "the placement asked for leaves some on disk".into(),
+        }
     );
     if let Some(now) = r.rows.first().filter(|row| row.sequences == 1) {
         for g in &r.more_memory {
@@ -594,6 +604,22 @@ fn table(r: &Report) -> String {
                 100.0 * (g.tokens_per_s / now.tokens_per_s - 1.0)
             );
         }
+    }
+    if let Some(v) = &r.vision {
+        t += &format!(
+            "pictures: the tower's {} are read once a wave ({:.2} s), never by a pass over text\n\
+             one more megapixel: {} patches, {} tokens: {:.2} s in the tower, {:.2} s of prefill, {} of KV, {} while it is looked at\n\
+             one more frame of a video: 1/{} of an image of its size\n",
+            human_bytes(v.tower_bytes),
+            v.tower_disk_s,
+            v.patches,
+            v.tokens,
+            v.tower_compute_s,
+            v.prefill_compute_s,
+            human_bytes(v.kv_bytes),
+            human_bytes(v.activation_bytes),
+            v.frames_an_image
+        );
     }
     let free = r
         .disk_free_bytes

@@ -84,7 +84,8 @@ fn tune_keeps_a_setting_that_runs_use() {
         );
     }
     // The record is ours: the pack verifies with it.
-    p.run(&["verify", str(&model)]).done();
+    p.run(&["verify", str(&p.offload().join("qwen2-bf16--bf16"))])
+        .done();
 }
 
 #[test]

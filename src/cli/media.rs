@@ -11,7 +11,7 @@ use super::prompt::{Prompt, PromptOptions, render};
 use crate::engine::expand_pictures;
 use crate::error::{Code, Error, Result};
 use crate::media::{
-    MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests, without_media,
+    Clock, MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests, without_media,
 };
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::units::parse_size;
@@ -45,6 +45,17 @@ pub struct LookOptions {
     /// Which frames: spread as transformers (arange) or as qwen-vl-utils (linspace) does
     #[arg(long, value_enum, default_value = "arange", help_heading = "Pictures")]
     pub frame_sampling: SamplingArg,
+    /// Seconds between frame pairs, as positions count them: whole ones as transformers 5.17 does, or exact as releases before and after it and
+    /// vLLM do; equal at 2 frames a second
+    #[arg(long, value_enum, default_value = "whole", help_heading = "Pictures")]
+    pub video_clock: ClockArg,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ClockArg {
+    #[default]
+    Whole,
+    Exact,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -100,6 +111,10 @@ impl LookOptions {
             sampling: match self.frame_sampling {
                 SamplingArg::Arange => Sampling::Arange,
                 SamplingArg::Linspace => Sampling::Linspace,
+            },
+            clock: match self.video_clock {
+                ClockArg::Whole => Clock::Whole,
+                ClockArg::Exact => Clock::Exact,
             },
         }
     }

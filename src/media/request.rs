@@ -14,6 +14,17 @@ pub struct Options {
     pub fps: Option<f64>,
     pub max_frames: Option<usize>,
     pub sampling: Sampling,
+    pub clock: Clock,
+}
+
+/// How the seconds between a video's frame pairs count in positions. Equal at 2 frames a second, the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// Rounded down to whole seconds, as transformers 5.17 does: at 4 frames a second all frames are at one time.
+    #[default]
+    Whole,
+    /// As they are: transformers before and after that (5.24), and vLLM.
+    Exact,
 }
 
 /// A picture somebody wants looked at. `at` is a path, a `file:` or a `data:` URL.

@@ -93,7 +93,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     } else {
         model.chat_template()?
     };
-    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look).prompt(
+    let budget = args.machine.cpu_budget()?;
+    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look, budget).prompt(
         &prompt,
         &args.prompt,
         &args.pictures,

@@ -64,7 +64,12 @@ impl Processor {
                 let first = clip.decode(&[0])?.next().ok_or_else(no_frames)??;
                 let from = (first.height, first.width);
                 let to = self.frame_target(from, chosen.indices.len(), options)?;
-                Ok(self.measured(self.video_kind(chosen.fps, options)?, chosen.indices.len(), from, to))
+                Ok(self.measured(
+                    self.video_kind(chosen.fps, options)?,
+                    chosen.indices.len(),
+                    from,
+                    to,
+                ))
             }
         }
     }
@@ -85,7 +90,12 @@ impl Processor {
             }
         }
         let to = self.frame_target(from, chosen.indices.len(), options)?;
-        Ok(self.measured(self.video_kind(chosen.fps, options)?, chosen.indices.len(), from, to))
+        Ok(self.measured(
+            self.video_kind(chosen.fps, options)?,
+            chosen.indices.len(),
+            from,
+            to,
+        ))
     }
 
     /// (height, width) before and after.
@@ -195,7 +205,10 @@ mod tests {
                 },
             },
         ];
-        for (i, (width, height)) in [(5, 5), (640, 480), (31, 900), (1200, 40)].iter().enumerate() {
+        for (i, (width, height)) in [(5, 5), (640, 480), (31, 900), (1200, 40)]
+            .iter()
+            .enumerate()
+        {
             write(&dir.path().join(format!("{i}.jpg")), *width, *height);
             wanted.push(MediaRequest::Image {
                 at: format!("{i}.jpg"),

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Sampling;
+use super::processor::at_name;
 use crate::error::{Code, Error, Result};
 
 /// What a person may say about how a picture is looked at; `None` is the model's own way.
@@ -44,6 +45,22 @@ pub enum MediaRequest {
         at: Vec<String>,
         options: Options,
     },
+}
+
+impl MediaRequest {
+    /// As errors name it: a data: URL is not repeated whole.
+    pub fn name(&self) -> String {
+        match self {
+            MediaRequest::Image { at, .. } | MediaRequest::Video { at, .. } => at_name(at),
+            MediaRequest::Frames { at, .. } => {
+                let first = at.first().map(|at| at_name(at)).unwrap_or_default();
+                format!(
+                    "{first} and the {} frames behind it",
+                    at.len().saturating_sub(1)
+                )
+            }
+        }
+    }
 }
 
 /// The pictures of a message's parts, in order; `defaults` holds where a part says nothing. Errors (Code::Usage) name the part.

@@ -6,7 +6,7 @@
 use crate::error::{Code, Error, Result};
 
 /// A run of picture tokens in a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PictureSpan {
     /// Index of its first token.
     pub start: usize,

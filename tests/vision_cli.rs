@@ -268,6 +268,43 @@ fn pictures_where_they_cannot_be() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("no vision tower"));
 }
 
+#[test]
+fn the_plan_says_what_pictures_cost() {
+    let plan = |model: &Path| -> Value {
+        let mut c = command("plan", model);
+        c.args([
+            "--disk-gb-per-s",
+            "1",
+            "--memory-gb-per-s",
+            "10",
+            "--cpu-gflops",
+            "100",
+            "--in-place",
+            "--json",
+        ]);
+        let out = c.output().unwrap();
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let pictures = &plan(&model())["pictures"];
+    assert!(pictures["tower_bytes"].as_u64().unwrap() > 0);
+    let image = &pictures["each"][0];
+    assert_eq!(image["tokens"], 1275);
+    for key in ["kv_bytes", "memory_bytes"] {
+        assert!(image[key].as_u64().unwrap() > 0, "{key}");
+    }
+    assert!(pictures["each_s"][0].as_f64().unwrap() > 0.0);
+    assert!(
+        plan(&common::fixtures().join("qwen2-bf16"))
+            .get("pictures")
+            .is_none()
+    );
+}
+
 /// All tensors of the fixture, by the names on disk.
 fn tensors() -> Vec<(String, Tensor)> {
     let mut all: Vec<(String, Tensor)> = (1..=5)

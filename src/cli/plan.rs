@@ -10,13 +10,14 @@ use super::model::{check_device, open_checkpoint, pack_options, placement};
 use super::options::{MachineOptions, OrAuto, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, fit, kv_dtype,
+    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, PictureCost, fit,
+    kv_dtype, picture_costs,
 };
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{
     ComputeRates, DiskRates, KeptCompute, MachineRates, PassCost, PassWork, SlotLayout, Tier,
-    UnitSize, best_concurrency, is_streamed, predict, rows_that_hide_the_disk,
+    UnitSize, best_concurrency, is_streamed, is_vision, predict, rows_that_hide_the_disk,
 };
 use crate::spec::UnitKind;
 use crate::store::{Outline, free_for_pack, outline};
@@ -115,6 +116,20 @@ struct Report {
     /// What packing would still write, and what is free there.
     pack_bytes: u64,
     disk_free_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pictures: Option<Pictures>,
+}
+
+/// What looking at pictures costs, where the model can.
+#[derive(Serialize)]
+struct Pictures {
+    /// The vision tower, streamed once for all pictures that are looked at together; decoder passes never touch it.
+    tower_bytes: u64,
+    tower_s: f64,
+    /// What one more of each takes.
+    each: Vec<PictureCost>,
+    /// Seconds of computing, at the rate of a product of many rows.
+    each_s: Vec<f64>,
 }
 
 /// A model under a machine's rates, ready to be asked.
@@ -284,6 +299,21 @@ impl Planned {
         high
     }
 
+    fn pictures(&self) -> Option<Pictures> {
+        let each = picture_costs(&self.outline.spec, self.dtype.bytes())?;
+        let tower = self.sizes.iter().filter(|u| is_vision(u.kind));
+        let tower_bytes = tower.map(|u| u.read_bytes).sum();
+        Some(Pictures {
+            tower_bytes,
+            tower_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
+            each_s: each
+                .iter()
+                .map(|c| c.flops / (self.rates.compute.gflops * 1e9))
+                .collect(),
+            each: each.to_vec(),
+        })
+    }
+
     fn report(&self, args: &PlanArgs) -> Result<Report> {
         let budget = self.options.cpu_memory.unwrap_or_default();
         let one = self.fitted(1, budget)?;
@@ -351,6 +381,7 @@ impl Planned {
             more_memory: more.filter_map(gain).collect(),
             pack_bytes: self.outline.pack_bytes,
             disk_free_bytes: free_for_pack(&args.source.offload_folder),
+            pictures: self.pictures(),
         })
     }
 }
@@ -465,6 +496,23 @@ fn table(r: &Report) -> String {
                 g.pass_s,
                 g.tokens_per_s,
                 100.0 * (g.tokens_per_s / now.tokens_per_s - 1.0)
+            );
+        }
+    }
+    if let Some(p) = &r.pictures {
+        t += &format!(
+            "pictures: the tower's {} once for all that are looked at together ({:.2} s)\n",
+            human_bytes(p.tower_bytes),
+            p.tower_s
+        );
+        for (c, s) in p.each.iter().zip(&p.each_s) {
+            t += &format!(
+                "{:>22} more ({} pixels): {} tokens, {} of KV, {} while it is looked at, {s:.1} s of computing\n",
+                c.what,
+                c.pixels,
+                c.tokens,
+                human_bytes(c.kv_bytes),
+                human_bytes(c.memory_bytes)
             );
         }
     }

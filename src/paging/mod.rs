@@ -17,7 +17,7 @@ pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
 pub(crate) use pager::interrupted;
 pub use pager::{Lease, Origin, Pager, PagerOptions, WrapReader, unit_name};
-pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
+pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed, is_vision};
 pub use planner::Planner;
 pub use predict::{
     ComputeRates, MachineRates, PassCost, PassWork, best_concurrency, predict,

@@ -192,6 +192,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
         print(&format!("{text}\n"))?;
     } else if !args.quiet {
         let n = answer.tokens.len();
+        if let Some(vision) = VisionReport::new(&engine.vision_stats()) {
+            eprintln!("{}", vision.line());
+        }
         eprintln!(
             "{}",
             closing_lines(

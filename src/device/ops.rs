@@ -132,6 +132,11 @@ impl Device {
         ActBuf::bytes_for(rows, cols)
     }
 
+    /// Host memory that [`Device::attention_dense`] takes while it runs, for windows of up to `longest` rows.
+    pub fn dense_bytes(longest: usize, head_size: usize) -> u64 {
+        super::cpu::dense_scratch_bytes(longest, head_size)
+    }
+
     pub fn kv(&self, shape: &KvShape) -> Kv {
         let layout = KvLayout {
             layers: shape.layers,

@@ -105,7 +105,7 @@ mod tests {
         );
         assert_eq!((frame.tokens, frame.patches), (384, 1536));
         assert!(
-            image.memory_bytes > 5100 * 1280 * 4 * 4 && image.memory_bytes < 200 << 20,
+            image.memory_bytes > 5100 * 1280 * 4 * 4 && image.memory_bytes < 256 << 20,
             "{}",
             image.memory_bytes
         );

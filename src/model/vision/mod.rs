@@ -458,6 +458,7 @@ impl Scratch {
             + 2 * Device::acts_bytes(z.group, spec.hidden)
             + Device::acts_bytes(z.tile, z.patch.max(spec.intermediate))
             + Device::acts_bytes(z.cells, z.wide)
+            + Device::dense_bytes(limits.slice, spec.hidden / spec.heads)
     }
 
     fn new(device: &Device, spec: &VisionSpec, limits: Limits) -> Scratch {

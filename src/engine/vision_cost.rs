@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::device::DeviceKind;
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::model::vision::{Limits, Tower};
 use crate::spec::{ModelSpec, UnitKind, VisionSpec};
@@ -33,7 +34,8 @@ pub fn picture_costs(spec: &ModelSpec, element_bytes: usize) -> Option<[PictureC
         // Frames share a temporal patch.
         let (patches, tokens) = (slice / frames_a_cell, cells / frames_a_cell);
         let limits = Limits { wave: slice, slice };
-        let scratch = Tower::scratch_bytes(vision, limits) - Tower::scratch_bytes(vision, EMPTY);
+        let room = |l| Tower::room(DeviceKind::Cpu, vision, l).host;
+        let scratch = room(limits) - room(EMPTY);
         PictureCost {
             what,
             pixels: cells as u64 * cell,

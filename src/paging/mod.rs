@@ -1,7 +1,12 @@
 //! Units into slots just ahead of the forward pass: the only place that sees both the disk and the device.
 
 mod compute_rates;
+mod copies;
+mod device_layout;
 mod device_map;
+mod gather;
+mod gpu;
+mod origin;
 mod pager;
 mod plan;
 mod planner;
@@ -15,9 +20,12 @@ mod trace;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
+pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
-pub use pager::{Lease, Origin, Pager, PagerOptions, WrapReader, unit_name};
-pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed, is_vision};
+pub use pager::{Lease, Pager, PagerOptions, WrapReader};
+pub use plan::{
+    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed, is_vision,
+};
 pub use planner::Planner;
 pub use predict::{
     ComputeRates, MachineRates, PassCost, PassWork, best_concurrency, predict,

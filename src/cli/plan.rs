@@ -5,16 +5,16 @@ use serde::Serialize;
 
 use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
 use super::options::{MachineOptions, SourceOptions};
-use crate::device::{Device, DeviceKind};
+use crate::device::Device;
 use crate::engine::{
-    DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, VisionNeed, VisionRoom,
-    fit_on, kv_dtype,
+    DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, PictureCost, fit_on, kv_dtype,
+    picture_costs,
 };
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{
     ComputeRates, DiskRates, KeptCompute, MachineRates, PassCost, PassWork, SlotLayout, Tier,
-    UnitSize, best_concurrency, is_streamed, predict, rows_that_hide_the_disk,
+    UnitSize, best_concurrency, is_streamed, is_vision, predict, rows_that_hide_the_disk,
 };
 use crate::spec::UnitKind;
 use crate::store::{Outline, free_for_pack, outline};
@@ -85,23 +85,6 @@ struct Row {
     tokens_per_s: f64,
 }
 
-/// What pictures cost a model that looks at them. Products alone are counted.
-#[derive(Serialize)]
-struct VisionRow {
-    /// Read once a wave of pictures, and by no pass over text.
-    tower_bytes: u64,
-    tower_disk_s: f64,
-    /// Of 10⁶ pixels, as is all that follows.
-    patches: usize,
-    tokens: usize,
-    tower_compute_s: f64,
-    prefill_compute_s: f64,
-    kv_bytes: u64,
-    activation_bytes: u64,
-    /// Frames of a video that cost together what one image of their size does.
-    frames_an_image: usize,
-}
-
 /// What more memory would bring one sequence.
 #[derive(Serialize)]
 struct Gain {
@@ -145,11 +128,23 @@ struct Report {
     /// None where the placement asked for leaves some on disk whatever it is given.
     cpu_memory_for_everything: Option<u64>,
     more_memory: Vec<Gain>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    vision: Option<VisionRow>,
     /// What packing would still write, and what is free there.
     pack_bytes: u64,
     disk_free_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pictures: Option<Pictures>,
+}
+
+/// What looking at pictures costs, where the model can.
+#[derive(Serialize)]
+struct Pictures {
+    /// The vision tower, streamed once for all pictures that are looked at together; decoder passes never touch it.
+    tower_bytes: u64,
+    tower_s: f64,
+    /// What one more of each takes.
+    each: Vec<PictureCost>,
+    /// Seconds of computing, at the rate of a product of many rows.
+    each_s: Vec<f64>,
 }
 
 /// A model under a machine's rates, ready to be asked.
@@ -319,48 +314,6 @@ impl Planned {
         })
     }
 
-    /// One more megapixel of image.
-    fn vision(&self) -> Option<VisionRow> {
-        let spec = self.outline.spec.vision.as_ref()?;
-        let patches = 1_000_000 / (spec.patch * spec.patch);
-        let tokens = patches / (spec.merge * spec.merge);
-        let room = VisionRoom {
-            patches,
-            slice: patches,
-            tokens,
-            ..VisionRoom::default()
-        };
-        let options = EngineOptions {
-            vision: Some(room),
-            ..self.options.clone()
-        };
-        let kind = match self.gpu {
-            Some(_) => DeviceKind::Cuda,
-            None => DeviceKind::Cpu,
-        };
-        let need = VisionNeed::of(&self.outline.spec, &self.sizes, &options, kind, u64::MAX);
-        let need = need.ok().flatten()?;
-        let element = self.dtype.bytes() as f64;
-        let compute = &self.rates.compute;
-        let layers = self
-            .sizes
-            .iter()
-            .filter(|u| matches!(u.kind, UnitKind::Layer(_)));
-        let layer_bytes: u64 = layers.map(|u| u.read_bytes).sum();
-        let tower_bytes = need.plan.streamed_bytes;
-        Some(VisionRow {
-            tower_bytes,
-            tower_disk_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
-            patches,
-            tokens,
-            tower_compute_s: compute.seconds(tower_bytes, element, patches),
-            prefill_compute_s: compute.seconds(layer_bytes, element, tokens),
-            kv_bytes: tokens as u64 * self.kv_block() / BLOCK_TOKENS as u64,
-            activation_bytes: need.bytes().saturating_sub(need.plan.arena_bytes()),
-            frames_an_image: spec.temporal_patch,
-        })
-    }
-
     /// The smallest budget, to a MiB, for which `good` holds, given that more is never worse.
     fn smallest(&self, good: impl Fn(&Fitted) -> bool) -> u64 {
         let holds = |budget: u64| self.fitted(1, budget).is_ok_and(|f| good(&f));
@@ -373,6 +326,21 @@ impl Planned {
             }
         }
         high
+    }
+
+    fn pictures(&self) -> Option<Pictures> {
+        let each = picture_costs(&self.outline.spec, self.dtype.bytes())?;
+        let tower = self.sizes.iter().filter(|u| is_vision(u.kind));
+        let tower_bytes = tower.map(|u| u.read_bytes).sum();
+        Some(Pictures {
+            tower_bytes,
+            tower_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
+            each_s: each
+                .iter()
+                .map(|c| c.flops / (self.rates.compute.gflops * 1e9))
+                .collect(),
+            each: each.to_vec(),
+        })
     }
 
     fn report(&self, args: &PlanArgs) -> Result<Report> {
@@ -445,9 +413,9 @@ impl Planned {
             smallest_cpu_memory: self.smallest(|_| true),
             cpu_memory_for_everything: (everything < MOST_MEMORY).then_some(everything),
             more_memory: more.filter_map(gain).collect(),
-            vision: self.vision(),
             pack_bytes: self.outline.pack_bytes,
             disk_free_bytes: free_for_pack(&args.source.offload_folder),
+            pictures: self.pictures(),
         })
     }
 }
@@ -605,21 +573,22 @@ fn table(r: &Report) -> String {
             );
         }
     }
-    if let Some(v) = &r.vision {
+    if let Some(p) = &r.pictures {
         t += &format!(
-            "pictures: the tower's {} are read once a wave ({:.2} s), never by a pass over text\n\
-             one more megapixel: {} patches, {} tokens: {:.2} s in the tower, {:.2} s of prefill, {} of KV, {} while it is looked at\n\
-             one more frame of a video: 1/{} of an image of its size\n",
-            human_bytes(v.tower_bytes),
-            v.tower_disk_s,
-            v.patches,
-            v.tokens,
-            v.tower_compute_s,
-            v.prefill_compute_s,
-            human_bytes(v.kv_bytes),
-            human_bytes(v.activation_bytes),
-            v.frames_an_image
+            "pictures: the tower's {} once for all that are looked at together ({:.2} s), never by a pass over text\n",
+            human_bytes(p.tower_bytes),
+            p.tower_s
         );
+        for (c, s) in p.each.iter().zip(&p.each_s) {
+            t += &format!(
+                "{:>22} more ({} pixels): {} tokens, {} of KV, {} while it is looked at, {s:.1} s of computing\n",
+                c.what,
+                c.pixels,
+                c.tokens,
+                human_bytes(c.kv_bytes),
+                human_bytes(c.memory_bytes)
+            );
+        }
     }
     let free = r
         .disk_free_bytes

@@ -94,7 +94,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     } else {
         model.chat_template()?
     };
-    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look).prompt(
+    let budget = args.machine.cpu_budget()?;
+    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look, budget).prompt(
         &prompt,
         &args.prompt,
         &args.pictures,
@@ -189,6 +190,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
         print(&format!("{text}\n"))?;
     } else if !args.quiet {
         let n = answer.tokens.len();
+        if let Some(vision) = VisionReport::new(&engine.vision_stats()) {
+            eprintln!("{}", vision.line());
+        }
         eprintln!(
             "{}",
             closing_lines(

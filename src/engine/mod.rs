@@ -14,6 +14,7 @@ mod score;
 mod sequence;
 mod source;
 mod vision;
+mod vision_cost;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -28,6 +29,7 @@ pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 pub use vision::{VisionNeed, VisionRoom, VisionStats};
+pub use vision_cost::{PictureCost, picture_costs};
 
 use crate::device::{Device, DeviceKind, Kv};
 use crate::error::{Code, Error, Result};

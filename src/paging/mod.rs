@@ -25,7 +25,7 @@ pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
 pub use pager::{Lease, Pager, PagerOptions, WrapReader};
 pub use plan::{
-    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,
+    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed, is_vision,
 };
 pub use planner::Planner;
 pub use predict::{

@@ -196,6 +196,22 @@ impl VisionReport {
             compute_s: stats.compute.as_secs_f64(),
         })
     }
+
+    /// For people.
+    pub fn line(&self) -> String {
+        let count = |n: u64, one: &str, more: &str| match n {
+            1 => format!("1 {one}"),
+            n => format!("{n} {more}"),
+        };
+        format!(
+            "looked at {} ({} patches) in {:.1} s, {} from disk in {} of the vision tower",
+            count(self.pictures, "picture", "pictures"),
+            self.patches,
+            self.seconds,
+            human_bytes(self.disk_bytes),
+            count(self.waves, "pass", "passes"),
+        )
+    }
 }
 
 /// Tokens a second from the first token to the last; `tokens` counts both.

@@ -21,7 +21,7 @@ fn spin(time: Duration) {
 }
 
 fn pass(pager: &mut Pager, units: &[UnitId], compute: Duration) {
-    pager.begin_pass().unwrap();
+    pager.begin_pass(true).unwrap();
     for &unit in units {
         let lease = pager.acquire(unit).unwrap();
         spin(compute);

@@ -210,7 +210,7 @@ fn paging(c: &mut Criterion) {
                 let id = BenchmarkId::new(name, format!("depth {depth}, {} KiB", page >> 10));
                 group.bench_function(id, |b| {
                     b.iter(|| {
-                        pager.begin_pass().expect("a pass");
+                        pager.begin_pass(true).expect("a pass");
                         for unit in &pass {
                             let lease = pager.acquire(*unit).expect("it arrives");
                             black_box(pager.bytes(&lease));

@@ -131,6 +131,16 @@ impl Error {
         Error::new(code, what, error.to_string(), fix)
     }
 
+    /// Somebody asked for an end: the first Ctrl-C.
+    pub fn interrupted() -> Error {
+        Error::new(
+            Code::Interrupted,
+            "interrupted",
+            "Ctrl-C, or a request to stop",
+            "run the same command again",
+        )
+    }
+
     pub fn code(&self) -> Code {
         self.0.code
     }

@@ -346,3 +346,52 @@ fn a_cancelled_job_leaves_no_trace_in_the_others() {
     }
     assert_eq!(got, alone[0]);
 }
+
+#[test]
+fn a_pass_whose_logits_nobody_wants_reads_no_head() {
+    for (name, placement) in [
+        ("llama3-bf16", Placement::Disk),
+        ("qwen3-bf16", Placement::Disk),
+        ("qwen3-bf16", Placement::Cpu),
+    ] {
+        let store = packed_once(name);
+        let units = |wanted: fn(UnitKind) -> bool| {
+            store.units.iter().filter(|u| wanted(u.kind)).count() as u64
+        };
+        let layers = units(|k| matches!(k, UnitKind::Layer(_)));
+        let head = units(|k| matches!(k, UnitKind::Head(_)));
+        let prompt: Vec<u32> = (0..40).collect();
+        let options = EngineOptions {
+            context: 128,
+            pass_tokens: 16,
+            placement,
+            ..EngineOptions::default()
+        };
+        let mut engine = open(&store, &options).unwrap();
+        let id = engine
+            .submit(job(&prompt, 3, SamplingParams::greedy()))
+            .unwrap();
+        let (mut events, mut read) = (Vec::new(), Vec::new());
+        while engine.pending() > 0 {
+            let before = engine.stats().paging.units;
+            engine.step(&mut events).unwrap();
+            read.push(engine.stats().paging.units - before);
+        }
+        let all = layers + 1 + head;
+        assert_eq!(read, [layers, layers, all, all, all], "{name}");
+        let whole = EngineOptions {
+            pass_tokens: 64,
+            ..options
+        };
+        let mut engine = open(&store, &whole).unwrap();
+        let other = engine
+            .submit(job(&prompt, 3, SamplingParams::greedy()))
+            .unwrap();
+        let token = |e: &tensorpager::engine::Event| match e {
+            tensorpager::engine::Event::Token { job, token, .. } if *job == id => Some(*token),
+            _ => None,
+        };
+        let chunked: Vec<u32> = events.iter().filter_map(token).collect();
+        assert_eq!(finish(&mut engine, &[other]).unwrap()[0], chunked);
+    }
+}

@@ -98,6 +98,7 @@ fn io(args: IoArgs) -> Result<u8> {
         block_bytes: args.block.iter().map(|b| *b as usize).collect(),
         depths: args.depth.clone(),
         each: Duration::from_secs_f64(args.seconds),
+        cancel,
     };
     if !args.json {
         super::run::print("reader    block     depth   GB/s   CPU s/GB  direct\n")?;

@@ -187,6 +187,14 @@ impl Acts {
         }
     }
 
+    /// As [`Acts::round_to`], but on a CPU its rows stay float32; a GPU rounds them like any other.
+    pub fn keep_exact(&mut self, dtype: Dtype) {
+        match &mut self.data {
+            On::Cpu(data) => data.keep_exact(dtype),
+            On::Cuda(data) => data.round_to(dtype),
+        }
+    }
+
     pub fn dtype(&self) -> Dtype {
         match &self.data {
             On::Cpu(data) => data.dtype(),

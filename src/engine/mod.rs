@@ -91,9 +91,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Queues a job. Refused when it could never run: an empty prompt, one longer than the context, or one that no KV room
-    /// there is could hold.
+    /// Queues a job. Refused when it could never run: an empty prompt, one longer than the context or with ids that the model does
+    /// not have, one that no KV room there is could hold, or one that asks for no token.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
+        let vocab = self.spec.vocab;
+        if let Some(id) = job.prompt.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("token id {id} is outside the vocabulary"),
+                format!("the model's embedding has {vocab} rows"),
+                "use the tokenizer that belongs to this model",
+            ));
+        }
         let pictures = Pictures::new(&job.prompt, &job.media, self.spec.vision.as_ref())?;
         if let Some(pictures) = &pictures {
             self.vision
@@ -210,8 +219,10 @@ impl Engine {
 
     fn run_for_candidates(&mut self, k: usize, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let started = Instant::now();
-        self.pager.begin_pass()?;
-        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
+        let logits = self.scheduler.pass.wanted() > 0;
+        self.pager.begin_pass(logits)?;
+        let units = self.forward.units(logits);
+        let mut source = Paged::watched(&mut self.pager, units, watch);
         let pass = &self.scheduler.pass;
         let limit = self.samplers.limit();
         let found = &mut self.candidates;
@@ -281,8 +292,10 @@ impl Engine {
         watch: &mut dyn FnMut(usize, usize),
     ) -> Result<()> {
         let started = Instant::now();
-        self.pager.begin_pass()?;
-        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
+        let logits = self.scheduler.pass.wanted() > 0;
+        self.pager.begin_pass(logits)?;
+        let units = self.forward.units(logits);
+        let mut source = Paged::watched(&mut self.pager, units, watch);
         let pass = &self.scheduler.pass;
         self.forward
             .run(&self.device, &mut self.kv, &mut source, pass, sink)?;

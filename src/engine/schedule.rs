@@ -95,8 +95,8 @@ impl Scheduler {
         }
     }
 
-    /// Queues a job. Refused when it could never run: an empty prompt, one that fills the context (both Code::Usage), or
-    /// one that no KV room there is could hold (Code::Memory).
+    /// Queues a job. Refused when it could never run: an empty prompt, one that fills the context, no token to generate (all
+    /// Code::Usage), or one that no KV room there is could hold (Code::Memory).
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
         self.submit_with(job, None)
     }
@@ -118,6 +118,14 @@ impl Scheduler {
                 format!("the prompt of {} tokens is too long", job.prompt.len()),
                 format!("the context holds {context} tokens, and one must be left for the answer"),
                 "shorten the prompt or raise --context (it takes KV memory)",
+            ));
+        }
+        if job.max_tokens == 0 {
+            return Err(Error::new(
+                Code::Usage,
+                "there is nothing to generate",
+                "the job asks for at most 0 tokens",
+                "ask for one token or more; `score` gives the likelihoods of a prompt",
             ));
         }
         job.sampling.validate()?;

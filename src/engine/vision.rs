@@ -367,7 +367,7 @@ impl Vision {
         )?;
         for (n, (from, to)) in pieces.iter().enumerate() {
             if n + 1 < pieces.len() {
-                pager.begin_pass()?;
+                pager.begin_pass(false)?;
             }
             let parts = &all[*from..*to];
             let slices: Vec<Slice> = parts.iter().map(slice_of).collect();

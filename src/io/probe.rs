@@ -1,6 +1,8 @@
 //! What each reader gets out of a set of files: the rates `bench io` prints and the planner's bound is made of.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use super::{Arena, Flights, MAX_QUEUE_DEPTH, OpenFile, ReadOp, ReaderKind, Region, mmap};
@@ -18,6 +20,8 @@ pub struct Sweep {
     pub depths: Vec<usize>,
     /// Time for each measurement. One that goes through the page cache ends with the files, before it reads from memory.
     pub each: Duration,
+    /// Raised by whoever wants no more of it.
+    pub cancel: Arc<AtomicBool>,
 }
 
 /// One measurement.
@@ -35,9 +39,13 @@ pub struct IoRow {
     pub direct: bool,
 }
 
+/// How long a wait for the drive may keep a wish to stop waiting.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
 /// Runs the sweep, row by row, telling each to `progress` as it comes.
 ///
-/// Memory: the largest block size times its depth. Errors: those of reading; [`Code::Usage`] for a sweep of nothing.
+/// Memory: the largest block size times its depth. Errors: those of reading; [`Code::Usage`] for a sweep of nothing;
+/// [`Code::Interrupted`] soon after `cancel` was raised.
 pub fn sweep(what: &Sweep, progress: &mut dyn FnMut(&IoRow)) -> Result<Vec<IoRow>> {
     let block_ok = |&b: &usize| b > 0 && b.is_multiple_of(ALIGN_BYTES as usize);
     if what.files.is_empty() || !what.block_bytes.iter().all(block_ok) {
@@ -85,7 +93,7 @@ fn measure(what: &Sweep, kind: ReaderKind, block: usize, depth: usize) -> Result
     };
     let cpu = cpu_seconds();
     let start = Instant::now();
-    run.read(what.each, !uncached)?;
+    run.read(what.each, !uncached, &what.cancel)?;
     let seconds = start.elapsed().as_secs_f64();
     // Taken while the reader's threads still live: the time of ended ones is not listed.
     let cpu = cpu_seconds() - cpu;
@@ -110,13 +118,16 @@ struct Run {
 }
 
 impl Run {
-    fn read(&mut self, time: Duration, once: bool) -> Result<()> {
+    fn read(&mut self, time: Duration, once: bool, cancel: &AtomicBool) -> Result<()> {
         let start = Instant::now();
         for frame in 0..self.frames.len() {
             self.send(frame, once);
         }
         while self.flights.in_flight() > 0 {
-            self.flights.reap(Duration::from_secs(1), &mut self.out)?;
+            if cancel.load(Relaxed) {
+                return Err(Error::interrupted());
+            }
+            self.flights.reap(LONGEST_WAIT, &mut self.out)?;
             while let Some(op) = self.out.pop() {
                 self.bytes += op.want as u64;
                 let frame = op.tag as usize;
@@ -235,6 +246,7 @@ mod tests {
             block_bytes: vec![4096, 65536],
             depths: vec![1, 4],
             each: Duration::from_millis(20),
+            cancel: Arc::default(),
         };
         let mut told = 0;
         let rows = sweep(&what, &mut |_| told += 1).unwrap();
@@ -252,7 +264,34 @@ mod tests {
             block_bytes: vec![4096],
             depths: vec![1],
             each: Duration::from_millis(1),
+            cancel: Arc::default(),
         };
         assert_eq!(sweep(&what, &mut |_| ()).unwrap_err().code(), Code::Usage);
+    }
+
+    #[test]
+    fn a_wish_to_stop_is_heard_within_a_measurement() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        std::fs::write(&path, vec![1u8; 300_000]).unwrap();
+        let cancel = Arc::new(AtomicBool::new(false));
+        let what = Sweep {
+            files: vec![path],
+            kinds: vec![ReaderKind::Threads],
+            block_bytes: vec![65536],
+            depths: vec![1],
+            each: Duration::from_secs(60),
+            cancel: cancel.clone(),
+        };
+        let start = Instant::now();
+        let error = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                cancel.store(true, Relaxed);
+            });
+            sweep(&what, &mut |_| ()).unwrap_err()
+        });
+        assert_eq!(error.code(), Code::Interrupted);
+        assert!(start.elapsed() < Duration::from_secs(30));
     }
 }

@@ -1,7 +1,8 @@
 //! embed → N × (norm, attention, norm, MLP) → norm → head, over a ragged pass. There is no second forward.
 //!
-//! Numerics: the residual stream, norms, RoPE, softmax and logits are float32; the inputs of a matrix product are rounded
-//! once to the weights' type; products accumulate in float32. A row's result does not depend on the other rows.
+//! Numerics: the residual stream, norms, RoPE, softmax and logits are float32; products accumulate in float32. The inputs of the
+//! MLP's products are rounded once to the weights' type where the device gains by it; those of attention and head, a quarter of
+//! the arithmetic at most and more of the error, are not. A row's result does not depend on the other rows.
 
 use std::time::{Duration, Instant};
 
@@ -117,9 +118,12 @@ impl Forward {
         Scratch::room(device, spec, limits)
     }
 
-    /// Units a pass acquires: layers, final norm, head blocks.
-    pub fn units(&self) -> usize {
-        self.layers.len() + 1 + self.heads.len()
+    /// Units a pass acquires: layers, and where logits are wanted the final norm and the blocks of the head.
+    pub fn units(&self, logits: bool) -> usize {
+        match logits {
+            true => self.layers.len() + 1 + self.heads.len(),
+            false => self.layers.len(),
+        }
     }
 
     pub fn max_tokens(&self) -> usize {
@@ -265,7 +269,7 @@ impl Forward {
             let w = unit.need(role)?;
             if rounded_to != Some(w.dtype) {
                 rounded_to = Some(w.dtype);
-                s.normed.round_to(w.dtype);
+                s.normed.keep_exact(w.dtype);
                 device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed)?;
             }
             device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store)?;
@@ -287,7 +291,7 @@ impl Forward {
             window: p.window[layer],
         };
         let (w, b) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
-        s.attended.round_to(w.dtype);
+        s.attended.keep_exact(w.dtype);
         device.attention(&s.lists, &pass, &s.q, kv, layer, &shape, &mut s.attended)?;
         device.linear(&s.attended, rows, w, b, &mut s.x, 0, Into::Add)
     }
@@ -321,7 +325,8 @@ impl Forward {
         Ok(())
     }
 
-    /// logits = head(RMSNorm(x[wanted])), block by block.
+    /// logits = head(RMSNorm(x[wanted])), block by block. A pass whose logits nobody wants asks for no unit of the head: its
+    /// schedule has none.
     fn head(
         &mut self,
         device: &Device,
@@ -330,10 +335,13 @@ impl Forward {
         want: &mut Want<'_, '_>,
     ) -> Result<()> {
         let wanted = pass.wanted();
+        if wanted == 0 {
+            return Ok(());
+        }
         let eps = self.spec.rms_eps;
         self.pick(device, pass)?;
         let s = &mut self.scratch;
-        s.last.round_to(self.head_dtype);
+        s.last.keep_exact(self.head_dtype);
         source.with_unit(self.norm, &mut |unit| {
             let w = unit.need(Role::FinalNorm)?;
             device.rmsnorm(&s.picked, 0, wanted, w, eps, &mut s.last)
@@ -343,10 +351,7 @@ impl Forward {
             let (unit, first, rows) = self.heads[head];
             source.with_unit(unit, &mut |unit| {
                 let started = Instant::now();
-                // A pass whose logits nobody wants still walks the head: the stream's order never depends on the batch.
-                if wanted > 0 {
-                    self.head_unit(device, unit, first, rows, wanted, want)?;
-                }
+                self.head_unit(device, unit, first, rows, wanted, want)?;
                 computed += started.elapsed();
                 Ok(())
             })?;

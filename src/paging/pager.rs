@@ -20,6 +20,7 @@ use crate::device::Bytes;
 use crate::device::cuda::{Compute, Slot};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
+use crate::spec::UnitKind;
 use crate::store::Store;
 use crate::units::{BLOCK_BYTES, Dtype, UnitId};
 
@@ -77,7 +78,10 @@ pub struct Pager {
     pub(super) residents: Vec<Option<Resident>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
-    /// Units of the cycle that this pass has had.
+    /// Where the head begins in the cycle: whether a pass reads it is known only when the pass begins.
+    tail: usize,
+    /// Units of the cycle that this pass reads, and that it has had.
+    due: usize,
     taken: usize,
     /// First row of each head unit that is resident, when the head is tied: `(first row, rows, unit)`.
     pub(super) head_rows: Vec<(usize, usize, UnitId)>,
@@ -161,6 +165,8 @@ impl Pager {
             })
             .map(|i| UnitId(i as u32))
             .collect();
+        let is_head = |u: &UnitId| matches!(shared.layouts[u.index()].kind, UnitKind::Head(_));
+        let tail = cycle.iter().position(is_head).unwrap_or(cycle.len());
 
         let gather = match plan.gather_bytes {
             0 => None,
@@ -199,6 +205,8 @@ impl Pager {
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
             cycle,
+            tail,
+            due: 0,
             taken: 0,
             head_rows,
             embed,
@@ -233,7 +241,7 @@ impl Pager {
             };
             pager.send_free(slot)?;
         }
-        pager.schedule_pass()?;
+        pager.send_cycle(0..pager.tail)?;
         Ok(pager)
     }
 
@@ -305,26 +313,32 @@ impl Pager {
         })
     }
 
-    /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two. What a
-    /// pass that failed left unread is passed over, so that this one begins at its beginning.
-    pub fn begin_pass(&mut self) -> Result<()> {
-        while self.stats.passes > 0 && self.taken < self.cycle.len() {
+    /// To be called as a pass begins: schedules its head, where `logits` says that it needs one, and the layers of the pass after it,
+    /// so that the stream never stops between the two. What a pass that failed left unread is passed over, so that this one
+    /// begins at its beginning.
+    pub fn begin_pass(&mut self, logits: bool) -> Result<()> {
+        while self.taken < self.due {
             let lease = self.acquire(self.cycle[self.taken])?;
             self.release(lease)?;
         }
         self.taken = 0;
+        self.due = match logits {
+            true => self.cycle.len(),
+            false => self.tail,
+        };
         if let Some(gpu) = &mut self.gpu {
             gpu.forget_pass();
         }
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
-        self.schedule_pass()
+        self.send_cycle(self.tail..self.due)?;
+        self.send_cycle(0..self.tail)
     }
 
-    fn schedule_pass(&mut self) -> Result<()> {
-        for i in 0..self.cycle.len() {
-            self.send_schedule(self.cycle[i])?;
+    fn send_cycle(&self, units: std::ops::Range<usize>) -> Result<()> {
+        for &unit in &self.cycle[units] {
+            self.send_schedule(unit)?;
         }
         Ok(())
     }
@@ -554,12 +568,7 @@ impl Drop for Pager {
 }
 
 pub(crate) fn interrupted() -> Error {
-    Error::new(
-        Code::Interrupted,
-        "interrupted",
-        "Ctrl-C, or a request to stop",
-        "run the same command again",
-    )
+    Error::interrupted()
 }
 
 /// Starts the reading thread; the reader is made on it, because an io_uring ring belongs to one thread.

@@ -4,6 +4,7 @@
 //! bound must not follow a slow run down.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -98,6 +99,7 @@ impl DiskRates {
                 block_bytes,
                 depths,
                 each: Duration::from_millis(300),
+                cancel: Arc::default(),
             },
             &mut |_| {},
         )?;

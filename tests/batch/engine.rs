@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use tensorpager::checkpoint::{Checkpoint, OpenOptions};
 use tensorpager::engine::{Engine, EngineOptions, Event, FinishReason, Job, JobId};
+use tensorpager::error::Code;
 use tensorpager::paging::Placement;
 use tensorpager::store::Store;
 use tensorpager::text::SamplingParams;
@@ -175,6 +176,45 @@ fn small_passes_say_the_same() {
             "passes of {pass_tokens} rows"
         );
     }
+}
+
+#[test]
+fn a_job_that_could_never_run_is_refused_alone() {
+    let mut e = engine(options(2));
+    let good = jobs(1).remove(0);
+    let id = e.submit(good.clone()).unwrap();
+    let vocab = e.spec().vocab as u32;
+    for bad in [
+        Job {
+            prompt: vec![1, vocab, 2],
+            ..good.clone()
+        },
+        Job {
+            prompt: vec![u32::MAX],
+            ..good.clone()
+        },
+        Job {
+            max_tokens: 0,
+            ..good.clone()
+        },
+        Job {
+            prompt: Vec::new(),
+            ..good.clone()
+        },
+        Job {
+            prompt: vec![1; 10_000],
+            ..good
+        },
+    ] {
+        assert_eq!(e.submit(bad).unwrap_err().code(), Code::Usage);
+    }
+    assert_eq!(e.pending(), 1, "the others are as they were");
+    let mut events = Vec::new();
+    while e.pending() > 0 {
+        e.step(&mut events).unwrap();
+    }
+    let finished = |event: &Event| matches!(event, Event::Finished { job, .. } if *job == id);
+    assert!(events.iter().any(finished));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{Access, StatxFlags, access, statfs, statx};
@@ -313,6 +314,7 @@ fn disk_rate(place: &Path, system: &FileSystem, probe: Option<Probe>) -> Check {
             block_bytes: vec![block >> 2, block],
             depths: vec![8, 32],
             each: Duration::from_millis(400),
+            cancel: Arc::default(),
         },
         &mut |_| {},
     );

@@ -60,6 +60,7 @@ pub struct ActBuf {
     rows: usize,
     cols: usize,
     format: Format,
+    exact: bool,
 }
 
 impl ActBuf {
@@ -71,6 +72,7 @@ impl ActBuf {
             rows: 0,
             cols: 0,
             format: Format::Plain,
+            exact: false,
         }
     }
 
@@ -94,7 +96,14 @@ impl ActBuf {
     /// For weights of `dtype` from the next op on. Empties the buffer.
     pub fn set_dtype(&mut self, dtype: Dtype) {
         self.dtype = dtype;
+        self.exact = false;
         self.rows = 0;
+    }
+
+    /// As [`ActBuf::set_dtype`], kept in float32 on every instruction set: twice the arithmetic where bfloat16 pairs would be multiplied.
+    pub fn keep_exact(&mut self, dtype: Dtype) {
+        self.set_dtype(dtype);
+        self.exact = true;
     }
 
     /// Row `row` as float32, exactly. For tests and tools; panics outside what the last op wrote.
@@ -117,7 +126,11 @@ impl ActBuf {
 
     /// Takes a shape for an op that is about to write every element, and zeroes what follows each row.
     pub(crate) fn begin(&mut self, rows: usize, cols: usize, isa: Isa) -> ActRows {
-        self.begin_as(rows, cols, isa.format(self.dtype))
+        let format = match self.exact {
+            true => isa.exact_format(self.dtype),
+            false => isa.format(self.dtype),
+        };
+        self.begin_as(rows, cols, format)
     }
 
     /// As `begin`, in a format that need not be an instruction set's.

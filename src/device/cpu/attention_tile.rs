@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::act::ActRows;
-use super::linear::tile4;
+use super::linear::{Asked, tile4};
 use super::math::exp;
 use super::scratch::{ATTENTION_CHUNK, KV_BLOCK_TOKENS, MAX_QUERIES, QUERY_FLOATS, Scratch};
 use super::simd::{F32, MAX_LANES, Op, Simd};
@@ -248,7 +248,7 @@ impl<K: Keys> Walk<'_, K> {
                     *k = k.add((j + g) * self.padded * 4);
                 }
                 let mut sums = [[0f32; 4]; R];
-                tile4::<S, F32, R>(s, acts, keys, self.padded, 0, &mut sums);
+                tile4::<S, F32, R>(s, acts, keys, self.padded, Asked::NOTHING, &mut sums);
                 for (r, row) in sums.iter().enumerate() {
                     let to = self.scores.add((i + r) * ATTENTION_CHUNK + at + j);
                     std::ptr::copy_nonoverlapping(row.as_ptr(), to, 4);

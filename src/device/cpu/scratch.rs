@@ -26,9 +26,11 @@ impl Floats {
     }
 }
 
-/// Activation rows and weight rows that a task of a product works on at a time (see `linear.rs`).
-pub(crate) const SWEEP_ROWS: usize = 48;
+/// Activation rows × weight rows that a task of a product works on at a time, at most (see `linear.rs`).
+pub(crate) const SWEEP_ROWS: usize = 128;
 pub(crate) const SWEEP_COLS: usize = 128;
+/// Sums from one row to the next: a cache line more than a sweep, so that the rows do not share a few sets of a cache.
+pub(crate) const SUMS_STRIDE: usize = SWEEP_COLS + MAX_LANES;
 /// Elements of K summed in one go; the sums of the blocks are added in order. Part of the definition of a product.
 pub(crate) const K_BLOCK: usize = 1024;
 
@@ -45,7 +47,7 @@ pub const KV_BLOCK_TOKENS: usize = 16;
 
 /// What one thread needs for any op: about 0.5 MB.
 pub(crate) struct Scratch {
-    /// [SWEEP_ROWS][SWEEP_COLS]: sums of products.
+    /// [SWEEP_ROWS][SUMS_STRIDE]: sums of products.
     pub(crate) sums: Floats,
     /// [queries][padded head size]: scaled queries.
     pub(crate) queries: Floats,
@@ -62,7 +64,7 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub(crate) fn new() -> Scratch {
         Scratch {
-            sums: Floats::new(SWEEP_ROWS * SWEEP_COLS),
+            sums: Floats::new(SWEEP_ROWS * SUMS_STRIDE),
             queries: Floats::new(QUERY_FLOATS),
             merged: Floats::new(QUERY_FLOATS),
             chunk: Floats::new(QUERY_FLOATS),

@@ -53,7 +53,7 @@ impl Simd for Avx2 {
     type V = __m256;
     type Bf16 = Bf16Split;
     const LANES: usize = 8;
-    const WIDE_TILES: bool = false;
+    const TILE_ROWS: usize = 3;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -214,6 +214,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }

@@ -108,7 +108,7 @@ macro_rules! simd_with_512_bits {
             type V = __m512;
             type Bf16 = $bf16;
             const LANES: usize = 16;
-            const WIDE_TILES: bool = true;
+            const TILE_ROWS: usize = 4;
 
             #[inline(always)]
             fn splat(self, x: f32) -> __m512 {
@@ -281,7 +281,7 @@ macro_rules! simd_with_512_bits {
             #[inline(always)]
             fn prefetch(self, p: *const u8) {
                 // SAFETY: a prefetch never faults, whatever the address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
             }
         }
     };

@@ -31,8 +31,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// How bfloat16 weights are multiplied.
     type Bf16: Product<Self>;
     const LANES: usize;
-    /// Whether the machine has 32 vector registers (else 16): decides the shape of product tiles.
-    const WIDE_TILES: bool;
+    /// Rows of a product's tile, as many as the registers hold beside four weight rows: 4 of 32 registers, 3 of 16.
+    const TILE_ROWS: usize;
 
     fn splat(self, x: f32) -> Self::V;
     /// # Safety
@@ -88,7 +88,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Four sums at once, each bit-identical to [`Simd::sum`].
     fn sum4(self, x: [Self::V; 4]) -> [f32; 4];
     fn largest(self, x: Self::V) -> f32;
-    /// Asks for the cache line of `p`, which need not be mapped.
+    /// Asks for the cache line of `p`, which need not be mapped, to come into the second-level cache: asked into the first, the
+    /// lines on their way occupy what the loads of the present need (a product with four rows then takes half as long again).
     fn prefetch(self, p: *const u8);
 
     #[inline(always)]
@@ -368,6 +369,14 @@ impl Isa {
             },
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16(_), _) => Format::Packed,
+        }
+    }
+
+    /// As [`Isa::format`], for activations that stay float32.
+    pub(crate) fn exact_format(self, dtype: Dtype) -> Format {
+        match self.format(dtype) {
+            Format::Packed => Format::Split { lanes: MAX_LANES },
+            other => other,
         }
     }
 

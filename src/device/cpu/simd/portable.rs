@@ -23,7 +23,7 @@ impl Simd for Portable {
     type V = V;
     type Bf16 = Bf16Split;
     const LANES: usize = LANES;
-    const WIDE_TILES: bool = false;
+    const TILE_ROWS: usize = 3;
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {

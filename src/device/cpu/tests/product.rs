@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::device::cpu::Mode;
-use crate::device::cpu::linear::tile4;
+use crate::device::cpu::linear::{Asked, tile4};
 use crate::device::cpu::scratch::K_BLOCK;
 use crate::device::cpu::simd::{Format, Isa, Op, Product, Simd};
 
@@ -207,7 +207,14 @@ impl Op for PackedTile<'_> {
             // SAFETY: four rows of k weights, three of activations with zeros up to a whole step.
             unsafe {
                 let len = K_BLOCK.min(k - first);
-                tile4::<S, PairsModel, 3>(s, acts, [0, 1, 2, 3].map(at), len, 0, self.sums);
+                tile4::<S, PairsModel, 3>(
+                    s,
+                    acts,
+                    [0, 1, 2, 3].map(at),
+                    len,
+                    Asked::NOTHING,
+                    self.sums,
+                );
             }
         }
     }
@@ -324,6 +331,41 @@ proptest! {
                     bits(&sliced[r * (n - first)..][..n - first]),
                     bits(&whole[r * n + first..][..n - first])
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_kept_exact_are_not_rounded() {
+    let mut rng = Random(11);
+    for dev in devices(2) {
+        for (rows, n, k) in [(1, 5, 172), (5, 131, 64), (50, 300, 1100), (9, 17, 2049)] {
+            let w = Weights::new(&mut rng, Dtype::BF16, n, k, 1, 6);
+            let x = rng.floats(rows * k);
+            let exact = |x: &[f32], rows: usize| {
+                let mut a = ActBuf::new(Dtype::BF16, rows, k);
+                a.keep_exact(Dtype::BF16);
+                dev.round(x, rows, k, &mut a);
+                a
+            };
+            let a = exact(&x, rows);
+            assert_eq!(rows_of(&a), x);
+            let mut out = vec![f32::NAN; rows * n];
+            dev.linear(&a, rows, &w.view(), None, &mut out, n, Mode::Store);
+            let mut want = Vec::new();
+            for r in 0..rows {
+                for i in 0..n {
+                    let term = |c| f64::from(x[r * k + c]) * f64::from(w.values[i * k + c]);
+                    want.push((0..k).map(term).sum());
+                }
+            }
+            close(&out, &want, tolerance(k), 1e-6);
+            for r in 0..rows {
+                let a = exact(&x[r * k..][..k], 1);
+                let mut alone = vec![f32::NAN; n];
+                dev.linear(&a, 1, &w.view(), None, &mut alone, n, Mode::Store);
+                assert_eq!(bits(&alone), bits(&out[r * n..][..n]));
             }
         }
     }

@@ -146,6 +146,7 @@ fn a_row_says_the_same_alone_and_among_256() {
     assert_eq!(run(&mut wide, &jobs), alone);
 }
 
+// hazard: no-kv: a row is set back and says the same later
 #[test]
 fn running_out_of_kv_sets_rows_back_and_changes_nothing() {
     let jobs = jobs(48);
@@ -351,6 +352,7 @@ fn rows_come_out_as_the_openai_format_has_them() {
     assert!(!dir.path().join("out.errors.jsonl").exists());
 }
 
+// hazard: job-killed: at any moment: resumed to the same bytes
 #[test]
 fn killed_at_any_moment_a_job_ends_in_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
@@ -473,6 +475,9 @@ fn shards_merge_to_the_bytes_of_the_whole() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("1 of 31 rows are missing"));
 }
 
+// hazard: bad-line: an error row with its line; the others go on
+// hazard: duplicate-id: an error row; the first one is answered
+// hazard: long-prompt: an error row; the others go on
 #[test]
 fn bad_rows_are_told_by_line_and_stop_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -691,6 +696,7 @@ fn plain_prompts_and_progress_as_json() {
     assert_eq!(last["rows_done"], 2);
 }
 
+// hazard: sigint: what runs is finished, nothing new begins, 130
 #[test]
 fn interrupted_once_it_finishes_what_runs() {
     let dir = tempfile::tempdir().unwrap();
@@ -724,6 +730,46 @@ fn interrupted_once_it_finishes_what_runs() {
     assert_eq!(report["rows_remaining"], 400 - finished);
 }
 
+// hazard: sigint-twice: stops at once with 130; finished rows stay, the same command goes on
+#[test]
+fn interrupted_twice_it_stops_at_once_and_goes_on_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("in.jsonl"), dir.path().join("out.jsonl"));
+    let long = |i: usize| json!({"custom_id": format!("r{i}"), "body": {"prompt": "row", "max_tokens": 480, "ignore_eos": true}});
+    let mut rows: Vec<Value> = (0..200).map(long).collect();
+    rows[0]["body"]["max_tokens"] = json!(1);
+    write_rows(&input, &rows);
+    let child = batch(&input, &output, &["--max-sequences", "2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while fs::read(&output).unwrap_or_default().is_empty() {
+        assert!(std::time::Instant::now() < until, "no row in a minute");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let asked = std::time::Instant::now();
+    for _ in 0..2 {
+        let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let out = child.wait_with_output().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    assert_eq!(code(&out), 130, "{}", String::from_utf8_lossy(&out.stderr));
+    let before = read_rows(&output);
+    assert!(!before.is_empty() && before.len() < 200);
+    // Of the rows that are left one is enough.
+    let finished = |r: &Value| before.iter().any(|b| b["custom_id"] == r["custom_id"]);
+    let open = rows.iter().find(|r| !finished(r)).unwrap()["custom_id"].clone();
+    rows.retain(|r| finished(r) || r["custom_id"] == open);
+    write_rows(&input, &rows);
+    let report = done(batch(&input, &output, &[]), 0);
+    assert_eq!(report["rows_done"], before.len() + 1);
+}
+
+// hazard: job-disk-full: one error; finished rows stay, the same command goes on
 #[test]
 fn a_full_disk_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
+use crate::planted::{self, Bug};
 
 /// Real ones have a few kilobytes; parsed into a tree, this much costs under 64 MiB.
 pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -67,7 +68,8 @@ impl Folder {
                 _ => Error::io(what, &e),
             }
         })?;
-        if self.allow_external || real.starts_with(&self.root) {
+        let inside = real.starts_with(&self.root) || planted::is(Bug::LinkFollowed);
+        if self.allow_external || inside {
             return Ok(real);
         }
         Err(Error::new(

@@ -2,17 +2,16 @@
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-
 use super::plan::{Plan, Tier};
-use super::slot::{SlotLayout, SlotWeight};
+use super::slot::{SlotLayout, SlotWeight, unit_name};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
+use super::sync::{self, JoinHandle, Receiver, RecvTimeoutError, Sender, bounded};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
+use crate::planted::{self, Bug};
 use crate::spec::UnitKind;
 use crate::store::{Checksums, Store};
 use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
@@ -108,7 +107,7 @@ pub struct Pager {
     gathered: Receiver<Gather>,
     stop: Arc<AtomicBool>,
     cancel: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle>,
     stats: PagingStats,
     stall_limit: Duration,
     reader: String,
@@ -157,7 +156,8 @@ impl Pager {
         });
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
-            .filter(|i| plan.tiers[*i] == Tier::Disk && plan.walk.streams(shared.layouts[*i].kind))
+            .filter(|i| plan.tiers[*i] == Tier::Disk || planted::is(Bug::ResidentsIgnored))
+            .filter(|i| plan.walk.streams(shared.layouts[*i].kind))
             .map(|i| UnitId(i as u32))
             .collect();
 
@@ -264,6 +264,9 @@ impl Pager {
         }
         self.taken = 0;
         self.stats.passes += 1;
+        if self.stats.passes == 1 && planted::is(Bug::NoPrefetchAcrossPasses) {
+            return Ok(());
+        }
         self.schedule_pass()
     }
 
@@ -277,7 +280,9 @@ impl Pager {
     /// Waits until `unit` is there. Streamed units must be asked for in the order of the schedule.
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
-        if self.residents[unit.index()].is_some() {
+        let streams = || self.plan.walk.streams(self.shared.layouts[unit.index()].kind);
+        let ignored = planted::is(Bug::ResidentsIgnored) && streams();
+        if self.residents[unit.index()].is_some() && !ignored {
             return Ok(Lease::Resident(unit));
         }
         let filled = match self.ready.try_recv() {
@@ -555,7 +560,7 @@ fn spawn(
     arena: &Arena,
     options: &PagerOptions,
     depth: usize,
-) -> Result<(JoinHandle<()>, String, &'static str, bool)> {
+) -> Result<(JoinHandle, String, &'static str, bool)> {
     let files = shared
         .paths
         .iter()
@@ -576,25 +581,23 @@ fn spawn(
     let arena = arena.clone();
     let options = options.clone();
     let (told, hears) = bounded(1);
-    let thread = std::thread::Builder::new()
-        .name("tp-reader".into())
-        .spawn(move || {
-            let made = io::open_reader(options.reader, files, &arena, options.queue_depth);
-            let reader = match made {
-                Ok(reader) => match options.wrap {
-                    Some(wrap) => wrap(reader),
-                    None => reader,
-                },
-                Err(e) => {
-                    let _ = told.send(Err(e));
-                    return;
-                }
-            };
-            let _ = told.send(Ok((reader.describe(), reader.name())));
-            let flights = Flights::new(reader, paths, options.stall_limit);
-            Stream::new(shared, ports, flights, depth).run();
-        })
-        .map_err(|e| Error::io("the reading thread could not be started", &e))?;
+    let thread = sync::spawn("tp-reader", move || {
+        let made = io::open_reader(options.reader, files, &arena, options.queue_depth);
+        let reader = match made {
+            Ok(reader) => match options.wrap {
+                Some(wrap) => wrap(reader),
+                None => reader,
+            },
+            Err(e) => {
+                let _ = told.send(Err(e));
+                return;
+            }
+        };
+        let _ = told.send(Ok((reader.describe(), reader.name())));
+        let flights = Flights::new(reader, paths, options.stall_limit);
+        Stream::new(shared, ports, flights, depth).run();
+    })
+    .map_err(|e| Error::io("the reading thread could not be started", &e))?;
     let (reader, name) = hears
         .recv()
         .map_err(|_| Error::internal("the reading thread ended before it began"))??;
@@ -635,17 +638,4 @@ fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
         }
     }
     rows
-}
-
-/// `layer 12`, `head block 0`: as reports and errors name a unit.
-pub fn unit_name(kind: UnitKind) -> String {
-    match kind {
-        UnitKind::Embed => "the embedding".into(),
-        UnitKind::Layer(i) => format!("layer {i}"),
-        UnitKind::Norm => "the final norm".into(),
-        UnitKind::Head(i) => format!("head block {i}"),
-        UnitKind::VisionEmbed => "the patch embedding".into(),
-        UnitKind::VisionBlock(i) => format!("vision block {i}"),
-        UnitKind::VisionMerger => "the vision merger".into(),
-    }
 }

@@ -13,12 +13,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Select, Sender};
-
 use super::slot::{PageRead, SlotLayout};
 use super::stats::Counters;
+use super::sync::{Receiver, Select, Sender, TryRecvError};
 use crate::error::{Code, Error, Result};
 use crate::io::{Flights, ReadOp, Region};
+use crate::planted::{self, Bug};
 use crate::store::Checksums;
 use crate::units::{BLOCK_BYTES, FileId, UnitId};
 
@@ -230,10 +230,12 @@ impl Stream {
         let number = (op.tag & !(RETRY | GATHER)) >> READ_BITS;
         let fill = match (is_gather, self.fills.front()) {
             (true, _) => None,
+            (false, Some(_)) if planted::is(Bug::FillsMixedUp) => Some(0),
             (false, Some(front)) => Some((number - front.number) as usize),
             (false, None) => return Err(Error::internal("a read landed that nobody waits for")),
         };
         let verify = match fill {
+            None if planted::is(Bug::GatherNotVerified) => false,
             None => self.shared.verify != VerifyWhen::Never,
             Some(i) => self.fills[i].verify,
         };
@@ -247,7 +249,10 @@ impl Stream {
             counters
                 .verify_ns
                 .fetch_add(started.elapsed().as_nanos() as u64, Relaxed);
-            if let Err(block) = checked {
+            let take_it = planted::is(Bug::MismatchTaken) && op.tag & RETRY != 0;
+            if let Err(block) = checked
+                && !take_it
+            {
                 return self.again(op, block);
             }
             counters.verified_bytes.fetch_add(op.want as u64, Relaxed);
@@ -296,7 +301,8 @@ impl Stream {
             return false;
         }
         while let Some(front) = self.fills.front() {
-            if front.done < self.shared.layouts[front.unit.index()].reads.len() {
+            let early = usize::from(planted::is(Bug::UnitHandedOutEarly));
+            if front.done + early < self.shared.layouts[front.unit.index()].reads.len() {
                 break;
             }
             if let Some(f) = self.fills.pop_front() {
@@ -357,14 +363,14 @@ impl Stream {
     }
 }
 
-fn disconnected<T>(got: Result<T, crossbeam_channel::TryRecvError>, keep: impl FnOnce(T)) -> bool {
+fn disconnected<T>(got: Result<T, TryRecvError>, keep: impl FnOnce(T)) -> bool {
     match got {
         Ok(t) => {
             keep(t);
             false
         }
-        Err(crossbeam_channel::TryRecvError::Empty) => false,
-        Err(crossbeam_channel::TryRecvError::Disconnected) => true,
+        Err(TryRecvError::Empty) => false,
+        Err(TryRecvError::Disconnected) => true,
     }
 }
 

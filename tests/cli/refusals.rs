@@ -115,6 +115,7 @@ fn damaged_weights_and_tokenizers() {
         .refused(1, &["--config-from"]);
 }
 
+// hazard: gpu-absent: `--device cuda`: one error
 #[test]
 fn flags_that_make_no_sense_are_usage_errors() {
     let p = Place::new();
@@ -253,6 +254,7 @@ fn prompts_that_cannot_be_answered() {
     }
 }
 
+// hazard: token-range: refused; names line, id and vocabulary
 #[test]
 fn lines_that_cannot_be_scored() {
     let p = Place::new();

@@ -101,7 +101,9 @@ fn header(bytes: &[u8]) -> bool {
 fn header_seeds() -> Vec<Vec<u8>> {
     let of = |name: &str| {
         let file = fixture(name);
-        let (length, rest) = file.split_first_chunk::<8>().expect("a fixture has a header");
+        let (length, rest) = file
+            .split_first_chunk::<8>()
+            .expect("a fixture has a header");
         let (json, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
         [&(data.len() as u64).to_le_bytes()[..], json].concat()
     };
@@ -143,10 +145,17 @@ fn config_plan(bytes: &[u8]) -> bool {
 }
 
 fn config_seeds() -> Vec<Vec<u8>> {
-    ["qwen2-bf16", "qwen3-bf16", "llama3-bf16", "llama-yarn-bf16", "mistral-bf16", "vl-bf16"]
-        .iter()
-        .map(|name| fixture(&format!("{name}/config.json")))
-        .collect()
+    [
+        "qwen2-bf16",
+        "qwen3-bf16",
+        "llama3-bf16",
+        "llama-yarn-bf16",
+        "mistral-bf16",
+        "vl-bf16",
+    ]
+    .iter()
+    .map(|name| fixture(&format!("{name}/config.json")))
+    .collect()
 }
 
 /// A small pack, for manifests to be held against.
@@ -177,7 +186,9 @@ fn packed() -> &'static Packed {
 
 fn tokenizer() -> &'static Tokenizer {
     static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
-    let load = || Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16"));
+    let load = || {
+        Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16"))
+    };
     TOKENIZER.get_or_init(|| load().expect("a fixture has a tokenizer"))
 }
 
@@ -219,7 +230,10 @@ fn cases() -> &'static [Value] {
 fn chat_messages(bytes: &[u8]) -> bool {
     static TEMPLATES: OnceLock<Vec<ChatTemplate>> = OnceLock::new();
     let templates = TEMPLATES.get_or_init(|| {
-        let mut texts: Vec<&str> = cases().iter().filter_map(|c| c["template"].as_str()).collect();
+        let mut texts: Vec<&str> = cases()
+            .iter()
+            .filter_map(|c| c["template"].as_str())
+            .collect();
         texts.sort_unstable();
         texts.dedup();
         let compile = |t: &&str| ChatTemplate::from_source(t, &[("bos_token", "<s>")]).ok();
@@ -255,8 +269,13 @@ fn chat_template(bytes: &[u8]) -> bool {
     let Ok(template) = ChatTemplate::from_source(source, &[("bos_token", "<s>")]) else {
         return false;
     };
-    let messages = [Message::new("user", "Hi"), Message::new("assistant", "Yes?")];
-    template.render(&messages, &RenderOptions::default()).is_ok()
+    let messages = [
+        Message::new("user", "Hi"),
+        Message::new("assistant", "Yes?"),
+    ];
+    template
+        .render(&messages, &RenderOptions::default())
+        .is_ok()
 }
 
 fn template_seeds() -> Vec<Vec<u8>> {
@@ -279,7 +298,8 @@ fn image_seeds() -> Vec<Vec<u8>> {
     let rgb = image::RgbImage::from_fn(13, 9, |x, y| image::Rgb([x as u8 * 19, y as u8 * 28, 77]));
     let encode = |format| {
         let mut out = std::io::Cursor::new(Vec::new());
-        rgb.write_to(&mut out, format).expect("a small image encodes");
+        rgb.write_to(&mut out, format)
+            .expect("a small image encodes");
         out.into_inner()
     };
     vec![

@@ -22,8 +22,30 @@ impl Random {
 
 /// What parsers stumble over.
 const WORDS: [&str; 24] = [
-    "0", "-1", "1e308", "18446744073709551615", "18446744073709551616", "4294967296", "null", "true", "\"\"", "[]",
-    "{}", "\\u0000", "\\ud800", "\"", "{", "}", "[", "]", ",", ":", "../", "__metadata__", "{{", "%}",
+    "0",
+    "-1",
+    "1e308",
+    "18446744073709551615",
+    "18446744073709551616",
+    "4294967296",
+    "null",
+    "true",
+    "\"\"",
+    "[]",
+    "{}",
+    "\\u0000",
+    "\\ud800",
+    "\"",
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ":",
+    "../",
+    "__metadata__",
+    "{{",
+    "%}",
 ];
 
 /// One to eight changes of an input that is accepted.
@@ -102,7 +124,11 @@ fn every_parser_answers_whatever_it_is_given() {
             target.name,
             started.elapsed().as_secs_f64()
         );
-        assert!(slowest < 5_000, "{}: {slowest} ms for one input", target.name);
+        assert!(
+            slowest < 5_000,
+            "{}: {slowest} ms for one input",
+            target.name
+        );
     }
     if let Some(packs) = packed().dir.parent() {
         let _ = std::fs::remove_dir_all(packs);

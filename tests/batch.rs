@@ -751,12 +751,18 @@ fn interrupted_twice_it_stops_at_once_and_goes_on_later() {
     }
     let asked = std::time::Instant::now();
     for _ in 0..2 {
-        let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+        let kill = Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status();
         assert!(kill.unwrap().success());
         std::thread::sleep(Duration::from_millis(20));
     }
     let out = child.wait_with_output().unwrap();
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        asked.elapsed()
+    );
     assert_eq!(code(&out), 130, "{}", String::from_utf8_lossy(&out.stderr));
     let before = read_rows(&output);
     assert!(!before.is_empty() && before.len() < 200);

@@ -29,9 +29,15 @@ const HAZARDS: &[(&str, &[(&str, &str)])] = &[
             ("nonfinite", "NaN or infinite weights"),
             ("overflow", "bf16 values that float16 cannot hold"),
             ("token-range", "token ids beyond the embedding"),
-            ("templates", "a chat template that loops, grows or reaches out"),
+            (
+                "templates",
+                "a chat template that loops, grows or reaches out",
+            ),
             ("images", "broken or hostile images"),
-            ("videos", "a video that makes its decoder hang, write, or reach a network"),
+            (
+                "videos",
+                "a video that makes its decoder hang, write, or reach a network",
+            ),
             ("hostile-files", "anything else that is parsed, mutated"),
         ],
     ),
@@ -43,20 +49,35 @@ const HAZARDS: &[(&str, &[(&str, &str)])] = &[
             ("pack-power-cut", "the power goes"),
             ("pack-disk-full", "the disk is full, or fills up on the way"),
             ("two-packers", "two packers"),
-            ("packer-beside-runner", "a packer or cleaner beside a runner"),
-            ("other-source", "another or newer source than the manifest names"),
-            ("manifest", "a manifest that was torn, edited, or is of another version"),
+            (
+                "packer-beside-runner",
+                "a packer or cleaner beside a runner",
+            ),
+            (
+                "other-source",
+                "another or newer source than the manifest names",
+            ),
+            (
+                "manifest",
+                "a manifest that was torn, edited, or is of another version",
+            ),
         ],
     ),
     (
         "Reading",
         &[
             ("short-reads", "short reads"),
-            ("eintr-eagain", "EINTR, EAGAIN, delays, any order of completion"),
+            (
+                "eintr-eagain",
+                "EINTR, EAGAIN, delays, any order of completion",
+            ),
             ("eio", "EIO"),
             ("stall", "a read that never completes"),
             ("bit-rot", "flipped bits"),
-            ("wrong-block", "a block in the wrong place, or of an older pack"),
+            (
+                "wrong-block",
+                "a block in the wrong place, or of an older pack",
+            ),
             ("deleted", "the folder is deleted under a run"),
             ("cut-under-run", "a file is truncated under a run"),
             ("unverified", "a byte used that was not verified"),
@@ -67,7 +88,10 @@ const HAZARDS: &[(&str, &[(&str, &str)])] = &[
         "Machine",
         &[
             ("memlock", "little locked memory"),
-            ("cgroup", "less memory in the control group than in the machine"),
+            (
+                "cgroup",
+                "less memory in the control group than in the machine",
+            ),
             ("no-io-uring", "io_uring forbidden"),
             ("no-o-direct", "no O_DIRECT"),
             ("gpu-absent", "no GPU"),
@@ -84,7 +108,10 @@ const HAZARDS: &[(&str, &[(&str, &str)])] = &[
             ("job-killed", "killed at any call, resumed"),
             ("job-call-fails", "EIO, ENOSPC or EINTR in any call"),
             ("job-power-cut", "the power goes"),
-            ("job-disk-full", "the disk is full while results are written"),
+            (
+                "job-disk-full",
+                "the disk is full while results are written",
+            ),
             ("sigint", "SIGINT once"),
             ("sigint-twice", "SIGINT twice"),
         ],
@@ -128,13 +155,21 @@ fn named() -> Vec<Named> {
         let mut is_test = false;
         for line in text.lines().map(str::trim) {
             if let Some(rest) = line.strip_prefix("// hazard: ") {
-                let (key, outcome) = rest.split_once(": ").unwrap_or_else(|| panic!("{file}: {line}"));
+                let (key, outcome) = rest
+                    .split_once(": ")
+                    .unwrap_or_else(|| panic!("{file}: {line}"));
                 open.push((key.to_string(), outcome.to_string()));
             } else if line == "#[test]" {
                 is_test = true;
             } else if let Some(rest) = line.strip_prefix("fn ") {
-                let test: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-                assert!(open.is_empty() || is_test, "{file}: {test} names a hazard and is no test");
+                let test: String = rest
+                    .chars()
+                    .take_while(|c| c.is_alphanumeric() || *c == '_')
+                    .collect();
+                assert!(
+                    open.is_empty() || is_test,
+                    "{file}: {test} names a hazard and is no test"
+                );
                 for (key, outcome) in open.drain(..) {
                     all.push(Named {
                         key,
@@ -159,7 +194,10 @@ fn table(named: &[Named]) -> String {
     let mut text = String::new();
     let mut missing = Vec::new();
     for (section, hazards) in HAZARDS {
-        let _ = writeln!(text, "### {section}\n\n| hazard | outcome | test |\n|---|---|---|");
+        let _ = writeln!(
+            text,
+            "### {section}\n\n| hazard | outcome | test |\n|---|---|---|"
+        );
         for (key, what) in *hazards {
             let Some(tests) = by_key.remove(key) else {
                 missing.push(*key);
@@ -167,18 +205,29 @@ fn table(named: &[Named]) -> String {
             };
             for (i, n) in tests.iter().enumerate() {
                 let what = if i == 0 { *what } else { "" };
-                let _ = writeln!(text, "| {what} | {} | `{}` in `{}` |", n.outcome, n.test, n.file);
+                let _ = writeln!(
+                    text,
+                    "| {what} | {} | `{}` in `{}` |",
+                    n.outcome, n.test, n.file
+                );
             }
         }
         text.push('\n');
     }
-    assert!(missing.is_empty(), "hazards that no test names: {missing:?}");
+    assert!(
+        missing.is_empty(),
+        "hazards that no test names: {missing:?}"
+    );
     let unknown: Vec<&&str> = by_key.keys().collect();
-    assert!(unknown.is_empty(), "tests name hazards that are not listed: {unknown:?}");
+    assert!(
+        unknown.is_empty(),
+        "tests name hazards that are not listed: {unknown:?}"
+    );
     text
 }
 
-const BEGIN: &str = "<!-- table: begin (made of the tests by `BLESS=1 cargo test --test reliability`) -->\n";
+const BEGIN: &str =
+    "<!-- table: begin (made of the tests by `BLESS=1 cargo test --test reliability`) -->\n";
 const END: &str = "<!-- table: end -->";
 
 #[test]
@@ -192,5 +241,8 @@ fn the_table_of_hazards_is_that_of_the_tests() {
         std::fs::write(&path, format!("{before}{BEGIN}{made}{END}{after}")).unwrap();
         return;
     }
-    assert!(there == made, "the table is not up to date: BLESS=1 cargo test --test reliability");
+    assert!(
+        there == made,
+        "the table is not up to date: BLESS=1 cargo test --test reliability"
+    );
 }

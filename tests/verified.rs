@@ -8,7 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use engine_common::{accelerate, checkpoint, fixture, in_place, open, packed, same_bits, score, scoring};
+use engine_common::{
+    accelerate, checkpoint, fixture, in_place, open, packed, same_bits, score, scoring,
+};
 use serde_json::{Value, json};
 use tensorpager::checkpoint::write_synthetic;
 use tensorpager::engine::{Engine, EngineOptions};
@@ -84,12 +86,18 @@ fn a_pass_reads_what_is_not_resident_and_the_next_one_is_read_ahead() {
     score(&mut engine, &ids).unwrap();
     score(&mut engine, &ids).unwrap();
     let read = settled(&engine).disk_bytes - before.disk_bytes;
-    assert!(read <= 4 * BLOCK as u64, "{read} bytes read with all units in RAM");
+    assert!(
+        read <= 4 * BLOCK as u64,
+        "{read} bytes read with all units in RAM"
+    );
     // All on disk: what is read ahead when a pass is over belongs to the next one.
     let mut engine = open(&store, &options(Placement::Disk, 1)).unwrap();
     score(&mut engine, &ids).unwrap();
     let s = settled(&engine);
-    assert!(s.disk_bytes > s.used_bytes, "nothing was read ahead across the end of the pass: {s:?}");
+    assert!(
+        s.disk_bytes > s.used_bytes,
+        "nothing was read ahead across the end of the pass: {s:?}"
+    );
 }
 
 fn config() -> Value {
@@ -110,7 +118,9 @@ fn blocks_of(dir: &Path, seed: u8) -> Store {
     let file = fs::File::options().write(true).open(&weights).unwrap();
     file.write_all_at(&[seed], len - 1000).unwrap();
     let options = PackOptions::new(dir.join(format!("offload-{seed}")));
-    Store::pack(&checkpoint(&source, None), &options, &mut |_| {}).unwrap().store
+    Store::pack(&checkpoint(&source, None), &options, &mut |_| {})
+        .unwrap()
+        .store
 }
 
 fn file_of(store: &Store, name: &str) -> PathBuf {
@@ -120,7 +130,10 @@ fn file_of(store: &Store, name: &str) -> PathBuf {
 
 /// What a run over the store ends with.
 fn verdict(store: &Store, depth: usize) -> Result<Vec<Vec<f32>>, tensorpager::error::Error> {
-    score(&mut open(store, &options(Placement::Disk, depth))?, &[vec![1, 2, 3]])
+    score(
+        &mut open(store, &options(Placement::Disk, depth))?,
+        &[vec![1, 2, 3]],
+    )
 }
 
 // hazard: wrong-block: one error; names unit, file and block
@@ -129,7 +142,10 @@ fn a_block_in_the_wrong_place_or_of_an_older_pack_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (store, other) = (blocks_of(dir.path(), 1), blocks_of(dir.path(), 2));
     let clean = verdict(&store, 1).unwrap();
-    let (layer_0, layer_1) = (file_of(&store, "layer.000.dat"), file_of(&store, "layer.001.dat"));
+    let (layer_0, layer_1) = (
+        file_of(&store, "layer.000.dat"),
+        file_of(&store, "layer.001.dat"),
+    );
     let whole = fs::read(&layer_0).unwrap();
     let beside = fs::read(&layer_1).unwrap();
     let stale = fs::read(file_of(&other, "layer.000.dat")).unwrap();
@@ -137,10 +153,18 @@ fn a_block_in_the_wrong_place_or_of_an_older_pack_is_refused() {
     let block = |bytes: &[u8], i: usize| bytes[i * BLOCK..(i + 1) * BLOCK].to_vec();
     for (what, at, bytes) in [
         ("the neighbour within one read", 0, block(&whole, 1)),
-        ("the neighbour within one read, the other way", 1, block(&whole, 0)),
+        (
+            "the neighbour within one read, the other way",
+            1,
+            block(&whole, 0),
+        ),
         ("a block of another read", 3, block(&whole, 0)),
         ("the same block of another file", 2, block(&beside, 2)),
-        ("the same block of another pack of the model", 2, block(&stale, 2)),
+        (
+            "the same block of another pack of the model",
+            2,
+            block(&stale, 2),
+        ),
         ("zeros", 1, vec![0; BLOCK]),
     ] {
         let mut damaged = whole.clone();
@@ -150,7 +174,9 @@ fn a_block_in_the_wrong_place_or_of_an_older_pack_is_refused() {
             continue;
         }
         fs::write(&layer_0, &damaged).unwrap();
-        let e = verdict(&store, 1).err().unwrap_or_else(|| panic!("{what} was taken"));
+        let e = verdict(&store, 1)
+            .err()
+            .unwrap_or_else(|| panic!("{what} was taken"));
         assert_eq!(e.code(), Code::Corrupt, "{what}: {e}");
         for word in ["layer 0", "layer.000.dat", &format!("block {at}")] {
             assert!(e.what().contains(word), "{what}: {word}: {e}");
@@ -183,14 +209,19 @@ fn every_single_flipped_bit_is_caught() {
                 false
             }
         });
-        let file = fs::File::options().read(true).write(true).open(&file.unwrap().path).unwrap();
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&file.unwrap().path)
+            .unwrap();
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
         // Every row of the embedding is asked for, so that every block of it is used.
         let vocab: Vec<u32> = (0..store.spec.vocab as u32).collect();
         let inputs: Vec<Vec<u32>> = vocab.chunks(96).map(<[u32]>::to_vec).collect();
-        let ended = open(&store, &options(Placement::Disk, 1)).and_then(|mut e| score(&mut e, &inputs));
+        let ended =
+            open(&store, &options(Placement::Disk, 1)).and_then(|mut e| score(&mut e, &inputs));
         match ended {
             Err(e) if e.code() == Code::Corrupt => caught += 1,
             Err(e) => panic!("flip {n}: {e}"),
@@ -217,7 +248,9 @@ fn a_folder_deleted_under_a_run_changes_nothing_until_it_ends() {
         assert!(same_bits(&score(&mut engine, &ids).unwrap(), &clean));
     }
     drop(engine);
-    let e = open(&store, &options(Placement::Disk, 1)).err().expect("nothing is there");
+    let e = open(&store, &options(Placement::Disk, 1))
+        .err()
+        .expect("nothing is there");
     assert!(matches!(e.code(), Code::Io), "{e}");
     assert!(fixture("qwen2-bf16").exists());
 }

@@ -522,7 +522,11 @@ fn the_same_tokens_with_another_picture_share_nothing() {
         let mut rgb = tensorpager::media::read_image(&r.dir.join("image0.png")).unwrap();
         rgb.data.reverse();
         let processor = Processor::load(&r.dir, &spec).unwrap();
-        Arc::new(processor.image(&rgb, "turned", &Options::default()).unwrap())
+        Arc::new(
+            processor
+                .image(&rgb, "turned", &Options::default())
+                .unwrap(),
+        )
     };
     let other = Case {
         name: "turned".into(),

@@ -9,9 +9,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::generate::{Answer, generate};
+use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
-use super::media::{LookOptions, PictureOptions, Renderer};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
 use crate::engine::{Engine, Job, VisionRoom, VisionStats};

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::media::{LookOptions, Renderer};
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SourceOptions};
-use super::media::{LookOptions, Renderer};
 use super::signals;
 use crate::engine::{ScoreBlock, ScoreInput, VisionRoom};
 use crate::error::{Code, Error, Result};
@@ -161,7 +161,10 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
                 "it is not UTF-8 text",
                 "convert it (iconv -t UTF-8) and try again",
             ),
-            _ => Error::io(format!("line {} of {} cannot be read", i + 1, path.display()), &e),
+            _ => Error::io(
+                format!("line {} of {} cannot be read", i + 1, path.display()),
+                &e,
+            ),
         })?;
         if line.trim().is_empty() {
             continue;
@@ -187,8 +190,9 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
                 let Some((tokenizer, Some(template))) = text.get() else {
                     return Err(bad("this model comes without a chat template".into()));
                 };
-                let renderer = renderer
-                    .get_or_insert_with(|| Renderer::new(model, tokenizer, Some(template), args.look));
+                let renderer = renderer.get_or_insert_with(|| {
+                    Renderer::new(model, tokenizer, Some(template), args.look)
+                });
                 let rendered = renderer
                     .messages(&messages, Path::new(""))
                     .map_err(|e| in_line(&e, i + 1))?;
@@ -205,10 +209,17 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
         }
         let spec = &model.store.spec;
         if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
-            return Err(bad(format!("token id {id} is outside the vocabulary of {}", spec.vocab)));
+            return Err(bad(format!(
+                "token id {id} is outside the vocabulary of {}",
+                spec.vocab
+            )));
         }
         if ids.len() > spec.max_positions {
-            return Err(bad(format!("it has {} tokens, the model takes {}", ids.len(), spec.max_positions)));
+            return Err(bad(format!(
+                "it has {} tokens, the model takes {}",
+                ids.len(),
+                spec.max_positions
+            )));
         }
         inputs.push(input);
     }
@@ -217,7 +228,12 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
 
 /// The same error, saying which line it is about.
 fn in_line(e: &Error, line: usize) -> Error {
-    Error::new(e.code(), format!("line {line}: {}", e.what()), e.cause(), e.fix())
+    Error::new(
+        e.code(),
+        format!("line {line}: {}", e.what()),
+        e.cause(),
+        e.fix(),
+    )
 }
 
 /// log Σ exp over ids that arrive in blocks, and the logit of the one that came true.
@@ -315,7 +331,11 @@ impl LogitsFile {
             at - bytes
         };
         for (i, input) in inputs.iter().enumerate() {
-            starts.push(entry(format!("logits.{i}"), "F32", &[input.tokens.len(), vocab]));
+            starts.push(entry(
+                format!("logits.{i}"),
+                "F32",
+                &[input.tokens.len(), vocab],
+            ));
         }
         let ids_start = entry_ids(&mut entry, inputs);
         let mut head = serde_json::to_vec(&header)

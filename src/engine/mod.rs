@@ -33,9 +33,9 @@ use crate::paging::{Pager, PagingStats, Plan};
 use crate::spec::ModelSpec;
 use crate::units::Dtype;
 use pacer::Pacer;
+use pictures::Pictures;
 use sample::Samplers;
 use schedule::{ScheduleStats, Scheduler};
-use pictures::Pictures;
 use source::Paged;
 use vision::Vision;
 

@@ -37,7 +37,10 @@ pub fn resize(image: &Rgb, width: usize, height: usize) -> Rgb {
 /// Pillow 13 begins with the columns where the height shrinks by more than twice what the width shrinks by; earlier releases always began with
 /// the rows. The two orders differ by a level here and there.
 fn vertical_first(image: &Rgb, width: usize, height: usize) -> bool {
-    let (down, across) = (image.height as i64 - height as i64, image.width as i64 - width as i64);
+    let (down, across) = (
+        image.height as i64 - height as i64,
+        image.width as i64 - width as i64,
+    );
     down > 0 && down > 2 * across
 }
 

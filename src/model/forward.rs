@@ -155,7 +155,8 @@ impl Forward {
         self.looked_up.clear();
         self.looked_up.extend(pass.looked_up());
         self.ids.clear();
-        self.ids.extend(self.looked_up.iter().map(|row| pass.tokens[*row]));
+        self.ids
+            .extend(self.looked_up.iter().map(|row| pass.tokens[*row]));
         let rows = &self.looked_up;
         source.gather_rows(self.embed, &self.ids, &mut |i, row| {
             device.put_row(row, x, rows[i]);

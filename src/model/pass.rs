@@ -122,7 +122,9 @@ impl Pass {
         let mut behind = 0;
         for g in &self.given {
             if g.row < behind || g.row + g.rows > self.rows() || g.first + g.rows > g.from.rows() {
-                return Err(Error::internal("given embeddings that do not fit their pass"));
+                return Err(Error::internal(
+                    "given embeddings that do not fit their pass",
+                ));
             }
             behind = g.row + g.rows;
         }

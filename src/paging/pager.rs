@@ -280,7 +280,11 @@ impl Pager {
     /// Waits until `unit` is there. Streamed units must be asked for in the order of the schedule.
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
-        let streams = || self.plan.walk.streams(self.shared.layouts[unit.index()].kind);
+        let streams = || {
+            self.plan
+                .walk
+                .streams(self.shared.layouts[unit.index()].kind)
+        };
         let ignored = planted::is(Bug::ResidentsIgnored) && streams();
         if self.residents[unit.index()].is_some() && !ignored {
             return Ok(Lease::Resident(unit));
@@ -300,6 +304,10 @@ impl Pager {
                 self.unit_name(unit),
                 self.unit_name(filled.unit)
             )));
+        }
+        #[cfg(feature = "testing")]
+        if planted::is(Bug::SlotFreedEarly) {
+            self.send_free(filled.region.alias())?;
         }
         self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
@@ -323,6 +331,7 @@ impl Pager {
     pub fn release(&mut self, lease: Lease) -> Result<()> {
         match lease {
             Lease::Resident(_) => Ok(()),
+            Lease::Slot(..) if planted::is(Bug::SlotFreedEarly) => Ok(()),
             Lease::Slot(_, region) => self.send_free(region),
         }
     }
@@ -639,3 +648,7 @@ fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
     }
     rows
 }
+
+#[cfg(test)]
+#[path = "sim_tests.rs"]
+mod sim;

@@ -25,14 +25,14 @@ pub(crate) fn schedule_by(scheduler: Scheduler) {
     SCHEDULER.set(scheduler);
 }
 
-struct State<T> {
+pub(crate) struct State<T> {
     queue: VecDeque<T>,
     room: usize,
     senders: usize,
     receivers: usize,
 }
 
-enum Shared<T> {
+pub(crate) enum Shared<T> {
     Loom(loom::sync::Mutex<State<T>>),
     Shuttle(shuttle::sync::Mutex<State<T>>),
 }

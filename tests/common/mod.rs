@@ -196,7 +196,11 @@ impl UnitSource for &MemoryModel {
             let tensor = &self.tensors[&t.name];
             let dtype = Dtype::parse(&tensor.dtype).unwrap();
             // A 1-D tensor is one row; a convolution's kernel is a matrix of its first dimension.
-            let rows = if tensor.shape.len() == 1 { 1 } else { tensor.shape[0] };
+            let rows = if tensor.shape.len() == 1 {
+                1
+            } else {
+                tensor.shape[0]
+            };
             let cols = tensor.shape.iter().product::<usize>() / rows;
             let whole = WeightView::packed(dtype, rows, cols, &tensor.bytes);
             let part = if rows > 1 {

@@ -32,10 +32,15 @@ impl Disk {
             at: dir.join("disk"),
         };
         fs::create_dir(&disk.at).unwrap();
-        File::create(&disk.image).unwrap().set_len(48 << 20).unwrap();
+        File::create(&disk.image)
+            .unwrap()
+            .set_len(48 << 20)
+            .unwrap();
         let ready = run("mkfs.ext4", &["-q", "-F", disk.image.to_str().unwrap()]) && disk.mount();
         if !ready {
-            println!("skipped: an ext4 cannot be made and mounted here (root and loop devices are needed)");
+            println!(
+                "skipped: an ext4 cannot be made and mounted here (root and loop devices are needed)"
+            );
         }
         ready.then_some(disk)
     }
@@ -71,7 +76,11 @@ fn pack_then_cut(disk: &Disk, offload: &Path, inject: &[&str], log: &Path) -> Re
     // The removal must last, or the old pack comes back with the power.
     File::open(&disk.at).unwrap().sync_all().unwrap();
     let ended = run_pack(offload, inject, log);
-    assert!(ended.ok(), "{}", String::from_utf8_lossy(&ended.output.stderr));
+    assert!(
+        ended.ok(),
+        "{}",
+        String::from_utf8_lossy(&ended.output.stderr)
+    );
     disk.cut();
     usable(offload, "a cut after a pack")
 }
@@ -89,13 +98,19 @@ fn a_finished_pack_survives_a_power_cut_and_without_fsync_it_would_not() {
         assert_eq!(pack_then_cut(&disk, &offload, &[], &log), Ok(true));
     }
     // The control: the same cut with every fsync left out.
-    assert_ne!(pack_then_cut(&disk, &offload, &[NO_SYNC], &log), Ok(true), "the cut loses nothing: it proves nothing");
+    assert_ne!(
+        pack_then_cut(&disk, &offload, &[NO_SYNC], &log),
+        Ok(true),
+        "the cut loses nothing: it proves nothing"
+    );
     println!("{rounds} power cuts after a pack survived, control lost");
 }
 
 /// How often what is tried several times is tried.
 fn rounds(default: usize) -> usize {
-    let asked = std::env::var("CUT_ROUNDS").ok().and_then(|v| v.parse().ok());
+    let asked = std::env::var("CUT_ROUNDS")
+        .ok()
+        .and_then(|v| v.parse().ok());
     asked.unwrap_or(default)
 }
 
@@ -167,10 +182,20 @@ fn rows_told_as_finished_survive_a_power_cut_and_without_fsync_they_would_not() 
             }
             let inject = format!("{call}:signal=KILL:when={n}");
             assert_eq!(lost(&disk, dir.path(), &[&inject]), 0, "{inject}");
-            let hit = fs::read_to_string(dir.path().join("log")).unwrap().contains("killed by SIGKILL");
+            let hit = fs::read_to_string(dir.path().join("log"))
+                .unwrap()
+                .contains("killed by SIGKILL");
             let again = run_job(&input, &output, &[], &dir.path().join("log"));
-            assert_eq!(again.output.status.code(), Some(3), "{inject}: {}", String::from_utf8_lossy(&again.output.stderr));
-            assert!(bytes(&output) == expected, "{inject}: the resumed job differs");
+            assert_eq!(
+                again.output.status.code(),
+                Some(3),
+                "{inject}: {}",
+                String::from_utf8_lossy(&again.output.stderr)
+            );
+            assert!(
+                bytes(&output) == expected,
+                "{inject}: the resumed job differs"
+            );
             if !hit {
                 break;
             }

@@ -6,11 +6,29 @@ use super::work::*;
 
 const FAULTS: [&str; 4] = ["signal=KILL", "error=EIO", "error=ENOSPC", "error=EINTR"];
 const PACK_CALLS: [&str; 12] = [
-    "openat", "mkdir", "flock", "unlink", "fallocate", "pwrite64", "write", "fsync", "rename", "close", "utimensat",
+    "openat",
+    "mkdir",
+    "flock",
+    "unlink",
+    "fallocate",
+    "pwrite64",
+    "write",
+    "fsync",
+    "rename",
+    "close",
+    "utimensat",
     "ftruncate",
 ];
 const JOB_CALLS: [&str; 9] = [
-    "openat", "flock", "pwrite64", "write", "fdatasync", "fsync", "ftruncate", "rename", "unlink",
+    "openat",
+    "flock",
+    "pwrite64",
+    "write",
+    "fdatasync",
+    "fsync",
+    "ftruncate",
+    "rename",
+    "unlink",
 ];
 /// More calls of one kind than any run makes: a loop that does not end is a bug of the test.
 const MOST: usize = 500;
@@ -71,14 +89,28 @@ fn crash_and_resume(dir: &Path, inject: &str, expected: &(Vec<u8>, Vec<u8>)) -> 
     let ended = run_job(&input, &output, &[inject], &log);
     ended.assert_sane(inject);
     let kept = rows(&output, inject);
-    assert!(kept.len() as u64 >= told(&ended), "{inject}: a row that was told of is not there");
+    assert!(
+        kept.len() as u64 >= told(&ended),
+        "{inject}: a row that was told of is not there"
+    );
     if ended.output.status.code() == Some(3) {
-        assert!(bytes(&output) == *expected, "{inject}: a finished job differs");
+        assert!(
+            bytes(&output) == *expected,
+            "{inject}: a finished job differs"
+        );
     }
     let again = run_job(&input, &output, &[], &log);
-    assert_eq!(again.output.status.code(), Some(3), "{inject}: {}", String::from_utf8_lossy(&again.output.stderr));
+    assert_eq!(
+        again.output.status.code(),
+        Some(3),
+        "{inject}: {}",
+        String::from_utf8_lossy(&again.output.stderr)
+    );
     assert!(rows(&output, inject).is_superset(&kept));
-    assert!(bytes(&output) == *expected, "{inject}: the resumed job differs");
+    assert!(
+        bytes(&output) == *expected,
+        "{inject}: the resumed job differs"
+    );
     ended.hit
 }
 

@@ -59,18 +59,32 @@ fn program(inject: &[&str], log: &Path) -> Command {
         }
     };
     for (key, _) in std::env::vars() {
-        if ["TENSORPAGER_", "SLURM_", "JOB_"].iter().any(|p| key.starts_with(p)) {
+        if ["TENSORPAGER_", "SLURM_", "JOB_"]
+            .iter()
+            .any(|p| key.starts_with(p))
+        {
             c.env_remove(key);
         }
     }
-    c.env("SOURCE_DATE_EPOCH", "1700000000").env_remove("RUST_BACKTRACE");
+    c.env("SOURCE_DATE_EPOCH", "1700000000")
+        .env_remove("RUST_BACKTRACE");
     c.stdin(Stdio::null());
     c
 }
 
 pub fn has_strace() -> bool {
     let found = Command::new("strace")
-        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=close", "-e", "inject=close:error=EIO:when=100000", "true"])
+        .args([
+            "-f",
+            "-qq",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=close",
+            "-e",
+            "inject=close:error=EIO:when=100000",
+            "true",
+        ])
         .output()
         .is_ok_and(|o| o.status.success());
     if !found {
@@ -97,7 +111,9 @@ impl Ended {
         Ended {
             output,
             hit: !lines.is_empty(),
-            mute: lines.iter().any(|l| l.contains("write(1,") || l.contains("write(2,")),
+            mute: lines
+                .iter()
+                .any(|l| l.contains("write(1,") || l.contains("write(2,")),
         }
     }
 
@@ -115,7 +131,9 @@ impl Ended {
             None | Some(0 | 3 | 127 | 137) => {}
             Some(_) if self.mute => {}
             Some(code) => {
-                let said = ["error: ", "cause: ", "fix: "].iter().all(|l| stderr.contains(l));
+                let said = ["error: ", "cause: ", "fix: "]
+                    .iter()
+                    .all(|l| stderr.contains(l));
                 assert!(said && code == 1, "{what}: {code}: {stderr}");
             }
         }
@@ -126,7 +144,10 @@ impl Ended {
 
 pub fn run_pack(offload: &Path, inject: &[&str], log: &Path) -> Ended {
     let mut c = program(inject, log);
-    c.arg("pack").arg(model()).arg("--offload-folder").arg(offload);
+    c.arg("pack")
+        .arg(model())
+        .arg("--offload-folder")
+        .arg(offload);
     Ended::of(c, log)
 }
 
@@ -143,7 +164,10 @@ pub fn usable(offload: &Path, what: &str) -> Result<bool, String> {
     let report = verify(&pack_dir(offload), &AtomicBool::new(false), &mut |_, _| {});
     match report {
         Ok(r) if r.problems.is_empty() => Ok(true),
-        Ok(r) => Err(format!("{what}: a pack that opens is damaged: {:?}", r.problems)),
+        Ok(r) => Err(format!(
+            "{what}: a pack that opens is damaged: {:?}",
+            r.problems
+        )),
         Err(e) => Err(format!("{what}: {e}")),
     }
 }
@@ -174,7 +198,15 @@ pub fn write_job(input: &Path) {
 pub fn run_job(input: &Path, output: &Path, inject: &[&str], log: &Path) -> Ended {
     let mut c = program(inject, log);
     c.arg("batch").arg(model());
-    c.args(["--in-place", "--threads", "1", "--cpu-memory", "512MiB", "--max-sequences", "2"]);
+    c.args([
+        "--in-place",
+        "--threads",
+        "1",
+        "--cpu-memory",
+        "512MiB",
+        "--max-sequences",
+        "2",
+    ]);
     c.args(["--progress", "json"]);
     c.arg("-i").arg(input).arg("-o").arg(output);
     Ended::of(c, log)
@@ -183,8 +215,12 @@ pub fn run_job(input: &Path, output: &Path, inject: &[&str], log: &Path) -> Ende
 /// Rows that the process said were finished, answered or refused.
 pub fn told(ended: &Ended) -> u64 {
     let stderr = String::from_utf8_lossy(&ended.output.stderr);
-    let rows = stderr.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
-    rows.filter_map(|v| v["rows_done"].as_u64()).max().unwrap_or(0)
+    let rows = stderr
+        .lines()
+        .filter_map(|l| serde_json::from_str::<Value>(l).ok());
+    rows.filter_map(|v| v["rows_done"].as_u64())
+        .max()
+        .unwrap_or(0)
 }
 
 pub fn errors_of(output: &Path) -> PathBuf {

@@ -212,13 +212,13 @@ impl RowLog {
         if self.fresh.is_empty() {
             return Ok(());
         }
-        let written = self
-            .file
-            .write_all_at(&self.fresh, self.len)
-            .and_then(|()| match planted::is(Bug::ResultsNotSynced) {
-                true => Ok(()),
-                false => self.file.sync_data(),
-            });
+        let written =
+            self.file
+                .write_all_at(&self.fresh, self.len)
+                .and_then(|()| match planted::is(Bug::ResultsNotSynced) {
+                    true => Ok(()),
+                    false => self.file.sync_data(),
+                });
         match written {
             Ok(()) => {
                 self.len += self.fresh.len() as u64;

@@ -116,17 +116,28 @@ exit 1"#;
 // hazard: videos: no file can be written, nothing but files read, bounded memory and processor time, no environment
 #[test]
 fn a_decoder_is_confined() {
-    assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some(), "cargo sets it, so there is something to hide");
+    assert!(
+        std::env::var_os("CARGO_MANIFEST_DIR").is_some(),
+        "cargo sets it, so there is something to hide"
+    );
     let f = fake(PROBED, TRIES);
     let cause = frames(&f, &[0]).unwrap_err().cause().to_string();
     let wrote = f.tools.ffmpeg.with_extension("out");
     assert!(!wrote.exists() || std::fs::metadata(wrote).unwrap().len() == 0);
     // The error keeps the last three lines.
-    assert!(!cause.contains("wrote a file") && !cause.contains("read stdin"), "{cause}");
+    assert!(
+        !cause.contains("wrote a file") && !cause.contains("read stdin"),
+        "{cause}"
+    );
     assert!(cause.contains("secret: none"), "{cause}");
     let limits = format!("limits: {} 0 {} 0", CHILD_MEMORY_BYTES / 1024, 4 * 20);
     assert!(cause.contains(&limits), "{cause}");
-    for word in ["-protocol_whitelist file,pipe", "-format_whitelist", "-nostdin", "-i file:/"] {
+    for word in [
+        "-protocol_whitelist file,pipe",
+        "-format_whitelist",
+        "-nostdin",
+        "-i file:/",
+    ] {
         assert!(cause.contains(word), "{word}: {cause}");
     }
 }

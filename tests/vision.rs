@@ -476,6 +476,7 @@ fn prompts_together_in_any_pieces_give_the_same_bits() {
         patches: slice,
         slice,
         tokens: most(Visual::tokens),
+        ..VisionRoom::default()
     };
     let mut engine = open(&store, tight, |o| {
         o.pass_tokens = 16;
@@ -496,6 +497,43 @@ fn prompts_together_in_any_pieces_give_the_same_bits() {
     });
     assert_eq!(bits(&score(&mut engine, &all)), bits(&want));
     assert!(Processor::load(&packed.text_dir, packed.spec.vision.as_ref().unwrap()).is_ok());
+}
+
+#[test]
+fn running_out_of_kv_and_of_embeddings_changes_nothing() {
+    let r = own();
+    let store = in_place(&r.dir);
+    // Every prompt twice over: those behind one that is set back hold embeddings while it waits for its own.
+    let cases: Vec<&Case> = r.cases.iter().chain(&r.cases).collect();
+    let alone: Vec<Vec<u32>> = cases
+        .iter()
+        .map(|c| {
+            let mut engine = open(&store, room_of(&r.cases), |_| {});
+            generate(&mut engine, &[*c], 24).remove(0)
+        })
+        .collect();
+    let most = |c: &&Case| c.media.iter().map(|v| v.tokens()).sum::<usize>();
+    let largest = cases.iter().map(most).max().unwrap();
+    let (mut set_back, mut waves) = (0, 0);
+    for tokens in [largest, largest + 12, 2 * largest] {
+        let room = VisionRoom {
+            tokens,
+            ..room_of(&r.cases)
+        };
+        let mut engine = open(&store, room, |o| {
+            o.max_sequences = 5;
+            o.kv_tokens = Some(96);
+            o.context = 96;
+        });
+        assert_eq!(
+            generate(&mut engine, &cases, 24),
+            alone,
+            "room for {tokens}"
+        );
+        set_back += engine.schedule_stats().preemptions;
+        waves = waves.max(engine.vision_stats().waves);
+    }
+    assert!(set_back > 0 && waves > 4, "{set_back} {waves}");
 }
 
 #[test]
@@ -585,6 +623,7 @@ fn pictures_that_cannot_be_are_refused_with_the_numbers() {
         patches: 4,
         slice: 4,
         tokens: 1,
+        ..VisionRoom::default()
     };
     let e = open(&store, small, |_| {})
         .submit(job(case, 1))
@@ -618,6 +657,7 @@ fn pictures_that_cannot_be_are_refused_with_the_numbers() {
             patches: 1 << 20,
             slice: 1 << 20,
             tokens: 1 << 18,
+            ..VisionRoom::default()
         }),
         ..EngineOptions::default()
     };

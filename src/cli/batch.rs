@@ -1,24 +1,27 @@
 //! `batch`: a JSONL job, at the highest throughput, resumed wherever it was cut off.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::batch_bench::{self, BenchOptions};
+use super::media::LookOptions;
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
 use super::run::print;
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
-    BatchJob, JobSpec, JobSummary, MaxErrors, Order, Paths, Rules, Shard, Sizing, SizingInput,
-    Source, TextTools, default_errors, fingerprint,
+    BatchJob, JobSpec, JobSummary, Looker, MaxErrors, Order, Paths, Rules, Shard, Sizing,
+    SizingInput, Source, TextTools, default_errors, fingerprint,
 };
 use crate::engine::{Engine, HostMemory};
 use crate::error::{Code, Error, Result};
+use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
-use crate::report::summary::{PagingReport, Timings};
+use crate::report::summary::{PagingReport, Timings, VisionReport};
+use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
 /// Tokens of a chat answer where neither row, user nor model says how many, as with `run`.
@@ -68,6 +71,8 @@ pub struct InputOptions {
     /// What answers call the model
     #[arg(long, value_name = "NAME", help_heading = "Job")]
     pub served_model_name: Option<String>,
+    #[command(flatten)]
+    pub look: LookOptions,
 }
 
 #[derive(Args)]
@@ -158,13 +163,16 @@ struct BatchReport<'a> {
     context: usize,
     timings: Timings,
     paging: PagingReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vision: Option<VisionReport>,
 }
 
-/// Text tools and rules of a model, shared with batch-check.
+/// Text and picture tools and rules of a model, shared with batch-check.
 pub struct Texts {
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub generation: GenerationConfig,
+    pub looker: Option<Looker>,
 }
 
 impl Texts {
@@ -172,6 +180,7 @@ impl Texts {
         TextTools {
             tokenizer: &self.tokenizer,
             template: self.template.as_ref(),
+            looker: self.looker.as_ref(),
         }
     }
 
@@ -196,6 +205,7 @@ impl Texts {
                 true => Vec::new(),
                 false => eos,
             },
+            look: self.looker.as_ref().map(|l| *l.options()),
             chat_max_tokens: self.generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
             context,
         })
@@ -218,6 +228,13 @@ impl InputOptions {
                 "give -i FILE.jsonl or --prompts FILE.txt",
             )),
         }
+    }
+
+    /// What sees the rows' pictures, where the model can. `dir`: the model's folder.
+    pub fn looker(&self, dir: &Path, spec: &ModelSpec, look: Look) -> Option<Looker> {
+        let job = self.input.as_deref()?;
+        let vision = spec.vision.as_ref()?;
+        Some(Looker::new(dir, vision, self.look.options(), job, look))
     }
 
     pub fn shard(&self) -> Result<Shard> {
@@ -247,6 +264,9 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         tokenizer: model.tokenizer()?,
         template: model.chat_template()?,
         generation: model.generation_config()?,
+        looker: args
+            .input
+            .looker(&model.store.text_dir, &model.store.spec, Look::Header),
     };
     if args.bench.bench.is_some() {
         let how = batch_bench::Setup {
@@ -263,7 +283,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         return Err(Error::internal("an output was required"));
     };
     let spec = job_spec(&args, &model, &texts, shard, shard.path(output))?;
-    let mut job = BatchJob::open(spec, &mut |_| {})?;
+    let mut job = BatchJob::open(spec, texts.looker.as_ref(), &mut |_| {})?;
     announce(&job, shard, quiet);
     let load = Instant::now();
     let mut opened = open_engine(&args, &model, &texts, &job, &signals, quiet)?;
@@ -273,15 +293,9 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let summary = match &mut opened {
         None => job.settled()?,
         Some((engine, sizing)) => {
-            let ran = job.run(
-                engine,
-                texts.tools(),
-                sizing.sequences,
-                &signals.stop,
-                &mut |p| {
-                    view.update(p);
-                },
-            );
+            let ran = job.run(engine, texts.tools(), sizing, &signals.stop, &mut |p| {
+                view.update(p);
+            });
             if let Ok(summary) = &ran {
                 view.finish(&summary.progress);
             }
@@ -436,6 +450,7 @@ pub(super) fn engine_for(
         max_sequences: sizing.sequences,
         kv_tokens: Some(sizing.kv_tokens),
         sample_limit: Some(texts.tokenizer.id_limit()),
+        vision: sizing.vision,
         ..OpenFor::default()
     };
     model.engine(machine, &want, &signals.cancel, quiet)
@@ -475,6 +490,7 @@ fn report(
         context: opened.map_or(0, |(e, _)| e.context()),
         timings,
         paging,
+        vision: VisionReport::new(&p.vision),
     };
     let text = serde_json::to_string(&report)
         .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

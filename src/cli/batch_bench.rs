@@ -80,6 +80,7 @@ pub fn run(
         mean_tokens: row as f64,
         longest_tokens: row,
         choices: 1.0,
+        ..RowSample::default()
     };
     let input = SizingInput {
         sequences: how.sequences,

@@ -13,6 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::{Device, Into, WeightView};
 use crate::engine::jobs::{CheckReport, check};
 use crate::error::{Error, Result};
+use crate::media::Look;
 use crate::paging::DiskRates;
 use crate::spec::{ModelSpec, UnitKind, canonical_name, parse_config};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
@@ -76,6 +77,9 @@ struct Output<'a> {
     output_tokens_at_most: u64,
     longest_prompt: u64,
     longest_row: u64,
+    /// Images and videos.
+    pictures: u64,
+    picture_tokens: u64,
     context: usize,
     prediction: Prediction,
 }
@@ -87,6 +91,7 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
         tokenizer: Tokenizer::load(&ckpt.config_dir)?,
         template: ChatTemplate::load(&ckpt.config_dir)?,
         generation: GenerationConfig::load(&ckpt.config_dir)?,
+        looker: args.input.looker(&ckpt.config_dir, &spec, Look::Whole),
     };
     let source = args.input.source(texts.template.is_some())?;
     let shard = args.input.shard()?;
@@ -137,6 +142,8 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
             output_tokens_at_most: report.output_tokens,
             longest_prompt: report.longest_prompt,
             longest_row: report.longest_row,
+            pictures: report.pictures,
+            picture_tokens: report.picture_tokens,
             context,
             prediction,
         };
@@ -161,6 +168,12 @@ fn lines(r: &CheckReport, p: &Prediction) -> String {
         "{} rows, {} of them bad; {} prompt tokens (longest {}), at most {} answer tokens (longest row {})\n",
         r.rows, r.bad, r.prompt_tokens, r.longest_prompt, r.output_tokens, r.longest_row
     );
+    if r.pictures > 0 {
+        text += &format!(
+            "{} pictures in {} of the prompt tokens\n",
+            r.pictures, r.picture_tokens
+        );
+    }
     let disk = match p.disk_gb_per_s {
         _ if p.bytes_per_pass == 0 => "all weights in memory".to_string(),
         Some(rate) => format!(
@@ -184,17 +197,20 @@ fn predict(
 ) -> Result<Prediction> {
     let dtype_of = |name: &str| ckpt.tensors.get(name).map_or(Dtype::BF16, |t| t.dtype);
     let units = spec.units(&|name: &str| dtype_of(&canonical_name(name)));
-    let (mut bytes, mut parameters) = (0u64, 0u64);
-    for unit in &units {
-        if matches!(unit.kind, UnitKind::Layer(_) | UnitKind::Head(_)) {
-            for t in &unit.tensors {
+    let size = |wanted: fn(UnitKind) -> bool| {
+        let tensors = units.iter().filter(|u| wanted(u.kind));
+        tensors
+            .flat_map(|u| &u.tensors)
+            .fold((0, 0), |(bytes, parameters), t| {
                 let cols: usize = t.shape.iter().skip(1).product();
                 let elements = (t.rows.len() * cols.max(1)) as u64;
-                parameters += elements;
-                bytes += elements * dtype_of(&t.name).bytes() as u64;
-            }
-        }
-    }
+                let own = elements * dtype_of(&t.name).bytes() as u64;
+                (bytes + own, parameters + elements)
+            })
+    };
+    let (bytes, parameters) = size(|k| matches!(k, UnitKind::Layer(_) | UnitKind::Head(_)));
+    // Every patch goes through the blocks of the tower; what attention and the merger add is a few percent.
+    let (_, tower) = size(|k| matches!(k, UnitKind::VisionBlock(_)));
     let budget = super::batch::budget(&args.machine)?;
     // As `--device-map auto` would: what is beyond four fifths of the budget comes from disk.
     let bytes_per_pass = match args.machine.device_map.as_str() {
@@ -225,7 +241,8 @@ fn predict(
         dtype_of("model.layers.0.mlp.down_proj.weight"),
     )?;
     let tokens = (r.prompt_tokens + r.output_tokens) as f64;
-    let compute_s = 2.0 * parameters as f64 * tokens / flops;
+    let work = parameters as f64 * tokens + tower as f64 * r.patches as f64;
+    let compute_s = 2.0 * work / flops;
     Ok(Prediction {
         passes,
         bytes_per_pass,

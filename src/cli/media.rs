@@ -91,7 +91,7 @@ impl PictureOptions {
 }
 
 impl LookOptions {
-    fn options(&self) -> Options {
+    pub fn options(&self) -> Options {
         Options {
             min_pixels: self.min_pixels,
             max_pixels: self.max_pixels,

@@ -14,9 +14,9 @@ use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
-use crate::engine::{Engine, Job, VisionRoom, VisionStats};
+use crate::engine::{Engine, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
-use crate::report::summary::{PagingReport, Timings, closing_lines, tokens_per_s};
+use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
 use crate::text::{GenerationConfig, StopStrings};
 
 /// Tokens generated where neither the user nor the model says how many.
@@ -63,32 +63,6 @@ struct RunReport<'a> {
     paging: PagingReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     vision: Option<VisionReport>,
-}
-
-/// What looking at the prompt's pictures cost.
-#[derive(Serialize)]
-struct VisionReport {
-    /// Images and videos that went through the tower.
-    pictures: u64,
-    patches: u64,
-    /// Times the tower was streamed.
-    waves: u64,
-    disk_bytes: u64,
-    seconds: f64,
-    compute_s: f64,
-}
-
-impl VisionReport {
-    fn new(stats: &VisionStats) -> Option<VisionReport> {
-        (stats.pictures > 0).then_some(VisionReport {
-            pictures: stats.pictures,
-            patches: stats.patches,
-            waves: stats.waves,
-            disk_bytes: stats.disk_bytes,
-            seconds: stats.time.as_secs_f64(),
-            compute_s: stats.compute.as_secs_f64(),
-        })
-    }
 }
 
 pub fn run(args: RunArgs) -> Result<u8> {

@@ -134,6 +134,7 @@ fn vision_room(inputs: &[ScoreInput]) -> Option<VisionRoom> {
         patches: a.patches + b.patches,
         slice: a.slice.max(b.slice),
         tokens: a.tokens + b.tokens,
+        ..a
     });
     Some(VisionRoom {
         tokens: all.tokens.min(most.max(WAVE_TOKENS)),

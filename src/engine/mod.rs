@@ -160,23 +160,32 @@ impl Engine {
         Ok(())
     }
 
-    /// Sends the pictures of the prompts that are about to begin through the tower.
+    /// Once the next prompt waits for its pictures: sends them through the tower, with those of as many prompts behind it as there is room
+    /// for.
     fn look(&mut self) -> Result<()> {
-        if !self.scheduler.next_up().any(|s| s.waits_for_pictures()) {
+        if !self.scheduler.next_waits_for_pictures() {
             return Ok(());
         }
+        // The last pass's rows are not needed any more; its embeddings may be room for others.
+        self.scheduler.pass.clear();
         let vision = self.vision.as_mut().ok_or_else(no_vision_room)?;
         let prompts: Vec<Vec<_>> = self
             .scheduler
-            .next_up()
+            .waiting()
             .map(|s| s.job.media.clone())
             .collect();
-        let wave = vision.wave(prompts.iter().map(Vec::as_slice));
+        let mut wave = vision.wave(prompts.iter().map(Vec::as_slice));
+        if wave.is_empty() && self.scheduler.running() == 0 {
+            // Prompts behind one that was set back hold all the room; nothing else would ever give it up.
+            self.scheduler
+                .waiting()
+                .filter_map(|s| s.pictures.as_mut())
+                .for_each(|p| p.release(usize::MAX));
+            wave = vision.wave(prompts.iter().map(Vec::as_slice));
+        }
         vision.encode(&self.device, &self.cancel, &wave)?;
-        for s in self.scheduler.next_up() {
-            if let Some(pictures) = &mut s.pictures {
-                vision.fill(pictures);
-            }
+        for pictures in self.scheduler.waiting().filter_map(|s| s.pictures.as_mut()) {
+            vision.fill(pictures);
         }
         Ok(())
     }

@@ -21,27 +21,40 @@ pub fn expand_pictures(
             false => Err(text_only()),
         };
     };
+    let sizes = media
+        .iter()
+        .map(|v| (placeholder(v.kind, spec), v.tokens()));
+    expand(ids, sizes, spec)
+}
+
+/// As [`expand_pictures`], from each picture's placeholder and tokens.
+pub(super) fn expand(
+    ids: &[u32],
+    sizes: impl ExactSizeIterator<Item = (u32, usize)>,
+    spec: &VisionSpec,
+) -> Result<Vec<u32>> {
     let mut out = Vec::with_capacity(ids.len());
-    let mut next = media.iter();
+    let count = sizes.len();
+    let mut next = sizes;
     for &id in ids {
         if id != spec.image_token && id != spec.video_token {
             out.push(id);
             continue;
         }
         match next.next() {
-            Some(v) if id == token(v, spec) => out.extend(std::iter::repeat_n(id, v.tokens())),
-            _ => return Err(mismatch(ids, media.len(), spec)),
+            Some((own, tokens)) if id == own => out.extend(std::iter::repeat_n(id, tokens)),
+            _ => return Err(mismatch(ids, count, spec)),
         }
     }
     match next.next() {
         None => Ok(out),
-        Some(_) => Err(mismatch(ids, media.len(), spec)),
+        Some(_) => Err(mismatch(ids, count, spec)),
     }
 }
 
-/// The placeholder that stands for a visual.
-fn token(visual: &Visual, spec: &VisionSpec) -> u32 {
-    match visual.kind {
+/// The token that stands for a picture.
+pub(super) fn placeholder(kind: Kind, spec: &VisionSpec) -> u32 {
+    match kind {
         Kind::Image => spec.image_token,
         Kind::Video { .. } => spec.video_token,
     }
@@ -106,12 +119,12 @@ impl Pictures {
                 false => Err(text_only()),
             };
         };
-        let placeholder = |id: u32| id == spec.image_token || id == spec.video_token;
+        let stands_in = |id: u32| id == spec.image_token || id == spec.video_token;
         let mut runs = Vec::with_capacity(media.len());
         let mut at = 0;
         for visual in media {
             let start = (at..prompt.len())
-                .find(|i| placeholder(prompt[*i]))
+                .find(|i| stands_in(prompt[*i]))
                 .unwrap_or(prompt.len());
             let run = Run {
                 start,
@@ -120,14 +133,15 @@ impl Pictures {
             };
             at = run.end();
             let own = prompt.get(start..at);
-            if !own.is_some_and(|ids| ids.iter().all(|id| *id == token(visual, spec))) {
+            let token = placeholder(visual.kind, spec);
+            if !own.is_some_and(|ids| ids.iter().all(|id| *id == token)) {
                 return Err(mismatch(prompt, media.len(), spec));
             }
             runs.push(run);
         }
         if prompt[at.min(prompt.len())..]
             .iter()
-            .any(|id| placeholder(*id))
+            .any(|id| stands_in(*id))
         {
             return Err(mismatch(prompt, media.len(), spec));
         }
@@ -152,6 +166,13 @@ impl Pictures {
     /// Some picture has not been through the tower yet.
     pub fn wait(&self) -> bool {
         self.runs.iter().any(|r| r.embeddings.is_none())
+    }
+
+    /// Gives up the embeddings of pictures whose KV is there: those that end within the first `tokens`.
+    pub fn release(&mut self, tokens: usize) {
+        for run in self.runs.iter_mut().filter(|r| r.end() <= tokens) {
+            run.embeddings = None;
+        }
     }
 
     /// Puts tokens `start..start + tokens.len()` of the sequence into the pass.

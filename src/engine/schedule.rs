@@ -277,10 +277,18 @@ impl Scheduler {
         Ok(())
     }
 
-    /// The sequences about to begin, first come first served.
-    pub(super) fn next_up(&mut self) -> impl Iterator<Item = &mut Sequence> {
-        let admitted = self.limits.sequences.saturating_sub(self.running.len());
-        self.waiting.iter_mut().take(admitted)
+    /// The sequences that wait, first come first served.
+    pub(super) fn waiting(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.waiting.iter_mut()
+    }
+
+    /// The next sequence waits for its pictures, and there is a place for it.
+    pub(super) fn next_waits_for_pictures(&self) -> bool {
+        self.running.len() < self.limits.sequences
+            && self
+                .waiting
+                .front()
+                .is_some_and(Sequence::waits_for_pictures)
     }
 
     fn put(&mut self, i: usize, rows: usize) -> Result<()> {
@@ -310,6 +318,9 @@ impl Scheduler {
             if let Some(&key) = s.keys(full).get(block) {
                 self.pool.publish(s.table.blocks()[block], key);
             }
+        }
+        if let Some(pictures) = &mut s.pictures {
+            pictures.release(start + rows);
         }
         self.stats.decoded_tokens += u64::from(start >= s.job.prompt.len());
         self.wanted += usize::from(chooses);

@@ -171,6 +171,9 @@ impl Engine {
         let part = &s.tokens[done..done + rows];
         let (table, pass) = (s.table.blocks(), &mut self.scheduler.pass);
         pictures::push(s.pictures.as_ref(), pass, part, done, table, rows)?;
+        if let Some(pictures) = &mut s.pictures {
+            pictures.release(done + rows);
+        }
         parts.push((s.input, done, rows));
         Ok(true)
     }

@@ -31,6 +31,8 @@ pub struct VisionRoom {
     pub slice: usize,
     /// Tokens of embeddings kept at once: at least those of the largest prompt's pictures.
     pub tokens: usize,
+    /// Host memory of pictures that are read while the engine runs; nothing where they were read before it was opened.
+    pub pixel_bytes: u64,
 }
 
 impl VisionRoom {
@@ -40,6 +42,7 @@ impl VisionRoom {
             patches: room.patches + v.grid.patches(),
             slice: room.slice.max(v.grid.slice()),
             tokens: room.tokens + v.tokens(),
+            ..room
         })
     }
 }
@@ -57,6 +60,19 @@ pub struct VisionStats {
     pub compute: Duration,
 }
 
+impl VisionStats {
+    pub fn since(&self, earlier: &VisionStats) -> VisionStats {
+        VisionStats {
+            waves: self.waves - earlier.waves,
+            pictures: self.pictures - earlier.pictures,
+            patches: self.patches - earlier.patches,
+            disk_bytes: self.disk_bytes - earlier.disk_bytes,
+            time: self.time - earlier.time,
+            compute: self.compute - earlier.compute,
+        }
+    }
+}
+
 pub(super) struct Vision {
     spec: VisionSpec,
     out_hidden: usize,
@@ -67,6 +83,7 @@ pub(super) struct Vision {
     units: Vec<(UnitId, UnitKind)>,
     limits: Limits,
     tokens: usize,
+    pixel_bytes: u64,
     /// Oldest first.
     cache: Vec<(u128, Arc<Embeddings>)>,
     pub stats: VisionStats,
@@ -102,6 +119,7 @@ impl Vision {
             options: options.pager.clone(),
             units: store.units.iter().map(|u| (u.id, u.kind)).collect(),
             tokens: room.tokens,
+            pixel_bytes: room.pixel_bytes,
             cache: Vec::new(),
             stats: VisionStats::default(),
             spec,
@@ -110,11 +128,12 @@ impl Vision {
         }))
     }
 
-    /// Host memory the tower takes while it runs, and the embeddings it leaves.
+    /// Host memory the tower takes while it runs, the embeddings it leaves, and the pictures that wait for it.
     pub fn bytes(&self) -> u64 {
         self.plan.arena_bytes()
             + Tower::scratch_bytes(&self.spec, self.limits)
             + (self.tokens * self.out_hidden * 4) as u64
+            + self.pixel_bytes
     }
 
     /// Refuses pictures that could never be looked at here.

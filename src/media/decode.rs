@@ -29,6 +29,27 @@ pub fn read_image(path: &Path) -> Result<Rgb> {
     decode(&bytes, &name)
 }
 
+/// Height and width of an image file, upright, without decoding its pixels. Errors as [`read_image`].
+pub(super) fn read_size(path: &Path) -> Result<(usize, usize)> {
+    let name = path.display().to_string();
+    size(&read_bounded(path, &name)?, &name)
+}
+
+/// As [`read_size`], of a file in memory.
+pub(super) fn size(bytes: &[u8], name: &str) -> Result<(usize, usize)> {
+    let format = known_format(bytes, name)?;
+    let found = std::panic::catch_unwind(|| {
+        let (mut decoder, width, height) = decoder(bytes, format)?;
+        let turned = decoder.orientation()?.to_exif() > 4;
+        Ok(if turned {
+            (width, height)
+        } else {
+            (height, width)
+        })
+    });
+    of_decoder(found, name)
+}
+
 /// A whole regular file of at most [`MAX_FILE_BYTES`].
 pub(super) fn read_bounded(path: &Path, name: &str) -> Result<Vec<u8>> {
     let failed = |e: &std::io::Error| Error::io(format!("cannot read the image {name}"), e);
@@ -45,20 +66,25 @@ pub(super) fn read_bounded(path: &Path, name: &str) -> Result<Vec<u8>> {
 
 /// Decodes a PNG, JPEG or WebP file in memory, upright. `name` stands for it in errors (Code::Media).
 pub fn decode(bytes: &[u8], name: &str) -> Result<Rgb> {
-    let format = match image::guess_format(bytes) {
-        Ok(f @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => f,
-        Ok(other) => {
-            return Err(broken(
-                name,
-                &format!("{other:?} is none of PNG, JPEG, WebP"),
-            ));
-        }
-        Err(_) => return Err(broken(name, "it is none of PNG, JPEG, WebP")),
-    };
-    // The decoders bound their own tables; a panic in one of them is a broken file, not the end of a batch.
-    let decoded = std::panic::catch_unwind(|| decode_as(bytes, format));
-    match decoded {
-        Ok(Ok(rgb)) => Ok(rgb),
+    let format = known_format(bytes, name)?;
+    of_decoder(std::panic::catch_unwind(|| decode_as(bytes, format)), name)
+}
+
+fn known_format(bytes: &[u8], name: &str) -> Result<ImageFormat> {
+    match image::guess_format(bytes) {
+        Ok(f @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => Ok(f),
+        Ok(other) => Err(broken(
+            name,
+            &format!("{other:?} is none of PNG, JPEG, WebP"),
+        )),
+        Err(_) => Err(broken(name, "it is none of PNG, JPEG, WebP")),
+    }
+}
+
+/// The decoders bound their own tables; a panic in one of them is a broken file, not the end of a batch.
+fn of_decoder<T>(done: std::thread::Result<Result<T, Refused>>, name: &str) -> Result<T> {
+    match done {
+        Ok(Ok(value)) => Ok(value),
         Ok(Err(Refused::Image(e))) => Err(broken(name, &one_line(&e))),
         Ok(Err(Refused::Other(cause))) => Err(broken(name, &cause)),
         Err(_) => Err(broken(name, "the decoder failed on it")),
@@ -76,7 +102,11 @@ impl From<ImageError> for Refused {
     }
 }
 
-fn decode_as(bytes: &[u8], format: ImageFormat) -> Result<Rgb, Refused> {
+/// A decoder that has read the header, with the width and height it says.
+fn decoder(
+    bytes: &[u8],
+    format: ImageFormat,
+) -> Result<(impl ImageDecoder + '_, usize, usize), Refused> {
     let mut decoder = ImageReader::with_format(Cursor::new(bytes), format).into_decoder()?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
@@ -91,6 +121,11 @@ fn decode_as(bytes: &[u8], format: ImageFormat) -> Result<Rgb, Refused> {
     // Eight bytes a pixel is the widest format there is; as much again for the decoder's own work.
     limits.max_alloc = Some(u64::from(width) * u64::from(height) * 16 + (64 << 20));
     decoder.set_limits(limits)?;
+    Ok((decoder, width as usize, height as usize))
+}
+
+fn decode_as(bytes: &[u8], format: ImageFormat) -> Result<Rgb, Refused> {
+    let (mut decoder, ..) = decoder(bytes, format)?;
     let orientation = decoder.orientation()?;
     let decoded = DynamicImage::from_decoder(decoder)?;
     let mut upright = DynamicImage::ImageRgb8(rgb8(decoded)?);

@@ -12,7 +12,9 @@
 //! - Video frames are resized by the same arithmetic as images; torchvision's differs from it by one level on 0.1 % of samples.
 
 mod decode;
+mod identity;
 mod locate;
+mod measure;
 mod processor;
 mod request;
 mod resize;
@@ -21,7 +23,9 @@ mod video;
 mod visual;
 
 pub use decode::{Rgb, decode, read_image};
+pub use identity::FileIds;
 pub use locate::{Located, locate};
+pub use measure::{Look, Measure};
 pub use processor::{Processor, VideoLimits, smart_resize};
 pub use request::{MediaRequest, Options, requests, without_media};
 pub use resize::resize;

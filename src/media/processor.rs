@@ -1,13 +1,13 @@
 //! The model's `preprocessor_config.json`, and what it makes of pictures.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use super::locate::{Located, locate};
 use super::request::{MediaRequest, Options};
-use super::video::VideoTools;
+use super::video::{Clip, VideoTools};
 use super::visual::{Collector, Shape};
 use super::{Kind, Rgb, Visual, decode, read_image, sample_frames};
 use crate::error::{Code, Error, Result};
@@ -54,10 +54,16 @@ pub struct VideoLimits {
     pub max_frames: usize,
 }
 
+/// The frames of a video that are looked at, and how many of them a second.
+pub(super) struct Chosen {
+    pub indices: Vec<usize>,
+    pub fps: f64,
+}
+
 /// Files and frames → [`Visual`]s for one model.
 #[derive(Clone, Debug)]
 pub struct Processor {
-    shape: Shape,
+    pub(super) shape: Shape,
     normalize: Normalize,
     min_pixels: u64,
     max_pixels: u64,
@@ -168,14 +174,7 @@ impl Processor {
                 self.listed(at.len(), &mut frame, options)
             }
             MediaRequest::Video { at, options } => {
-                let Located::File(path) = locate(at, base)? else {
-                    return Err(Error::new(
-                        Code::Media,
-                        format!("cannot use the video {}", at_name(at)),
-                        "a video is read from a file, not from a data: URL",
-                        "give a path, a file: URL, or a list of frames",
-                    ));
-                };
+                let path = video_file(at, base)?;
                 if path.is_dir() {
                     let files = frame_files(&path)?;
                     let mut frame = |i: usize| read_image(&files[i]);
@@ -188,9 +187,7 @@ impl Processor {
 
     /// An image, resized within the model's bounds (or those of `options`).
     pub fn image(&self, image: &Rgb, name: &str, options: &Options) -> Result<Visual> {
-        let min = options.min_pixels.unwrap_or(self.min_pixels);
-        let max = options.max_pixels.unwrap_or(self.max_pixels);
-        let size = self.target(image, name, min, max)?;
+        let size = self.image_target((image.height, image.width), name, options)?;
         let mut collector = Collector::new(size);
         collector.push(image);
         Ok(collector.finish(Kind::Image, self.shape, self.normalize.clone()))
@@ -204,6 +201,19 @@ impl Processor {
         frame: &mut dyn FnMut(usize) -> Result<Rgb>,
         options: &Options,
     ) -> Result<Visual> {
+        let chosen = self.choose_listed(count, options)?;
+        let mut frames = chosen.indices.iter().map(|i| frame(*i));
+        self.frames(chosen.indices.len(), &mut frames, chosen.fps, options)
+    }
+
+    fn clip(&self, path: &Path, tools: &VideoTools, options: &Options) -> Result<Visual> {
+        let clip = tools.open(path)?;
+        let chosen = self.choose_sampled(&clip, options)?;
+        let mut frames = clip.decode(&chosen.indices)?;
+        self.frames(chosen.indices.len(), &mut frames, chosen.fps, options)
+    }
+
+    pub(super) fn choose_listed(&self, count: usize, options: &Options) -> Result<Chosen> {
         let fps = options.fps.unwrap_or(FPS);
         let limit = options.max_frames.unwrap_or(self.video.max_frames);
         let indices = if count > limit {
@@ -212,13 +222,13 @@ impl Processor {
         } else {
             (0..count).collect()
         };
-        let taken = fps * indices.len() as f64 / count.max(1) as f64;
-        let mut frames = indices.iter().map(|i| frame(*i));
-        self.frames(indices.len(), &mut frames, taken, options)
+        Ok(Chosen {
+            fps: fps * indices.len() as f64 / count.max(1) as f64,
+            indices,
+        })
     }
 
-    fn clip(&self, path: &Path, tools: &VideoTools, options: &Options) -> Result<Visual> {
-        let clip = tools.open(path)?;
+    pub(super) fn choose_sampled(&self, clip: &Clip<'_>, options: &Options) -> Result<Chosen> {
         let range = (
             self.video.min_frames,
             options.max_frames.unwrap_or(self.video.max_frames),
@@ -231,9 +241,10 @@ impl Processor {
             self.shape.temporal,
             options.sampling,
         )?;
-        let taken = clip.fps * indices.len() as f64 / clip.frames as f64;
-        let mut frames = clip.decode(&indices)?;
-        self.frames(indices.len(), &mut frames, taken, options)
+        Ok(Chosen {
+            fps: clip.fps * indices.len() as f64 / clip.frames as f64,
+            indices,
+        })
     }
 
     /// `count` frames sampled at `fps`, all brought to the size the first one asks for.
@@ -244,11 +255,24 @@ impl Processor {
         fps: f64,
         options: &Options,
     ) -> Result<Visual> {
-        let limits = &self.video;
-        let min = options.min_pixels.unwrap_or(limits.min_pixels);
-        let share = limits.total_pixels * self.shape.temporal as u64 / count.max(1) as u64;
-        let max = options.max_pixels.unwrap_or(limits.max_pixels).min(share);
-        let max = max.max(min + min / 20);
+        let kind = self.video_kind(fps)?;
+        let mut collector: Option<Collector> = None;
+        for frame in frames {
+            let frame = frame?;
+            let collector = match &mut collector {
+                Some(c) => c,
+                None => {
+                    let size = self.frame_target((frame.height, frame.width), count, options)?;
+                    collector.insert(Collector::new(size))
+                }
+            };
+            collector.push(&frame);
+        }
+        let collector = collector.ok_or_else(no_frames)?;
+        Ok(collector.finish(kind, self.shape, self.normalize.clone()))
+    }
+
+    pub(super) fn video_kind(&self, fps: f64) -> Result<Kind> {
         if !fps.is_finite() || fps <= 0.0 {
             return Err(Error::new(
                 Code::Usage,
@@ -257,33 +281,45 @@ impl Processor {
                 "give an fps above 0",
             ));
         }
-        let mut collector: Option<Collector> = None;
-        for frame in frames {
-            let frame = frame?;
-            let collector = match &mut collector {
-                Some(c) => c,
-                None => {
-                    let size = self.target(&frame, "of the first frame", min, max)?;
-                    collector.insert(Collector::new(size))
-                }
-            };
-            collector.push(&frame);
-        }
-        let collector = collector.ok_or_else(|| {
-            Error::new(
-                Code::Media,
-                "cannot use the video",
-                "it has no frames",
-                "give a video, or a folder or list of PNG, JPEG or WebP frames",
-            )
-        })?;
-        let kind = Kind::Video {
+        Ok(Kind::Video {
             seconds_per_grid: self.shape.temporal as f64 / fps,
-        };
-        Ok(collector.finish(kind, self.shape, self.normalize.clone()))
+        })
     }
 
-    fn target(&self, image: &Rgb, name: &str, min: u64, max: u64) -> Result<(usize, usize)> {
+    /// The (height, width) an image of `size` is brought to.
+    pub(super) fn image_target(
+        &self,
+        size: (usize, usize),
+        name: &str,
+        options: &Options,
+    ) -> Result<(usize, usize)> {
+        let min = options.min_pixels.unwrap_or(self.min_pixels);
+        let max = options.max_pixels.unwrap_or(self.max_pixels);
+        self.target(size, name, min, max)
+    }
+
+    /// The (height, width) that each of `count` frames is brought to, the first of which has `size`.
+    pub(super) fn frame_target(
+        &self,
+        size: (usize, usize),
+        count: usize,
+        options: &Options,
+    ) -> Result<(usize, usize)> {
+        let limits = &self.video;
+        let min = options.min_pixels.unwrap_or(limits.min_pixels);
+        let share = limits.total_pixels * self.shape.temporal as u64 / count.max(1) as u64;
+        let max = options.max_pixels.unwrap_or(limits.max_pixels).min(share);
+        let max = max.max(min + min / 20);
+        self.target(size, "of the first frame", min, max)
+    }
+
+    fn target(
+        &self,
+        (height, width): (usize, usize),
+        name: &str,
+        min: u64,
+        max: u64,
+    ) -> Result<(usize, usize)> {
         if max > MAX_TARGET_PIXELS || min > max {
             return Err(Error::new(
                 Code::Usage,
@@ -292,14 +328,10 @@ impl Processor {
                 "give other --min-pixels and --max-pixels",
             ));
         }
-        smart_resize(image.height, image.width, self.shape.factor(), min, max).ok_or_else(|| {
-            super::decode::broken(
-                name,
-                &format!(
-                    "{} x {} pixels: one side is more than 200 times the other",
-                    image.width, image.height
-                ),
-            )
+        smart_resize(height, width, self.shape.factor(), min, max).ok_or_else(|| {
+            let cause =
+                format!("{width} x {height} pixels: one side is more than 200 times the other");
+            super::decode::broken(name, &cause)
         })
     }
 }
@@ -333,15 +365,37 @@ pub fn smart_resize(
     })
 }
 
-fn open(at: &str, base: &Path) -> Result<Rgb> {
+pub(super) fn no_frames() -> Error {
+    Error::new(
+        Code::Media,
+        "cannot use the video",
+        "it has no frames",
+        "give a video, or a folder or list of PNG, JPEG or WebP frames",
+    )
+}
+
+pub(super) fn open(at: &str, base: &Path) -> Result<Rgb> {
     match locate(at, base)? {
         Located::File(path) => read_image(&path),
         Located::Bytes(bytes) => decode(&bytes, &at_name(at)),
     }
 }
 
+/// Where a video or a folder of frames lies.
+pub(super) fn video_file(at: &str, base: &Path) -> Result<PathBuf> {
+    match locate(at, base)? {
+        Located::File(path) => Ok(path),
+        Located::Bytes(_) => Err(Error::new(
+            Code::Media,
+            format!("cannot use the video {}", at_name(at)),
+            "a video is read from a file, not from a data: URL",
+            "give a path, a file: URL, or a list of frames",
+        )),
+    }
+}
+
 /// A place as errors name it: a data: URL is not repeated whole.
-fn at_name(at: &str) -> String {
+pub(super) fn at_name(at: &str) -> String {
     match at.split_once(',') {
         Some((head, _)) if at.starts_with("data:") && head.len() < 80 => format!("{head},…"),
         _ => at.chars().take(200).collect(),
@@ -349,7 +403,7 @@ fn at_name(at: &str) -> String {
 }
 
 /// The pictures of a folder, in the order of their names.
-fn frame_files(dir: &Path) -> Result<Vec<std::path::PathBuf>> {
+pub(super) fn frame_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e: &std::io::Error| Error::io(format!("cannot list {}", dir.display()), e);
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|e| failed(&e))? {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::engine::{Engine, EngineStats};
+use crate::engine::{Engine, EngineStats, VisionStats};
 use crate::paging::{Tier, VerifyWhen};
 use crate::units::human_bytes;
 
@@ -133,6 +133,33 @@ fn rate(bytes: u64, seconds: f64) -> f64 {
         bytes as f64 / seconds / 1e9
     } else {
         0.0
+    }
+}
+
+/// What looking at pictures cost.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct VisionReport {
+    /// Images and videos that went through the tower.
+    pub pictures: u64,
+    pub patches: u64,
+    /// Times the tower was streamed.
+    pub waves: u64,
+    pub disk_bytes: u64,
+    pub seconds: f64,
+    pub compute_s: f64,
+}
+
+impl VisionReport {
+    /// `None` where nothing was looked at.
+    pub fn new(stats: &VisionStats) -> Option<VisionReport> {
+        (stats.pictures > 0).then_some(VisionReport {
+            pictures: stats.pictures,
+            patches: stats.patches,
+            waves: stats.waves,
+            disk_bytes: stats.disk_bytes,
+            seconds: stats.time.as_secs_f64(),
+            compute_s: stats.compute.as_secs_f64(),
+        })
     }
 }
 

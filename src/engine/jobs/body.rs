@@ -5,6 +5,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::fields::Fields;
 use super::request::{Endpoint, RowError, Rules, TextTools};
+use crate::media::{MediaRequest, requests, without_media};
 use crate::text::{Message, RenderOptions, SamplingParams, StopStrings};
 
 /// As in OpenAI's API.
@@ -20,7 +21,9 @@ pub type Prompt = Vec<u32>;
 /// A request ready to run.
 #[derive(Clone, Debug)]
 pub struct Body {
+    /// Each picture still one token: see [`Looker`](super::Looker).
     pub prompt: Prompt,
+    pub pictures: Vec<MediaRequest>,
     pub max_tokens: usize,
     pub sampling: SamplingParams,
     pub choices: u32,
@@ -42,11 +45,11 @@ impl Body {
     ) -> Result<Body, RowError> {
         let mut f = Fields::new(body);
         let model = f.text("model")?;
-        let (logprobs, prompt) = match endpoint {
+        let (logprobs, (prompt, pictures)) = match endpoint {
             Endpoint::Chat => (chat_logprobs(&mut f)?, chat_prompt(&mut f, text)?),
             Endpoint::Completions => {
                 let top = f.count("logprobs", 0..=MAX_TOP_LOGPROBS)?;
-                (top, completion_prompt(&mut f, text)?)
+                (top, (completion_prompt(&mut f, text)?, Vec::new()))
             }
         };
         let max_tokens = max_tokens(&mut f, endpoint, rules)?;
@@ -70,6 +73,7 @@ impl Body {
         refuse_the_rest(f, endpoint, choices)?;
         Ok(Body {
             prompt,
+            pictures,
             max_tokens,
             sampling,
             choices,
@@ -130,29 +134,26 @@ fn chat_logprobs(f: &mut Fields) -> Result<Option<usize>, RowError> {
     }
 }
 
-fn chat_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError> {
+fn chat_prompt(
+    f: &mut Fields,
+    text: &TextTools<'_>,
+) -> Result<(Prompt, Vec<MediaRequest>), RowError> {
     let Some(messages) = f.take("messages") else {
         let e = "`messages` is missing: a list of {\"role\", \"content\"}";
         return Err(RowError::about("missing_field", "messages", e));
     };
     let variables = f.object("chat_template_kwargs")?;
     let wrong = |cause: &str| RowError::about("invalid_value", "messages", cause);
-    let messages = Message::list(&messages, "`messages`").map_err(|e| wrong(e.cause()))?;
-    for message in &messages {
-        for part in message.parts().into_iter().flatten() {
-            match part.get("type").and_then(Value::as_str) {
-                Some("text") => {}
-                Some(kind) if kind.contains("image") || kind.contains("video") => {
-                    let e =
-                        format!("a part of type `{kind}`: images and video are not available yet");
-                    return Err(RowError::about("images_unavailable", "messages", e));
-                }
-                Some(kind) => {
-                    let e = format!("a part of type `{kind}`: only text is understood");
-                    return Err(RowError::about("unsupported_field", "messages", e));
-                }
-                None => return Err(wrong("a part of `content` has no `type`")),
-            }
+    let mut messages = Message::list(&messages, "`messages`").map_err(|e| wrong(e.cause()))?;
+    let mut pictures = Vec::new();
+    for message in &mut messages {
+        let Some(parts) = message.parts() else {
+            continue;
+        };
+        let found = part_pictures(parts, text)?;
+        if !found.is_empty() {
+            *message = message.with_content(without_media(parts));
+            pictures.extend(found);
         }
     }
     let Some(template) = text.template else {
@@ -167,9 +168,33 @@ fn chat_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError>
     let rendered = template
         .render(&messages, &options)
         .map_err(|e| RowError::about("chat_template", "messages", explain(&e)))?;
-    text.tokenizer
+    let prompt = text
+        .tokenizer
         .encode(&rendered, false)
-        .map_err(|e| RowError::about("tokenizer", "messages", explain(&e)))
+        .map_err(|e| RowError::about("tokenizer", "messages", explain(&e)))?;
+    Ok((prompt, pictures))
+}
+
+/// The pictures of a message's parts; all other parts must be text.
+fn part_pictures(parts: &[Value], text: &TextTools<'_>) -> Result<Vec<MediaRequest>, RowError> {
+    let wrong = |cause: &str| RowError::about("invalid_value", "messages", cause);
+    let defaults = text.looker.map(|l| *l.options()).unwrap_or_default();
+    let found = requests(parts, &defaults).map_err(|e| wrong(&explain(&e)))?;
+    if text.looker.is_none() && !found.is_empty() {
+        let e = "the messages hold pictures, and this model has no vision tower";
+        return Err(RowError::about("images_unavailable", "messages", e));
+    }
+    for part in without_media(parts) {
+        match part.get("type").and_then(Value::as_str) {
+            Some("text" | "image" | "video") => {}
+            Some(kind) => {
+                let e = format!("a part of type `{kind}`: text, images and video are understood");
+                return Err(RowError::about("unsupported_field", "messages", e));
+            }
+            None => return Err(wrong("a part of `content` has no `type`")),
+        }
+    }
+    Ok(found)
 }
 
 fn completion_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError> {

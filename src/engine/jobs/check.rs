@@ -1,10 +1,12 @@
 //! Looks a job over before it runs: every row parsed and counted, no model loaded.
 
+use super::body::Body;
 use super::input::Source;
-use super::request::{RowError, Rules, TextTools};
+use super::request::{RowError, RowIds, Rules, TextTools};
 use super::scan::{Scan, State, parse_line};
 use super::shard::Shard;
 use crate::error::Result;
+use crate::media::Measure;
 
 /// What a job will take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +21,10 @@ pub struct CheckReport {
     pub longest_prompt: u64,
     /// Prompt and answer together.
     pub longest_row: u64,
+    /// Images and videos, and what they come to: tokens of the prompts, patches through the vision tower.
+    pub pictures: u64,
+    pub picture_tokens: u64,
+    pub patches: u64,
 }
 
 /// Parses and tokenizes every row of the shard. `context`: rows whose prompt fills it are bad. Each bad row is told to `bad`
@@ -32,8 +38,8 @@ pub fn check(
     bad: &mut dyn FnMut(u64, Option<&str>, &RowError),
     progress: &mut dyn FnMut(u64),
 ) -> Result<CheckReport> {
-    let key = rules.key();
-    let scan = Scan::read(source, shard, key, &mut |_| {})?;
+    let ids = RowIds::default();
+    let scan = Scan::read(source, shard, ids, &mut |_| {})?;
     let mut lines = source.lines()?;
     let mut report = CheckReport::default();
     for mark in &scan.marks {
@@ -47,7 +53,7 @@ pub fn check(
         if report.rows.is_multiple_of(256) {
             progress(report.rows);
         }
-        let (custom_id, counted) = match parse_line(source, &line, key).request {
+        let (custom_id, counted) = match parse_line(source, &line, ids).request {
             Err((custom_id, e)) => (custom_id, Err(e)),
             Ok(request) if mark.state == State::Duplicate => {
                 let first = scan
@@ -59,19 +65,23 @@ pub fn check(
             }
             Ok(request) => {
                 let custom_id = request.custom_id.clone();
-                (
-                    Some(custom_id),
-                    request
-                        .body(rules, text)
-                        .and_then(|b| fits(b.prompt.len(), context).map(|()| b)),
-                )
+                let counted = request
+                    .body(rules, text)
+                    .and_then(|b| Row::of(&b, text))
+                    .and_then(|row| fits(row.prompt, context).map(|()| row));
+                (Some(custom_id), counted)
             }
         };
         match counted {
-            Ok(body) => {
-                let prompt = body.prompt.len() as u64;
-                let answer = body.max_tokens.min(context - body.prompt.len()) as u64;
-                let n = u64::from(body.choices);
+            Ok(row) => {
+                let prompt = row.prompt as u64;
+                let answer = row.max_tokens.min(context - row.prompt) as u64;
+                let n = u64::from(row.choices);
+                report.pictures += row.pictures.len() as u64;
+                for picture in &row.pictures {
+                    report.picture_tokens += picture.tokens as u64;
+                    report.patches += picture.grid.patches() as u64;
+                }
                 report.sequences += n;
                 report.prompt_tokens += prompt;
                 report.output_tokens += answer * n;
@@ -85,6 +95,32 @@ pub fn check(
         }
     }
     Ok(report)
+}
+
+/// What is counted of a row.
+struct Row {
+    prompt: usize,
+    max_tokens: usize,
+    choices: u32,
+    pictures: Vec<Measure>,
+}
+
+impl Row {
+    fn of(body: &Body, text: &TextTools<'_>) -> Result<Row, RowError> {
+        let (prompt, pictures) = match text.looker {
+            Some(looker) => {
+                let m = looker.measure(body)?;
+                (m.prompt_tokens, m.pictures)
+            }
+            None => (body.prompt.len(), Vec::new()),
+        };
+        Ok(Row {
+            prompt,
+            max_tokens: body.max_tokens,
+            choices: body.choices,
+            pictures,
+        })
+    }
 }
 
 fn fits(prompt: usize, context: usize) -> Result<(), RowError> {

@@ -10,8 +10,8 @@ use crate::store::Store;
 
 /// Bytes looked at in each tensor: a fine-tune changes them all, and 7B models have a few hundred.
 const SAMPLE_BYTES: u64 = 4096;
-/// Files beside the weights that decide what tokens mean and when an answer ends.
-const TEXT_FILES: [&str; 7] = [
+/// Files beside the weights that decide what tokens and pictures mean and when an answer ends.
+const TEXT_FILES: [&str; 10] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -19,6 +19,9 @@ const TEXT_FILES: [&str; 7] = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 ];
 
 /// A hash of the text files and of the first bytes of every tensor, in its stored type. Code::Io where a file cannot be read.

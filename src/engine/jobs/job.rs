@@ -2,7 +2,8 @@
 
 use super::files::{JobMark, Paths, RowLog, Sidecar};
 use super::input::Source;
-use super::request::Rules;
+use super::pictures::Looker;
+use super::request::{RowIds, Rules};
 use super::run::{JobProgress, JobSummary};
 use super::scan::{Scan, State};
 use super::shard::Shard;
@@ -82,11 +83,19 @@ pub struct BatchJob {
 
 impl BatchJob {
     /// Reads the input once and what is finished of it. Code::Locked when another process works on it; Code::Usage when the
-    /// output belongs to another job. `progress(rows)` while the input is read.
-    pub fn open(spec: JobSpec, progress: &mut dyn FnMut(u64)) -> Result<BatchJob> {
+    /// output belongs to another job. `looker`: what sees the rows' pictures. `progress(rows)` while the input is read.
+    pub fn open(
+        spec: JobSpec,
+        looker: Option<&Looker>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<BatchJob> {
         check_paths(&spec)?;
         let rules_key = spec.rules.key();
-        let scan = Scan::read(&spec.source, spec.shard, rules_key, progress)?;
+        let ids = RowIds {
+            key: rules_key,
+            looker,
+        };
+        let scan = Scan::read(&spec.source, spec.shard, ids, progress)?;
         if scan.marks.is_empty() {
             return Err(Error::new(
                 Code::Usage,

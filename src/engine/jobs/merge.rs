@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::files::{Paths, RowLog, Span, default_errors};
 use super::input::Source;
+use super::request::RowIds;
 use super::scan::{Scan, State, error_head, result_head};
 use super::shard::Shard;
 use crate::error::{Code, Error, Result};
@@ -21,7 +22,7 @@ pub struct MergeReport {
 /// Merges the outputs `shards` (and the errors beside them) of one job over `source` into `to`. Code::Usage when a row is
 /// missing, there twice, or unknown; nothing is written then.
 pub fn merge(source: &Source, shards: &[PathBuf], to: &Paths) -> Result<MergeReport> {
-    let mut scan = Scan::read(source, Shard::WHOLE, 0, &mut |_| {})?;
+    let mut scan = Scan::read(source, Shard::WHOLE, RowIds::default(), &mut |_| {})?;
     // By row of the input: which log, and where in it.
     let mut places: Vec<Option<(usize, Span)>> = vec![None; scan.marks.len()];
     let mut logs = Vec::new();

@@ -6,7 +6,9 @@ use xxhash_rust::xxh3::Xxh3;
 use super::body::Body;
 use super::fields::Fields;
 use super::input::{Line, MAX_ROW_BYTES, Source};
+use super::pictures::Looker;
 use crate::error::Error;
+use crate::media::Options;
 use crate::text::{ChatTemplate, SamplingParams, Tokenizer};
 
 /// Part of every row id: raised when the same request would be answered differently by a later version.
@@ -43,6 +45,8 @@ pub struct Rules {
     pub stop_tokens: Vec<u32>,
     /// Of chat rows that say nothing, and where `max_tokens` is `None` too.
     pub chat_max_tokens: usize,
+    /// How pictures are looked at where a row is silent; `None` where the model sees none.
+    pub look: Option<Options>,
     /// Given by the user; a default that follows the memory at hand does not belong here.
     pub context: Option<usize>,
 }
@@ -72,15 +76,29 @@ impl Rules {
             self.model,
         );
         hash.update(parts.as_bytes());
+        if let Some(look) = &self.look {
+            hash.update(format!("{look:?}").as_bytes());
+        }
         hash.digest()
     }
 }
 
-/// What turns a body into tokens.
+/// What turns a body into tokens and pictures.
 #[derive(Clone, Copy)]
 pub struct TextTools<'a> {
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
+    /// None where the model sees no pictures.
+    pub looker: Option<&'a Looker>,
+}
+
+/// What identifies rows. The default, without anything, is for those who do not compare ids.
+#[derive(Clone, Copy, Default)]
+pub struct RowIds<'a> {
+    /// Of the rules.
+    pub key: u64,
+    /// The contents of a row's pictures count where the model sees them.
+    pub looker: Option<&'a Looker>,
 }
 
 /// Why a row cannot be answered. Never stops the job.
@@ -245,13 +263,16 @@ impl Request {
         })
     }
 
-    /// What identifies the answer: a hash of the row and of everything in `rules` (`rules_key`).
-    pub fn id(&self, rules_key: u64) -> u128 {
-        let mut hash = Xxh3::with_seed(rules_key);
+    /// What identifies the answer: a hash of the row, of everything in the rules, and of the contents of the files the row names.
+    pub fn id(&self, ids: RowIds<'_>) -> u128 {
+        let mut hash = Xxh3::with_seed(ids.key);
         hash.update(&(self.custom_id.len() as u64).to_le_bytes());
         hash.update(self.custom_id.as_bytes());
         hash.update(self.endpoint.url().as_bytes());
         hash_object(&self.body, &mut hash);
+        if let Some(contents) = ids.looker.and_then(|l| l.identity(&self.body)) {
+            hash.update(&contents.to_le_bytes());
+        }
         hash.digest128()
     }
 

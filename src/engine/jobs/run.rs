@@ -8,14 +8,13 @@ use super::answer::{Answer, Answered, ErrorRow};
 use super::body::Body;
 use super::input::Lines;
 use super::job::BatchJob;
-use super::request::{Endpoint, RowError, TextTools};
+use super::pictures::Looker;
+use super::request::{Endpoint, RowError, RowIds, TextTools};
 use super::scan::{State, parse_line};
-use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Logprobs};
+use super::sizing::Sizing;
+use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Logprobs, VisionStats};
 use crate::error::{Code, Error, Result};
 use crate::text::{StopMatcher, TokenStream};
-
-/// Jobs that wait in the engine besides those that may run, so that a place never stays empty for a pass.
-const AHEAD: usize = 16;
 
 /// How far a job is.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +37,8 @@ pub struct JobProgress {
     pub preemptions: u64,
     /// Since this start.
     pub stats: EngineStats,
+    /// What looking at pictures cost, since this start.
+    pub vision: VisionStats,
     pub elapsed: Duration,
     /// Asked to stop: what runs is finished, nothing new begins.
     pub stopping: bool,
@@ -96,19 +97,20 @@ struct Runner<'a> {
 }
 
 impl BatchJob {
-    /// Answers what remains. `stop` raised: nothing new begins, what runs is finished. `sequences`: how many may run at once.
+    /// Answers what remains. `stop` raised: nothing new begins, what runs is finished. `sizing`: what the engine was opened with.
     /// `progress` hears after every pass.
     pub fn run(
         &mut self,
         engine: &mut Engine,
         text: TextTools<'_>,
-        sequences: usize,
+        sizing: &Sizing,
         stop: &AtomicBool,
         progress: &mut dyn FnMut(&JobProgress),
     ) -> Result<JobSummary> {
         let started = Instant::now();
         let before = engine.stats();
         let schedule = engine.schedule_stats();
+        let vision = engine.vision_stats();
         let lines = self.spec.source.lines()?;
         let told = JobProgress {
             rows: self.rows(),
@@ -135,7 +137,7 @@ impl BatchJob {
                 r.drop_unstarted();
             }
             if !stopping {
-                r.admit(sequences + AHEAD)?;
+                r.admit(sizing)?;
             }
             if r.engine.pending() > 0 {
                 events.clear();
@@ -150,6 +152,7 @@ impl BatchJob {
             r.told.shared_tokens = now.shared_tokens - schedule.shared_tokens;
             r.told.preemptions = now.preemptions - schedule.preemptions;
             r.told.stats = r.engine.stats().since(&before);
+            r.told.vision = r.engine.vision_stats().since(&vision);
             r.told.elapsed = started.elapsed();
             progress(&r.told);
             if r.engine.pending() == 0 && (stopping || r.next == r.job.scan.marks.len()) {
@@ -168,9 +171,14 @@ impl BatchJob {
 }
 
 impl Runner<'_> {
-    /// Takes rows until the engine holds `jobs` or the input ends.
-    fn admit(&mut self, jobs: usize) -> Result<()> {
+    /// Takes rows until the engine holds as many as it should, their pictures fill the memory meant for them, or the input ends.
+    fn admit(&mut self, sizing: &Sizing) -> Result<()> {
+        let jobs = sizing.sequences + sizing.ahead;
         while self.engine.pending() < jobs && self.next < self.job.scan.marks.len() {
+            let held = self.text.looker.map_or(0, Looker::held_bytes);
+            if self.engine.pending() > 0 && held + sizing.largest_pixels > sizing.pixels {
+                break;
+            }
             // A long stretch of bad rows is written as it goes, not held.
             if self.settled.len() >= 1024 {
                 self.flush()?;
@@ -185,7 +193,11 @@ impl Runner<'_> {
             if !matches!(mark.state, State::Pending | State::Duplicate) {
                 continue;
             }
-            let parsed = parse_line(&self.job.spec.source, &line, self.job.rules_key);
+            let ids = RowIds {
+                key: self.job.rules_key,
+                looker: self.text.looker,
+            };
+            let parsed = parse_line(&self.job.spec.source, &line, ids);
             if parsed.id as u64 != mark.id {
                 return Err(self.input_changed());
             }
@@ -226,8 +238,13 @@ impl Runner<'_> {
         id: u128,
         custom_id: &str,
         endpoint: Endpoint,
-        body: Body,
+        mut body: Body,
     ) -> Result<Option<RowError>> {
+        let media = match self.text.looker.map(|l| l.load(&mut body)) {
+            Some(Ok(media)) => media,
+            Some(Err(e)) => return Ok(Some(e)),
+            None => Vec::new(),
+        };
         if body
             .model
             .is_some_and(|m| !same_model(&m, &self.job.spec.rules.model))
@@ -240,7 +257,7 @@ impl Runner<'_> {
         for choice in 0..body.choices {
             let job = Job {
                 prompt: body.prompt.clone(),
-                media: Vec::new(),
+                media: media.clone(),
                 max_tokens: body.max_tokens,
                 sampling: body.sampling.clone(),
                 choice,
@@ -259,7 +276,7 @@ impl Runner<'_> {
                     reason: None,
                 }),
                 // The choices of a row differ in nothing that submit looks at: the first one is refused or none is.
-                Err(e) if e.code() == Code::Usage => {
+                Err(e) if matches!(e.code(), Code::Usage | Code::Memory) => {
                     return Ok(Some(RowError::from_error("invalid_prompt", &e)));
                 }
                 Err(e) => return Err(e),
@@ -409,8 +426,11 @@ impl Runner<'_> {
                 "{} changed while the job ran",
                 self.job.spec.source.path().display()
             ),
-            format!("row {} is not what it was at the start", self.next + 1),
-            "leave the file alone, and give the same command again: finished rows are kept",
+            format!(
+                "row {} or one of its pictures is not what it was at the start",
+                self.next + 1
+            ),
+            "leave the files alone, and give the same command again: finished rows are kept",
         )
     }
 }

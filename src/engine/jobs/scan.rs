@@ -5,7 +5,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::files::{RowLog, Span};
 use super::input::{Line, Source};
-use super::request::{Request, RowError};
+use super::request::{Request, RowError, RowIds};
 use super::shard::Shard;
 use crate::error::{Code, Error, Result};
 
@@ -57,10 +57,10 @@ pub struct ParsedLine {
     pub request: Result<Request, (Option<String>, RowError)>,
 }
 
-pub fn parse_line(source: &Source, line: &Line, rules_key: u64) -> ParsedLine {
+pub fn parse_line(source: &Source, line: &Line, ids: RowIds<'_>) -> ParsedLine {
     let request = Request::parse(source, line);
     let id = match &request {
-        Ok(r) => r.id(rules_key),
+        Ok(r) => r.id(ids),
         // What cannot be read is identified by its bytes; what is wrong with it does not depend on the rules.
         Err(_) => u128::from(xxh3_64(&line.bytes)),
     };
@@ -72,14 +72,14 @@ impl Scan {
     pub fn read(
         source: &Source,
         shard: Shard,
-        rules_key: u64,
+        ids: RowIds<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Scan> {
         let mut lines = source.lines()?;
         let mut marks = Vec::new();
         while let Some(line) = lines.next_line()? {
             let row = marks.len() as u64;
-            let parsed = parse_line(source, &line, rules_key);
+            let parsed = parse_line(source, &line, ids);
             let custom_id = match &parsed.request {
                 Ok(r) => Some(r.custom_id.as_str()),
                 Err((id, _)) => id.as_deref(),
@@ -175,8 +175,8 @@ impl Scan {
             }
             if mark.id != id {
                 return mismatch(format!(
-                    "since its line {number} was written, the body of `{custom_id}`, the model or a setting that \
-                     changes tokens has changed"
+                    "since its line {number} was written, the body of `{custom_id}`, one of its pictures, the model or a \
+                     setting that changes tokens has changed"
                 ));
             }
             mark.state = State::Done;

@@ -3,17 +3,25 @@
 use std::collections::BinaryHeap;
 
 use super::BatchJob;
+use super::body::Body;
 use super::input::Source;
-use super::request::{Rules, TextTools};
+use super::request::{RowIds, Rules, TextTools};
 use super::scan::{State, parse_line};
+use crate::engine::VisionRoom;
 use crate::error::Result;
+use crate::media::Measure;
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, VisionSpec};
 
 /// Rows looked at, spread evenly over the input, and as many of the longest.
 const SAMPLED_ROWS: usize = 128;
 /// Sequences at once where nobody says otherwise.
 const DEFAULT_SEQUENCES: usize = 256;
+/// Jobs that wait in the engine besides those that may run, so that a place never stays empty for a pass.
+const AHEAD: usize = 16;
+/// Tokens of pictures that go through the vision tower in one wave where memory allows: a few dozen images, so that streaming the tower for
+/// them is little beside computing.
+const WAVE_TOKENS: usize = 16384;
 /// A context costs only what is used of it; below this it is not worth cutting.
 const LEAST_CONTEXT: usize = 2048;
 
@@ -25,6 +33,44 @@ pub struct RowSample {
     pub longest_tokens: usize,
     /// Sequences a row stands for (its `n`), on average.
     pub choices: f64,
+    pub pictures: PictureSample,
+}
+
+/// What the pictures of the rows to do look like; of all rows, since room is made for the largest.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PictureSample {
+    pub rows: u64,
+    pub patches: usize,
+    /// Patches of the largest image or frame pair.
+    pub slice: usize,
+    pub tokens: usize,
+    /// Of one row.
+    pub longest_tokens: usize,
+    /// Host memory of the resized pixels, in all and of one row.
+    pub pixel_bytes: u64,
+    pub largest_pixel_bytes: u64,
+    /// What decoding the largest one takes besides.
+    pub decode_bytes: u64,
+}
+
+impl PictureSample {
+    fn add(&mut self, row: &[Measure]) {
+        if row.is_empty() {
+            return;
+        }
+        let tokens: usize = row.iter().map(|m| m.tokens).sum();
+        let bytes: u64 = row.iter().map(|m| m.pixel_bytes).sum();
+        self.rows += 1;
+        self.tokens += tokens;
+        self.longest_tokens = self.longest_tokens.max(tokens);
+        self.pixel_bytes += bytes;
+        self.largest_pixel_bytes = self.largest_pixel_bytes.max(bytes);
+        for m in row {
+            self.patches += m.grid.patches();
+            self.slice = self.slice.max(m.grid.slice());
+            self.decode_bytes = self.decode_bytes.max(m.decode_bytes);
+        }
+    }
 }
 
 /// What to open an engine with.
@@ -33,6 +79,13 @@ pub struct Sizing {
     pub sequences: usize,
     pub kv_tokens: usize,
     pub context: usize,
+    /// Sequences that wait in the engine besides those that may run.
+    pub ahead: usize,
+    /// Room for pictures; `None` where no row has any.
+    pub vision: Option<VisionRoom>,
+    /// Bytes of resized pixels that rows in the engine may hold, and those of the largest row.
+    pub pixels: u64,
+    pub largest_pixels: u64,
 }
 
 /// What the user asked for, and what there is.
@@ -55,36 +108,56 @@ impl BatchJob {
     pub fn sample(&self, text: &TextTools<'_>) -> Result<RowSample> {
         let open = |i: &usize| self.scan.marks[*i].state == State::Pending;
         let all: Vec<usize> = (0..self.scan.marks.len()).filter(open).collect();
-        let stride = all.len().div_ceil(SAMPLED_ROWS).max(1);
-        let chosen: Vec<usize> = all.iter().copied().step_by(stride).collect();
-        sample(&self.spec.source, &self.spec.rules, text, &chosen)
+        sample(&self.spec.source, &self.spec.rules, text, &all)
     }
 }
 
-/// Parses the rows at `chosen` (sorted indices) and the longest rows of the file by bytes.
+/// Parses some of the rows at `open` (sorted indices), the longest rows of the file by bytes, and every open row with pictures.
 fn sample(
     source: &Source,
     rules: &Rules,
     text: &TextTools<'_>,
-    chosen: &[usize],
+    open: &[usize],
 ) -> Result<RowSample> {
     let mut lines = source.lines()?;
-    let mut chosen = chosen.iter().copied().peekable();
+    let stride = open.len().div_ceil(SAMPLED_ROWS).max(1);
+    let mut chosen = open.iter().copied().step_by(stride).peekable();
+    let mut open = open.iter().copied().peekable();
     let mut longest: BinaryHeap<std::cmp::Reverse<(usize, Vec<u8>, u64)>> = BinaryHeap::new();
     let mut sizes: Vec<(usize, u32)> = Vec::new();
     let mut longest_tokens = 0;
-    let measure = |line: &super::input::Line| -> Option<(usize, u32)> {
-        let request = parse_line(source, line, 0).request.ok()?;
-        let body = request.body(rules, text).ok()?;
-        Some((body.prompt.len() + body.max_tokens, body.choices))
+    let mut pictures = PictureSample::default();
+    let parsed = |line: &super::input::Line| -> Option<Body> {
+        let request = parse_line(source, line, RowIds::default()).request.ok()?;
+        request.body(rules, text).ok()
     };
+    let plain = |b: Body| (b.prompt.len() + b.max_tokens, b.choices);
     let mut index = 0;
     // Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
     const KEPT_ROWS: usize = 16;
     const KEPT_BYTES: usize = 1 << 20;
     while let Some(line) = lines.next_line()? {
-        if chosen.next_if_eq(&index).is_some() {
-            sizes.extend(measure(&line));
+        let is_open = open.next_if_eq(&index).is_some();
+        let is_chosen = chosen.next_if_eq(&index).is_some();
+        let looker = text
+            .looker
+            .filter(|_| is_open && may_hold_pictures(&line.bytes));
+        if let Some(looker) = looker
+            && let Some(body) = parsed(&line)
+            && !body.pictures.is_empty()
+        {
+            // What the model's files do not say is no row's fault.
+            looker.processor()?;
+            if let Ok(m) = looker.measure(&body) {
+                pictures.add(&m.pictures);
+                let row = m.prompt_tokens + body.max_tokens;
+                longest_tokens = longest_tokens.max(row);
+                if is_chosen {
+                    sizes.push((row, body.choices));
+                }
+            }
+        } else if is_chosen {
+            sizes.extend(parsed(&line).map(plain));
         } else if line.bytes.len() < KEPT_BYTES {
             let least = longest.peek().map_or(0, |r| r.0.0);
             if longest.len() < KEPT_ROWS || line.bytes.len() > least {
@@ -106,7 +179,8 @@ fn sample(
             bytes,
             too_long: false,
         };
-        longest_tokens = longest_tokens.max(measure(&line).map_or(0, |(n, _)| n));
+        let body = parsed(&line).filter(|b| b.pictures.is_empty());
+        longest_tokens = longest_tokens.max(body.map_or(0, |b| plain(b).0));
     }
     let n = sizes.len().max(1) as f64;
     let sequences: f64 = sizes.iter().map(|(_, c)| f64::from(*c)).sum();
@@ -118,7 +192,15 @@ fn sample(
             .map(|(t, _)| *t)
             .fold(longest_tokens, usize::max),
         choices: (sequences / n).max(1.0),
+        pictures,
     })
+}
+
+/// A row without these letters has no picture; with them it is looked into.
+fn may_hold_pictures(row: &[u8]) -> bool {
+    ["image", "video"]
+        .iter()
+        .any(|word| row.windows(word.len()).any(|w| w == word.as_bytes()))
 }
 
 impl Sizing {
@@ -150,10 +232,46 @@ impl Sizing {
             Some(_) => kv_room as usize,
             None => wanted.min(kv_room as usize).max(context),
         };
-        Sizing {
+        let sizing = Sizing {
             sequences,
             kv_tokens: kv_tokens.max(BLOCK_TOKENS),
             context,
+            ahead: AHEAD,
+            ..Sizing::default()
+        };
+        match &spec.vision {
+            Some(vision) if sample.pictures.rows > 0 => {
+                sizing.with_pictures(vision, &sample.pictures, i.budget)
+            }
+            _ => sizing,
+        }
+    }
+
+    /// Room for the largest row's pictures, and for as many more as make a wave worth its while.
+    fn with_pictures(self, vision: &VisionSpec, p: &PictureSample, budget: u64) -> Sizing {
+        let token_bytes = (vision.out_hidden * 4) as u64;
+        let wave = WAVE_TOKENS.min((budget / 16 / token_bytes) as usize);
+        let tokens = p.tokens.min(wave.max(p.longest_tokens));
+        // Pixels take a few percent of what the KV of their tokens takes.
+        let held = (budget / 16)
+            .max(2 * p.largest_pixel_bytes)
+            .min(p.pixel_bytes);
+        let mean = p.tokens / p.rows.max(1) as usize;
+        Sizing {
+            // A wave of pictures is looked at before the rows they belong to begin.
+            ahead: self.ahead.max(tokens / mean.max(1)),
+            vision: Some(VisionRoom {
+                patches: p
+                    .patches
+                    .min(tokens * vision.merge * vision.merge)
+                    .max(p.slice),
+                slice: p.slice,
+                tokens,
+                pixel_bytes: held + p.decode_bytes,
+            }),
+            pixels: held,
+            largest_pixels: p.largest_pixel_bytes,
+            ..self
         }
     }
 }

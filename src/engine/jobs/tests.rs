@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::files::{RowLog, Span};
 use super::input::{Line, Source};
-use super::request::Request;
+use super::request::{Request, RowIds};
 use super::shard::Shard;
 use crate::error::Code;
 
@@ -15,7 +15,10 @@ fn id(row: &str) -> u128 {
         too_long: false,
     };
     let source = Source::Jsonl("x".into());
-    Request::parse(&source, &line).unwrap().id(7)
+    Request::parse(&source, &line).unwrap().id(RowIds {
+        key: 7,
+        looker: None,
+    })
 }
 
 #[test]

@@ -1,0 +1,171 @@
+//! The pictures of rows: found, measured, read, and part of what identifies a row.
+
+use std::cell::{OnceCell, RefCell};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use super::body::Body;
+use super::request::RowError;
+use crate::engine::pictures::{expand, expand_pictures, placeholder};
+use crate::error::{Error, Result};
+use crate::media::{
+    FileIds, Look, Measure, MediaRequest, Options, Processor, VideoTools, Visual, requests,
+};
+use crate::spec::VisionSpec;
+
+/// How the rows of a job get their pictures. Nothing of the model's folder is read before the first one comes.
+pub struct Looker {
+    /// The model's folder.
+    dir: PathBuf,
+    spec: VisionSpec,
+    /// Where a row is silent.
+    options: Options,
+    /// How closely pictures are measured.
+    look: Look,
+    /// Relative paths are taken from here: the job file's folder.
+    base: PathBuf,
+    tools: VideoTools,
+    processor: OnceCell<Result<Processor>>,
+    files: RefCell<FileIds>,
+    /// Pictures that some row holds. Rows that name the same one share it.
+    held: RefCell<HashMap<u128, Weak<Visual>>>,
+    /// Pictures measured before, as most jobs repeat some.
+    measured: RefCell<HashMap<u128, Measure>>,
+}
+
+/// A row with its pictures measured.
+pub(super) struct Measured {
+    /// Of the prompt, every picture's placeholder repeated.
+    pub prompt_tokens: usize,
+    pub pictures: Vec<Measure>,
+}
+
+impl Looker {
+    /// `dir`: the model's folder. `job`: the file whose rows name pictures.
+    pub fn new(dir: &Path, spec: &VisionSpec, options: Options, job: &Path, look: Look) -> Looker {
+        Looker {
+            dir: dir.to_path_buf(),
+            spec: spec.clone(),
+            options,
+            look,
+            base: job.parent().unwrap_or(Path::new("")).to_path_buf(),
+            tools: VideoTools::default(),
+            processor: OnceCell::new(),
+            files: RefCell::default(),
+            held: RefCell::default(),
+            measured: RefCell::default(),
+        }
+    }
+
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    pub fn spec(&self) -> &VisionSpec {
+        &self.spec
+    }
+
+    /// Errors (Code::Config) where the model does not say how its pictures are made: no row's fault.
+    pub fn processor(&self) -> Result<&Processor> {
+        let made = self
+            .processor
+            .get_or_init(|| Processor::load(&self.dir, &self.spec));
+        made.as_ref().map_err(Error::clone)
+    }
+
+    /// A hash of the contents of the files that a request's messages name; `None` where they name none.
+    pub(super) fn identity(&self, body: &Map<String, Value>) -> Option<u128> {
+        let messages = body.get("messages")?.as_array()?;
+        let mut hash = Xxh3::new();
+        let mut found = false;
+        for parts in messages.iter().filter_map(|m| m.get("content")?.as_array()) {
+            for request in requests(parts, &self.options).unwrap_or_default() {
+                found = true;
+                let id = self.files.borrow_mut().of(&request, &self.base);
+                hash.update(&id.to_le_bytes());
+            }
+        }
+        found.then(|| hash.digest128())
+    }
+
+    /// How long a row's prompt is, and how large its pictures are.
+    pub(super) fn measure(&self, body: &Body) -> Result<Measured, RowError> {
+        let processor = self.processor().map_err(|e| refused(&e))?;
+        let one = |request: &MediaRequest| -> Result<Measure, RowError> {
+            let key = self.key(request);
+            if let Some(known) = self.measured.borrow().get(&key) {
+                return Ok(*known);
+            }
+            let measure = processor
+                .measure(request, &self.base, &self.tools, self.look)
+                .map_err(|e| refused(&e))?;
+            self.measured.borrow_mut().insert(key, measure);
+            Ok(measure)
+        };
+        let pictures: Vec<Measure> = body.pictures.iter().map(one).collect::<Result<_, _>>()?;
+        let sizes = pictures
+            .iter()
+            .map(|m| (placeholder(m.kind, &self.spec), m.tokens));
+        let ids = expand(&body.prompt, sizes, &self.spec).map_err(|e| mismatch(&e))?;
+        Ok(Measured {
+            prompt_tokens: ids.len(),
+            pictures,
+        })
+    }
+
+    /// Reads a row's pictures, and repeats their placeholders in its prompt.
+    pub(super) fn load(&self, body: &mut Body) -> Result<Vec<Arc<Visual>>, RowError> {
+        let media: Vec<Arc<Visual>> = body
+            .pictures
+            .iter()
+            .map(|request| self.visual(request).map_err(|e| refused(&e)))
+            .collect::<Result<_, _>>()?;
+        body.prompt =
+            expand_pictures(&body.prompt, &media, Some(&self.spec)).map_err(|e| mismatch(&e))?;
+        Ok(media)
+    }
+
+    /// Host memory of the pictures that rows hold now.
+    pub(super) fn held_bytes(&self) -> u64 {
+        let held = self.held.borrow();
+        held.values()
+            .filter_map(Weak::upgrade)
+            .map(|v| v.bytes())
+            .sum()
+    }
+
+    fn visual(&self, request: &MediaRequest) -> Result<Arc<Visual>> {
+        let key = self.key(request);
+        if let Some(held) = self.held.borrow().get(&key).and_then(Weak::upgrade) {
+            return Ok(held);
+        }
+        let processor = self.processor()?;
+        let visual = Arc::new(processor.load_request(request, &self.base, &self.tools)?);
+        let mut held = self.held.borrow_mut();
+        held.retain(|_, v| v.strong_count() > 0);
+        held.insert(key, Arc::downgrade(&visual));
+        Ok(visual)
+    }
+
+    /// The same for requests that see the same picture in the same way.
+    fn key(&self, request: &MediaRequest) -> u128 {
+        let contents = self.files.borrow_mut().of(request, &self.base);
+        xxh3_128(format!("{request:?}").as_bytes()) ^ contents.rotate_left(64)
+    }
+}
+
+fn refused(e: &Error) -> RowError {
+    RowError::about(
+        "invalid_picture",
+        "messages",
+        format!("{}: {}", e.what(), e.cause()),
+    )
+}
+
+fn mismatch(e: &Error) -> RowError {
+    RowError::from_error("invalid_prompt", e)
+}

@@ -1,0 +1,128 @@
+//! How large a picture will be, before its pixels are there.
+
+use std::path::Path;
+
+use super::decode::{read_size, size};
+use super::locate::{Located, locate};
+use super::processor::{at_name, frame_files, no_frames, open, video_file};
+use super::{Grid, Kind, MediaRequest, Options, Processor, VideoTools, read_image};
+use crate::error::Result;
+
+/// Bytes that decoding and resizing take for each pixel of the file, at most: a 16-bit image with alpha, and a copy.
+const DECODE_BYTES_PER_PIXEL: u64 = 12;
+
+/// What [`Processor::load_request`] would make of a request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measure {
+    pub kind: Kind,
+    pub grid: Grid,
+    /// Tokens it becomes in the prompt.
+    pub tokens: usize,
+    /// Host memory of the resized frames.
+    pub pixel_bytes: u64,
+    /// Host memory that making them takes for a moment besides.
+    pub decode_bytes: u64,
+}
+
+/// How closely files are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Headers only.
+    Header,
+    /// Every image is decoded, so that a broken one is found out. Of a video file only the first frame is.
+    Whole,
+}
+
+impl Processor {
+    /// As [`Processor::load_request`], but for the pixels. Errors are the same, as far as `look` sees them.
+    pub fn measure(
+        &self,
+        request: &MediaRequest,
+        base: &Path,
+        tools: &VideoTools,
+        look: Look,
+    ) -> Result<Measure> {
+        match request {
+            MediaRequest::Image { at, options } => {
+                let from = image_size(at, base, look)?;
+                let to = self.image_target(from, &at_name(at), options)?;
+                Ok(self.measured(Kind::Image, 1, from, to))
+            }
+            MediaRequest::Frames { at, options } => {
+                let mut size = |i: usize| image_size(&at[i], base, look);
+                self.listed_size(at.len(), &mut size, options, look)
+            }
+            MediaRequest::Video { at, options } => {
+                let path = video_file(at, base)?;
+                if path.is_dir() {
+                    let files = frame_files(&path)?;
+                    let mut size = |i: usize| file_size(&files[i], look);
+                    return self.listed_size(files.len(), &mut size, options, look);
+                }
+                let clip = tools.open(&path)?;
+                let chosen = self.choose_sampled(&clip, options)?;
+                let first = clip.decode(&[0])?.next().ok_or_else(no_frames)??;
+                let from = (first.height, first.width);
+                let to = self.frame_target(from, chosen.indices.len(), options)?;
+                Ok(self.measured(self.video_kind(chosen.fps)?, chosen.indices.len(), from, to))
+            }
+        }
+    }
+
+    fn listed_size(
+        &self,
+        count: usize,
+        size: &mut dyn FnMut(usize) -> Result<(usize, usize)>,
+        options: &Options,
+        look: Look,
+    ) -> Result<Measure> {
+        let chosen = self.choose_listed(count, options)?;
+        let (first, others) = chosen.indices.split_first().ok_or_else(no_frames)?;
+        let from = size(*first)?;
+        if look == Look::Whole {
+            for i in others {
+                size(*i)?;
+            }
+        }
+        let to = self.frame_target(from, chosen.indices.len(), options)?;
+        Ok(self.measured(self.video_kind(chosen.fps)?, chosen.indices.len(), from, to))
+    }
+
+    /// (height, width) before and after.
+    fn measured(
+        &self,
+        kind: Kind,
+        count: usize,
+        from: (usize, usize),
+        (height, width): (usize, usize),
+    ) -> Measure {
+        let s = self.shape;
+        let grid = Grid {
+            t: count.div_ceil(s.temporal),
+            h: height / s.patch,
+            w: width / s.patch,
+        };
+        Measure {
+            kind,
+            grid,
+            tokens: grid.patches() / (s.merge * s.merge),
+            pixel_bytes: (count * height * width * 3) as u64,
+            decode_bytes: (from.0 * from.1) as u64 * DECODE_BYTES_PER_PIXEL,
+        }
+    }
+}
+
+fn image_size(at: &str, base: &Path, look: Look) -> Result<(usize, usize)> {
+    match (look, locate(at, base)?) {
+        (Look::Whole, _) => open(at, base).map(|rgb| (rgb.height, rgb.width)),
+        (Look::Header, Located::File(path)) => file_size(&path, look),
+        (Look::Header, Located::Bytes(bytes)) => size(&bytes, &at_name(at)),
+    }
+}
+
+fn file_size(path: &Path, look: Look) -> Result<(usize, usize)> {
+    match look {
+        Look::Header => read_size(path),
+        Look::Whole => read_image(path).map(|rgb| (rgb.height, rgb.width)),
+    }
+}

@@ -202,10 +202,12 @@ fn job_line(bytes: &[u8]) -> bool {
         stop_tokens: Vec::new(),
         chat_max_tokens: 16,
         context: Some(512),
+        look: None,
     };
     let text = TextTools {
         tokenizer: tokenizer(),
         template: None,
+        looker: None,
     };
     jobs::fuzz::job_line(bytes, &rules, &text)
 }

@@ -56,8 +56,10 @@ pub enum Bug {
     EndOfFileIgnored = 24,
     /// Tensors may overlap in a header.
     OverlapAccepted = 25,
-    /// The second of two overlapping reads lands in the wrong fill.
+    /// A read that has landed is counted for the oldest unit under way.
     FillsMixedUp = 26,
+    /// A write of a pack that fails is taken for one that went well.
+    PackWriteIgnored = 27,
 }
 
 /// Is this bug switched on?

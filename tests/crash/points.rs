@@ -80,6 +80,63 @@ fn a_pack_survives_a_kill_and_an_error_in_every_call() {
     assert!(hits > 20, "only {hits} crash points");
 }
 
+/// Not every file system is as kind as ext4, where syncing one file brings the records of all others along: so the order of the
+/// calls themselves is looked at.
+// hazard: pack-power-cut: every file is synced after its last write and before the manifest's rename, its folder too
+#[test]
+fn every_file_is_synced_before_the_manifest_names_it() {
+    if !has_strace() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (offload, log) = (dir.path().join("offload"), dir.path().join("log"));
+    let calls = trace_pack(&offload, &log);
+    let manifest = calls
+        .iter()
+        .position(|c| c.contains("rename") && c.contains("manifest.json.tmp"));
+    let manifest = manifest.unwrap_or_else(|| panic!("no manifest: {calls:?}"));
+    let synced = |file: &str, calls: &[String]| {
+        let last_write = calls
+            .iter()
+            .rposition(|c| c.contains("write") && c.contains(file));
+        let last_sync = calls
+            .iter()
+            .rposition(|c| c.contains("sync(") && c.contains(file));
+        last_sync.is_some() && last_sync > last_write
+    };
+    let mut files = 0;
+    for entry in std::fs::read_dir(offload.join(format!("{MODEL}--bf16"))).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if name != "lock" && name != "manifest.json" {
+            files += 1;
+            assert!(
+                synced(&format!("/{name}>"), &calls[..manifest]),
+                "{name} is not synced before the manifest"
+            );
+        }
+    }
+    assert!(files > 8, "{files} files");
+    assert!(synced("/manifest.json.tmp>", &calls[..manifest]));
+    let folder = format!("/{MODEL}--bf16>");
+    let folder_synced = |calls: &[String]| {
+        calls
+            .iter()
+            .any(|c| c.contains("fsync(") && c.contains(&folder))
+    };
+    let last_new_name = calls[..manifest]
+        .iter()
+        .rposition(|c| c.contains("checksums.bin>"))
+        .unwrap();
+    assert!(
+        folder_synced(&calls[last_new_name..manifest]),
+        "the names are not synced before the manifest"
+    );
+    assert!(
+        folder_synced(&calls[manifest..]),
+        "the manifest's name is not synced"
+    );
+}
+
 /// One crash point of a job, then the same command again. `expected`: what a run without faults writes.
 fn crash_and_resume(dir: &Path, inject: &str, expected: &(Vec<u8>, Vec<u8>)) -> bool {
     let (input, log) = (dir.join("in.jsonl"), dir.join("log"));

@@ -151,6 +151,25 @@ pub fn run_pack(offload: &Path, inject: &[&str], log: &Path) -> Ended {
     Ended::of(c, log)
 }
 
+/// The calls of a pack that write and sync, in order, with the paths of their files.
+pub fn trace_pack(offload: &Path, log: &Path) -> Vec<String> {
+    let calls = "trace=write,pwrite64,pwritev2,fsync,fdatasync,rename,renameat,renameat2";
+    let status = Command::new("strace")
+        .args(["-f", "-y", "-qq", "-e", calls, "-o"])
+        .arg(log)
+        .args([env!("CARGO_BIN_EXE_tensorpager"), "pack"])
+        .arg(model())
+        .arg("--offload-folder")
+        .arg(offload)
+        .output()
+        .unwrap();
+    assert!(status.status.success());
+    let text = fs::read_to_string(log).unwrap();
+    // A call that another thread interrupts is two lines; where it began is what counts.
+    let begins = |l: &&str| !l.contains("resumed>");
+    text.lines().filter(begins).map(str::to_string).collect()
+}
+
 fn pack_dir(offload: &Path) -> PathBuf {
     offload.join(format!("{MODEL}--bf16"))
 }

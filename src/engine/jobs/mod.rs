@@ -37,7 +37,7 @@ pub(crate) mod fuzz {
             too_long: false,
         };
         let read_as_result = scan::result_head(bytes).is_some() | scan::error_head(bytes).is_some();
-        let parsed = scan::parse_line(&source, &line, rules.key());
+        let parsed = scan::parse_line(&source, &line, RowIds::default());
         parsed.request.is_ok_and(|r| r.body(rules, text).is_ok()) | read_as_result
     }
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks the CUDA kernels on a machine without a GPU or a toolkit.
 
-    kernels/check.py [--venv DIR] [--write] [compile] [ptx] [launch] [emulate]     (all four by default)
+    kernels/check.py [--venv DIR] [--write] [compile] [ptx] [launch] [emulate] [driver]     (all by default)
 
 compile  nvcc 13.0 builds every kernel for every architecture and 16-bit type; no kernel may spill or need a stack
 ptx      NVRTC 12.2 makes kernels/ptx/*.ptx (compute_80, PTX ISA 8.2) again and compares; --write replaces them;
@@ -9,6 +9,7 @@ ptx      NVRTC 12.2 makes kernels/ptx/*.ptx (compute_80, PTX ISA 8.2) again and 
 launch   launch.json agrees with the kernels' sources, with the PTX and with the emulation's table
 emulate  g++ builds the same sources as C++ under AddressSanitizer; every kernel against a double precision reference, then
          every barrier, wait and bound switched off in turn: the tests must fail each time
+driver   the emulated CUDA driver (emu/driver) keeps and notices what it promises
 DIR (or TENSORPAGER_NVCC_VENV, or target/nvcc-venv) is a Python virtual environment; the pinned compilers are installed into it.
 """
 
@@ -39,6 +40,7 @@ PACKAGES = [
 ]
 # One rounding per operation, wherever the sources do not say fma: the same bits in every kernel that shares the arithmetic.
 OPTIONS = ["-std=c++17", "-fmad=false"]
+CHECKS = ["compile", "ptx", "launch", "emulate", "driver"]
 
 
 class Failed(Exception):
@@ -285,15 +287,20 @@ def check_emulate(_tools, _write):
     print(f"ok   {controls.splitlines()[-1]}")
 
 
+def check_driver(_tools, _write):
+    report = run([HERE / "emu/driver/build.sh", HERE.parent / "target" / "emulated-driver", "--selftest"])
+    print(f"ok   emulated driver: {len(re.findall('^ok', report, re.M))} cases")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", default=os.environ.get("TENSORPAGER_NVCC_VENV", HERE.parent / "target" / "nvcc-venv"))
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("checks", nargs="*", choices=[[], "compile", "ptx", "launch", "emulate"])
+    parser.add_argument("checks", nargs="*", choices=[[], *CHECKS])
     arguments = parser.parse_args()
-    checks = arguments.checks or ["compile", "ptx", "launch", "emulate"]
+    checks = arguments.checks or CHECKS
     try:
-        tools = None if checks == ["emulate"] else Tools(arguments.venv)
+        tools = None if set(checks) <= {"emulate", "driver"} else Tools(arguments.venv)
         for check in checks:
             start = time.monotonic()
             globals()[f"check_{check}"](tools, arguments.write)

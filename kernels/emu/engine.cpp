@@ -1,7 +1,5 @@
 #include "engine.h"
 
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -12,6 +10,8 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+
+#include "sanitizer.h"
 
 namespace emu {
 

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Builds the emulated CUDA driver, for tests only: OUT/libcuda.so.1 and libcuda.so.
+#     kernels/emu/driver/build.sh OUT [--without SYMBOL]... [--selftest]
+# --without SYMBOL also makes OUT/without-SYMBOL/libcuda.so.1, which lacks that function as an old driver would; --selftest makes
+# OUT/selftest and runs it.
+# Where there is no C++ compiler it says so on stderr and exits with 77. What is newer than its sources is left alone.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+out=$1
+shift
+cxx=${CXX:-g++}
+command -v "$cxx" >/dev/null || { echo "no C++ compiler ($cxx): the emulated CUDA driver cannot be built" >&2; exit 77; }
+[ "$(uname -sm)" = "Linux x86_64" ] || { echo "the emulated CUDA driver is for x86-64 Linux, this is $(uname -sm)" >&2; exit 77; }
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+exec 9>"$out/lock"
+flock 9  # several tests may ask at once
+
+sources=(engine entry entry_memory entry_stream memory queue state table)
+flags=(-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -DTP_EMULATE -DEMU_PLAIN -Wall -Wextra -Wno-unknown-pragmas "-I$out/work")
+
+compile() { "$cxx" "${flags[@]}" "${@:3}" -c "$1" -o "$out/work/$2.o"; }
+
+# link FOLDER [SYMBOL left out]
+link() {
+  mkdir -p "$1"
+  printf '{ global: cu*; local: %s*; };\n' "${2:+$2; }" >"$out/work/exports.map"
+  "$cxx" -shared -Wl,-soname,libcuda.so.1 "-Wl,--version-script=$out/work/exports.map" "$out"/objects/*.o -o "$out/work/libcuda.so.1" -lpthread
+  mv "$out/work/libcuda.so.1" "$1/libcuda.so.1"
+  ln -sf libcuda.so.1 "$1/libcuda.so"
+}
+
+rm -rf "$out/work"
+mkdir "$out/work"
+trap 'rm -rf "$out/work"' EXIT
+if [ ! -f "$out/libcuda.so.1" ] || [ -n "$(find "$here/../.." -type f -not -path '*/ptx/*' -not -name '*.md' -newer "$out/libcuda.so.1")" ]; then
+  rm -rf "$out/objects" "$out/selftest" "$out"/without-*
+  sed -nE 's/^    "([a-z0-9_]+)": (\{"module".*\})[,]?$/KERNEL(\1, R"json(\2)json")/p' "$here/../../launch.json" >"$out/work/launch_table.inc"
+  [ -s "$out/work/launch_table.inc" ] || { echo "build.sh: launch.json lists no kernel" >&2; exit 1; }
+  compile "$here/table_half.cpp" table_bf16 &
+  other=$!
+  compile "$here/table_half.cpp" table_f16 -DTP_F16
+  wait $other
+  for source in "${sources[@]}"; do
+    [ "$source" = engine ] && file=$here/../engine.cpp || file=$here/$source.cpp
+    compile "$file" "$source"
+  done
+  rm -f "$out/work/launch_table.inc"
+  mkdir "$out/objects"
+  mv "$out"/work/*.o "$out/objects"
+  link "$out"
+fi
+while [ $# -gt 0 ]; do
+  case $1 in
+    --without)
+      [ -f "$out/without-$2/libcuda.so.1" ] || link "$out/without-$2" "$2"
+      shift 2
+      ;;
+    --selftest)
+      [ -f "$out/selftest" ] ||
+        "$cxx" -std=c++17 -O1 -g1 -Wall -Wextra "$here/selftest.cpp" -o "$out/selftest" "-L$out" -lcuda "-Wl,-rpath,$out" -lpthread
+      flock -u 9
+      "$out/selftest" "$here/../../ptx"
+      shift
+      ;;
+    *)
+      echo "build.sh: what is $1?" >&2
+      exit 2
+      ;;
+  esac
+done

@@ -1,0 +1,70 @@
+//! The emulated CUDA driver of kernels/emu/driver: built when a test first asks for it, then found by what the test starts.
+#![allow(dead_code)] // each test file uses a part
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+/// build.sh's exit code where it cannot build.
+const NO_COMPILER: i32 = 77;
+
+fn build(more: &[&str]) -> Output {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emu/driver/build.sh");
+    Command::new(&script)
+        .arg(target())
+        .args(more)
+        .output()
+        .unwrap_or_else(|e| panic!("{}: {e}", script.display()))
+}
+
+fn target() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .unwrap()
+        .join("emulated-driver")
+}
+
+/// Runs build.sh; `None`, with the reason on stderr, where there is no compiler. `TENSORPAGER_REQUIRE_EMULATION=1` makes that a failure.
+fn built(more: &[&str]) -> Option<Output> {
+    let output = build(more);
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(NO_COMPILER)
+        && std::env::var_os("TENSORPAGER_REQUIRE_EMULATION").is_none()
+    {
+        eprintln!("skipped: {}", said.trim());
+        return None;
+    }
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "build.sh {more:?}:\n{out}{said}");
+    Some(output)
+}
+
+/// The folder with `libcuda.so.1`, for `LD_LIBRARY_PATH`; `None`: skip the test.
+pub fn driver() -> Option<&'static Path> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    FOLDER
+        .get_or_init(|| built(&[]).map(|_| target()))
+        .as_deref()
+}
+
+/// A driver that lacks one function, as an old one would.
+pub fn driver_without(symbol: &str) -> Option<PathBuf> {
+    built(&["--without", symbol]).map(|_| target().join(format!("without-{symbol}")))
+}
+
+/// What the self-test prints.
+pub fn selftest() -> Option<String> {
+    built(&["--selftest"]).map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+}
+
+/// `command` with this driver in place of any other, and `settings` (`EMUCUDA_…`, see kernels/emu/driver/README.md).
+pub fn on(command: &mut Command, driver: &Path, settings: &[(&str, &str)]) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("EMUCUDA_") {
+            command.env_remove(name);
+        }
+    }
+    command
+        .env("LD_LIBRARY_PATH", driver)
+        .envs(settings.iter().copied());
+}

@@ -312,5 +312,4 @@ fn image_seeds() -> Vec<Vec<u8>> {
 }
 
 #[cfg(test)]
-#[path = "fuzzing_tests.rs"]
 mod tests;

@@ -74,7 +74,6 @@ fn bytes_used_are_bytes_verified_on_every_way_in() {
     }
 }
 
-// A planted bug of its own: units that rest in RAM must not be read again, and the stream must not stop between two passes.
 #[test]
 fn a_pass_reads_what_is_not_resident_and_the_next_one_is_read_ahead() {
     let dir = tempfile::tempdir().unwrap();

@@ -416,7 +416,7 @@ impl Pager {
                 g.blocks.extend(fresh);
                 next += 1;
             }
-            self.stats.used_bytes += g.blocks.len() as u64 * BLOCK_BYTES;
+            self.stats.used_bytes += self.gathered_bytes(&g);
             let g = self.fetch(g)?;
             for &i in &order[first..next] {
                 let at = start_of(tokens[i as usize]);
@@ -427,6 +427,15 @@ impl Pager {
             self.gather = Some(g);
         }
         Ok(())
+    }
+
+    /// Bytes of the blocks asked for; a file's last one is shorter.
+    fn gathered_bytes(&self, g: &Gather) -> u64 {
+        let file = self.shared.file_bytes[g.file.index()];
+        g.blocks
+            .iter()
+            .map(|b| BLOCK_BYTES.min(file - b * BLOCK_BYTES))
+            .sum()
     }
 
     fn fetch(&mut self, g: Gather) -> Result<Gather> {

@@ -586,7 +586,7 @@ fn exhaust(slots: usize, passes: usize, preemptions: Option<usize>) -> usize {
     let world = Arc::new(world);
     let mut model = loom::model::Builder::new();
     model.max_branches = 1_000_000;
-    model.preemption_bound = preemptions;
+    model.preemption_bound = preemptions.filter(|n| *n > 0);
     model.check(move || {
         counted.fetch_add(1, Relaxed);
         world.drive(Scheduler::Loom).unwrap();
@@ -597,7 +597,8 @@ fn exhaust(slots: usize, passes: usize, preemptions: Option<usize>) -> usize {
 // hazard: interleaving: loom: two and three slots, every interleaving with at most LOOM_PREEMPTIONS forced switches
 #[test]
 fn two_and_three_slots_in_every_interleaving() {
-    let preemptions = number("LOOM_PREEMPTIONS", 2) as usize;
+    // 0: without a bound.
+    let preemptions = number("LOOM_PREEMPTIONS", 3) as usize;
     for slots in [2, 3] {
         let started = Instant::now();
         let n = exhaust(slots, 2, Some(preemptions));

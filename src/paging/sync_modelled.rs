@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 pub(crate) use crossbeam_channel::{RecvTimeoutError, SendError, TryRecvError, TrySendError};
@@ -41,7 +41,8 @@ impl<T> Shared<T> {
     fn with<R>(&self, work: impl FnOnce(&mut State<T>) -> R) -> R {
         match self {
             Shared::Loom(m) => work(&mut m.lock().unwrap()),
-            Shared::Shuttle(m) => work(&mut m.lock().unwrap()),
+            // Poisoned by the panic that is the finding: it is told once.
+            Shared::Shuttle(m) => work(&mut m.lock().unwrap_or_else(PoisonError::into_inner)),
         }
     }
 

@@ -82,7 +82,7 @@ pub fn has_strace() -> bool {
             "-e",
             "trace=close",
             "-e",
-            "inject=close:error=EIO:when=100000",
+            "inject=close:error=EIO:when=60000",
             "true",
         ])
         .output()

@@ -1,4 +1,4 @@
-//! `bench io`: what the readers alone get out of a model's own files.
+//! `bench MODEL`, and `bench io`: what the readers alone get out of a model's own files.
 
 use std::time::Duration;
 
@@ -13,9 +13,17 @@ use crate::io::{IoRow, MAX_QUEUE_DEPTH, ReaderKind, Sweep, sweep};
 use crate::units::{flag_size, human_bytes};
 
 #[derive(Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
+  tensorpager bench ./Qwen2.5-7B-Instruct -p 512 -n 16 -b 1,8,64
+  tensorpager bench io ./Qwen2.5-7B-Instruct --block 256KiB,4MiB --depth 1,8,32"
+)]
 pub struct BenchArgs {
+    #[command(flatten)]
+    model: Option<super::bench_model::ModelArgs>,
     #[command(subcommand)]
-    what: Bench,
+    what: Option<Bench>,
 }
 
 #[derive(Subcommand)]
@@ -53,8 +61,15 @@ struct IoArgs {
 }
 
 pub fn run(args: BenchArgs) -> Result<u8> {
-    match args.what {
-        Bench::Io(args) => io(args),
+    match (args.what, args.model) {
+        (Some(Bench::Io(args)), _) => io(args),
+        (None, Some(args)) => super::bench_model::run(args),
+        (None, None) => Err(Error::new(
+            Code::Usage,
+            "there is nothing to measure",
+            "no model is named",
+            "run `tensorpager bench MODEL` or `tensorpager bench io MODEL`",
+        )),
     }
 }
 

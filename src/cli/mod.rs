@@ -5,6 +5,7 @@ mod batch_bench;
 mod batch_check;
 mod batch_merge;
 mod bench;
+mod bench_model;
 mod clean;
 mod demo;
 mod generate;
@@ -13,6 +14,7 @@ mod media;
 mod model;
 mod options;
 mod pack;
+mod plan;
 mod prompt;
 mod repl;
 mod run;
@@ -57,6 +59,8 @@ enum Command {
     Clean(clean::CleanArgs),
     /// What the offload folder holds, or what a model is made of
     Inspect(inspect::InspectArgs),
+    /// What goes where under a budget, and how fast that will be, without loading anything
+    Plan(plan::PlanArgs),
     /// Measure
     Bench(bench::BenchArgs),
     /// See it work: no model, no GPU, no network needed
@@ -107,6 +111,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Verify(args) => verify::run(args),
         Command::Clean(args) => clean::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }

@@ -12,7 +12,7 @@ use crate::engine::{
     DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
-use crate::paging::{DiskRates, PagerOptions, Placement, VerifyWhen, parse_device_map};
+use crate::paging::{DiskRates, PagerOptions, Placement, Trace, VerifyWhen, parse_device_map};
 use crate::report::progress::ByteProgress;
 use crate::report::summary::ReadSettings;
 use crate::spec::UnitKind;
@@ -31,7 +31,7 @@ pub struct Model {
 }
 
 /// What a command wants of the engine, besides what the machine options say.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct OpenFor {
     pub context: usize,
     /// Rows of the longest prompt: a pass need not be larger.
@@ -42,6 +42,7 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenFor {
@@ -55,6 +56,7 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
+            trace: None,
         }
     }
 }
@@ -135,7 +137,7 @@ impl Model {
 
     /// Bytes of one element of the KV cache.
     pub fn element_bytes(&self) -> usize {
-        kv_dtype(&self.store).bytes()
+        kv_dtype(&self.store.units).bytes()
     }
 
     fn rates(&self) -> DiskRates {
@@ -191,9 +193,10 @@ impl Model {
     fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
         check_device(&machine.device)?;
         let defaults = EngineOptions::default();
+        let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
-            placement: self.placement(&machine.device_map)?,
+            placement: placement(&machine.device_map, &kinds)?,
             prefetch_depth: match machine.prefetch_depth {
                 OrAuto::Auto => None,
                 OrAuto::Is(n) => Some(n),
@@ -203,6 +206,7 @@ impl Model {
                 reader: super::bench::kind(machine.io),
                 queue_depth: queue_depth(machine),
                 verify: verify_when(machine.verify),
+                trace: want.trace.clone(),
                 ..PagerOptions::default()
             },
             threads: machine.threads,
@@ -218,20 +222,6 @@ impl Model {
         })
     }
 
-    fn placement(&self, map: &str) -> Result<Placement> {
-        match map {
-            "auto" => Ok(Placement::Auto),
-            "cpu" => Ok(Placement::Cpu),
-            "disk" => Ok(Placement::Disk),
-            "gpu" => Err(no_gpu()),
-            file => {
-                let json = read_device_map(file)?;
-                let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
-                Ok(Placement::Units(parse_device_map(&json, &kinds)?))
-            }
-        }
-    }
-
     /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
     pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
         let p = &during.paging;
@@ -244,6 +234,29 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+        }
+    }
+}
+
+/// What `--device-map` asks for; `kinds`: the model's units.
+pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
+    match map {
+        "auto" => Ok(Placement::Auto),
+        "cpu" => Ok(Placement::Cpu),
+        "disk" => Ok(Placement::Disk),
+        "gpu" => Err(no_gpu()),
+        file => {
+            let bad = |cause: String| {
+                Error::new(
+                    Code::Usage,
+                    format!("the device map {file} cannot be used"),
+                    cause,
+                    "give auto, cpu, disk, or a JSON file of module → tier",
+                )
+            };
+            let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+            let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+            Ok(Placement::Units(parse_device_map(&json, kinds)?))
         }
     }
 }
@@ -330,7 +343,7 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-fn check_device(device: &str) -> Result<()> {
+pub(super) fn check_device(device: &str) -> Result<()> {
     match device {
         "auto" | "cpu" => Ok(()),
         d if d == "cuda" || d.starts_with("cuda:") => Err(no_gpu()),

@@ -16,6 +16,7 @@ use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
 use crate::engine::{Engine, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
+use crate::paging::{TRACE_EVENTS, Trace};
 use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
 use crate::text::{GenerationConfig, StopStrings};
 
@@ -43,6 +44,9 @@ pub struct RunArgs {
     /// Print one JSON object on stdout instead of the text
     #[arg(long)]
     json: bool,
+    /// Write what happened when, unit by unit, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE.json")]
+    trace: Option<std::path::PathBuf>,
     /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
@@ -123,6 +127,11 @@ pub fn run(args: RunArgs) -> Result<u8> {
         (None, _) => job.prompt.len().saturating_add(max_tokens),
     };
     let load = Instant::now();
+    // Allocated before the budget is divided, so that it is charged like everything else the process holds.
+    let trace = args
+        .trace
+        .as_ref()
+        .map(|_| Arc::new(Trace::new(TRACE_EVENTS)));
     let open_for = OpenFor {
         context,
         prompt_tokens: match prompt {
@@ -132,6 +141,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         },
         sample_limit: Some(tokenizer.id_limit()),
         vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
+        trace: trace.clone(),
         ..OpenFor::default()
     };
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
@@ -149,6 +159,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
+    if let (Some(path), Some(trace)) = (&args.trace, &trace) {
+        crate::report::trace::write(path, trace, engine.pager())?;
+    }
     let settings = model.read_settings(&args.machine, &answer.during_decode);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
@@ -180,7 +193,14 @@ pub fn run(args: RunArgs) -> Result<u8> {
         let n = answer.tokens.len();
         eprintln!(
             "{}",
-            closing_lines(prompt_ids.len(), n, &timings, &paging, &engine)
+            closing_lines(
+                prompt_ids.len(),
+                n,
+                &timings,
+                &paging,
+                &answer.during_decode,
+                &engine
+            )
         );
     }
     Ok(0)

@@ -20,11 +20,14 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
-pub use open::{DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, OpenProgress, kv_dtype};
+pub use open::{
+    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, EngineOptions, Fitted,
+    OpenProgress, fit, kv_dtype,
+};
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
-pub use vision::{VisionRoom, VisionStats};
+pub use vision::{VisionNeed, VisionRoom, VisionStats};
 
 use crate::device::{Device, Kv};
 use crate::error::{Code, Error, Result};

@@ -8,15 +8,15 @@ use super::memory::{Charges, HostMemory, SLACK_BYTES};
 use super::pacer::Pacer;
 use super::sample::Samplers;
 use super::schedule::{Limits, Scheduler};
-use super::vision::{Vision, VisionRoom};
+use super::vision::{Vision, VisionNeed, VisionRoom};
 use super::{Engine, no_kv_room};
 use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::Forward;
 use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
-use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout};
-use crate::spec::UnitKind;
-use crate::store::Store;
+use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
+use crate::spec::{ModelSpec, UnitKind};
+use crate::store::{Store, UnitLayout};
 use crate::units::{Dtype, UnitId, flag_size, human_bytes};
 
 /// Rows a pass holds when nobody says otherwise: enough that a prompt costs few passes, little enough to fit anywhere.
@@ -87,9 +87,7 @@ impl Engine {
         progress: OpenProgress<'_>,
     ) -> Result<Engine> {
         let spec = store.spec.clone();
-        let dtype = kv_dtype(store);
-        let host = HostMemory::read();
-        let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+        let dtype = kv_dtype(&store.units);
         let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
         let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
         let layouts: Vec<SlotLayout> = store
@@ -97,31 +95,20 @@ impl Engine {
             .iter()
             .map(|u| SlotLayout::new(u, &file_bytes, page_bytes))
             .collect();
-
-        let context = options.context.min(spec.max_positions).max(2);
-        let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
-        // One block more a sequence: each ends somewhere inside its last one.
-        let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
-        let kv_bytes = kv_blocks as u64
-            * block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
+        let sizes: Vec<UnitSize> = layouts.iter().map(UnitSize::of).collect();
+        let Fitted {
+            plan,
+            pass_tokens,
+            kv_blocks,
+            context,
+            vision,
+            ..
+        } = fit(&spec, dtype, &sizes, options, &HostMemory::read())?;
+        let vision = vision
+            .map(|need| Vision::new(store, &layouts, &options.pager, need))
+            .transpose()?;
         let device = Device::cpu(options.threads, options.isa.as_deref())?;
         let wanted = options.logits_rows.max(1);
-        let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
-        let vision = Vision::plan(store, &layouts, options, depth, budget)?;
-        let charges = |tokens: usize| Charges {
-            base: host.resident,
-            kv: kv_bytes,
-            scratch: Forward::scratch_bytes(&spec, tokens, wanted),
-            logits: if options.keep_logits {
-                (wanted * spec.vocab * 4) as u64
-            } else {
-                0
-            },
-            vision: vision.as_ref().map_or(0, Vision::bytes),
-        };
-        let (pass_tokens, plan) = fit(options, budget, wanted, &charges, |left| {
-            Plan::new(&layouts, left, depth, &options.placement, spec.tied_head)
-        })?;
 
         let units: Vec<(UnitId, UnitKind, usize)> = store
             .units
@@ -188,9 +175,70 @@ impl Engine {
     }
 }
 
+/// How an engine divides its budget, before anything is allocated.
+#[derive(Clone, Debug)]
+pub struct Fitted {
+    pub plan: Plan,
+    /// Rows a pass may hold.
+    pub pass_tokens: usize,
+    pub kv_blocks: usize,
+    /// Longest sequence.
+    pub context: usize,
+    pub budget: u64,
+    pub charges: Charges,
+    /// What pictures take, where there is room for any.
+    pub vision: Option<VisionNeed>,
+}
+
+/// Divides the budget between weights, slots, KV and activations. Pure but for `host`, which says what is taken already.
+///
+/// # Errors
+/// `Memory`: it cannot be done; the fix names the smallest budget that can.
+pub fn fit(
+    spec: &ModelSpec,
+    dtype: Dtype,
+    units: &[UnitSize],
+    options: &EngineOptions,
+    host: &HostMemory,
+) -> Result<Fitted> {
+    let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
+    let context = options.context.min(spec.max_positions).max(2);
+    let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
+    // One block more a sequence: each ends somewhere inside its last one.
+    let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
+    let kv_bytes =
+        kv_blocks as u64 * block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
+    let wanted = options.logits_rows.max(1);
+    let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
+    let vision = VisionNeed::of(spec, units, options.vision, depth, budget)?;
+    let charges = |tokens: usize| Charges {
+        base: host.resident,
+        kv: kv_bytes,
+        scratch: Forward::scratch_bytes(spec, tokens, wanted),
+        logits: if options.keep_logits {
+            (wanted * spec.vocab * 4) as u64
+        } else {
+            0
+        },
+        vision: vision.as_ref().map_or(0, VisionNeed::bytes),
+    };
+    let (pass_tokens, plan) = largest_pass(options, budget, wanted, &charges, |left| {
+        Plan::of_sizes(units, left, depth, &options.placement, spec.tied_head)
+    })?;
+    Ok(Fitted {
+        plan,
+        pass_tokens,
+        kv_blocks,
+        context,
+        budget,
+        charges: charges(pass_tokens),
+        vision,
+    })
+}
+
 /// The largest pass (halving from what was asked) under which the smallest placement still fits, and its plan. A large
 /// pass may take at most an eighth of the budget from the weights.
-fn fit(
+fn largest_pass(
     options: &EngineOptions,
     budget: u64,
     wanted: usize,
@@ -255,9 +303,8 @@ fn name_the_budget(
 }
 
 /// The type of keys and values: the one all matrices share, or float32 where they differ.
-pub fn kv_dtype(store: &Store) -> Dtype {
-    let mut matrices = store
-        .units
+pub fn kv_dtype(units: &[UnitLayout]) -> Dtype {
+    let mut matrices = units
         .iter()
         .filter(|u| matches!(u.kind, UnitKind::Layer(_) | UnitKind::Head(_)))
         .flat_map(|u| &u.places)

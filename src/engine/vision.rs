@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::open::EngineOptions;
 use super::pictures::{Pictures, text_only};
 use super::source::Paged;
 use crate::device::Device;
@@ -17,8 +16,8 @@ use crate::error::{Code, Error, Result};
 use crate::media::Visual;
 use crate::model::pass::Embeddings;
 use crate::model::vision::{Limits, Slice, Tower};
-use crate::paging::{Origin, Pager, PagerOptions, Plan, SlotLayout};
-use crate::spec::{UnitKind, VisionSpec};
+use crate::paging::{Origin, Pager, PagerOptions, Plan, SlotLayout, UnitSize};
+use crate::spec::{ModelSpec, UnitKind, VisionSpec};
 use crate::store::Store;
 use crate::units::{UnitId, human_bytes};
 
@@ -73,36 +72,33 @@ impl VisionStats {
     }
 }
 
-pub(super) struct Vision {
+/// What looking at pictures takes under a budget, before anything is allocated.
+#[derive(Clone, Debug)]
+pub struct VisionNeed {
     spec: VisionSpec,
-    out_hidden: usize,
-    origin: Origin,
-    layouts: Vec<SlotLayout>,
-    plan: Plan,
-    options: PagerOptions,
-    units: Vec<(UnitId, UnitKind)>,
-    limits: Limits,
-    tokens: usize,
-    pixel_bytes: u64,
-    /// Oldest first.
-    cache: Vec<(u128, Arc<Embeddings>)>,
-    pub stats: VisionStats,
+    pub plan: Plan,
+    /// Patches that go through the tower together, and those of the largest frame.
+    pub limits: Limits,
+    /// Tokens of embeddings kept at once.
+    pub tokens: usize,
+    /// Pictures that wait for the tower, bytes of pixels.
+    pub pixel_bytes: u64,
 }
 
-impl Vision {
-    /// `None` where the options ask for no pictures. `budget` decides how many patches go together.
-    pub fn plan(
-        store: &Store,
-        layouts: &[SlotLayout],
-        options: &EngineOptions,
+impl VisionNeed {
+    /// `None` where no pictures are asked for. `budget` decides how many patches go together.
+    pub fn of(
+        spec: &ModelSpec,
+        units: &[UnitSize],
+        room: Option<VisionRoom>,
         depth: usize,
         budget: u64,
-    ) -> Result<Option<Vision>> {
-        let Some(room) = options.vision.filter(|r| r.patches > 0) else {
+    ) -> Result<Option<VisionNeed>> {
+        let Some(room) = room.filter(|r| r.patches > 0) else {
             return Ok(None);
         };
-        let spec = store.spec.vision.clone().ok_or_else(text_only)?;
-        let plan = Plan::vision(layouts, depth);
+        let spec = spec.vision.clone().ok_or_else(text_only)?;
+        let plan = Plan::vision(units, depth);
         let mut limits = Limits {
             wave: room.patches.max(room.slice),
             slice: room.slice,
@@ -112,16 +108,9 @@ impl Vision {
         while bytes(limits) > budget / 4 && limits.wave > limits.slice {
             limits.wave = (limits.wave / 2).max(limits.slice);
         }
-        Ok(Some(Vision {
-            out_hidden: spec.out_hidden,
-            origin: Origin::of(store)?,
-            layouts: layouts.to_vec(),
-            options: options.pager.clone(),
-            units: store.units.iter().map(|u| (u.id, u.kind)).collect(),
+        Ok(Some(VisionNeed {
             tokens: room.tokens,
             pixel_bytes: room.pixel_bytes,
-            cache: Vec::new(),
-            stats: VisionStats::default(),
             spec,
             plan,
             limits,
@@ -132,8 +121,46 @@ impl Vision {
     pub fn bytes(&self) -> u64 {
         self.plan.arena_bytes()
             + Tower::scratch_bytes(&self.spec, self.limits)
-            + (self.tokens * self.out_hidden * 4) as u64
+            + (self.tokens * self.spec.out_hidden * 4) as u64
             + self.pixel_bytes
+    }
+}
+
+pub(super) struct Vision {
+    spec: VisionSpec,
+    out_hidden: usize,
+    origin: Origin,
+    layouts: Vec<SlotLayout>,
+    plan: Plan,
+    options: PagerOptions,
+    units: Vec<(UnitId, UnitKind)>,
+    limits: Limits,
+    tokens: usize,
+    /// Oldest first.
+    cache: Vec<(u128, Arc<Embeddings>)>,
+    pub stats: VisionStats,
+}
+
+impl Vision {
+    pub fn new(
+        store: &Store,
+        layouts: &[SlotLayout],
+        options: &PagerOptions,
+        need: VisionNeed,
+    ) -> Result<Vision> {
+        Ok(Vision {
+            out_hidden: need.spec.out_hidden,
+            origin: Origin::of(store)?,
+            layouts: layouts.to_vec(),
+            options: options.clone(),
+            units: store.units.iter().map(|u| (u.id, u.kind)).collect(),
+            tokens: need.tokens,
+            cache: Vec::new(),
+            stats: VisionStats::default(),
+            spec: need.spec,
+            plan: need.plan,
+            limits: need.limits,
+        })
     }
 
     /// Refuses pictures that could never be looked at here.

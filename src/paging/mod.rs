@@ -1,19 +1,32 @@
 //! Units into slots just ahead of the forward pass: the only place that sees both the disk and the device.
 
+mod compute_rates;
 mod device_map;
 mod pager;
 mod plan;
+mod planner;
+mod predict;
 mod rates;
 mod slot;
 mod stats;
+mod strategy;
 mod stream;
 mod sync;
+mod trace;
 
+pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
 pub(crate) use pager::interrupted;
-pub use pager::{Lease, Origin, Pager, PagerOptions};
+pub use pager::{Lease, Origin, Pager, PagerOptions, WrapReader};
 pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
-pub use rates::{DiskRates, RATES_FILE};
+pub use planner::Planner;
+pub use predict::{
+    ComputeRates, MachineRates, PassCost, PassWork, best_concurrency, predict,
+    rows_that_hide_the_disk,
+};
+pub use rates::{DiskRates, RATES_FILE, cache_dir, machine_name};
 pub use slot::{PageRead, SlotLayout, SlotWeight, unit_name};
 pub use stats::PagingStats;
+pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;
+pub use trace::{Happening, TRACE_EVENTS, Trace, TraceEvent};

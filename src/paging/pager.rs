@@ -9,6 +9,7 @@ use super::slot::{SlotLayout, SlotWeight, unit_name};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use super::sync::{self, JoinHandle, Receiver, RecvTimeoutError, Sender, bounded};
+use super::trace::{Happening, Trace, TraceEvent};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::planted::{self, Bug};
@@ -31,6 +32,8 @@ pub struct PagerOptions {
     pub direct: bool,
     /// Test hook: wraps the reader, so that faults and delays can be put under a whole engine.
     pub wrap: Option<WrapReader>,
+    /// Where events are kept, if anywhere.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for PagerOptions {
@@ -42,6 +45,7 @@ impl Default for PagerOptions {
             stall_limit: Duration::from_secs(30),
             direct: true,
             wrap: None,
+            trace: None,
         }
     }
 }
@@ -115,6 +119,9 @@ pub struct Pager {
     direct: bool,
     /// What ended the reading thread, for whoever asks again.
     failed: OnceLock<Error>,
+    trace: Option<Arc<Trace>>,
+    /// When the unit on loan was handed over, for the trace.
+    handed_ns: u64,
 }
 
 impl Pager {
@@ -152,6 +159,7 @@ impl Pager {
             paths: origin.paths.clone(),
             checksums: origin.checksums.clone(),
             verify: options.verify,
+            trace: options.trace.clone(),
             counters: Counters::default(),
         });
         let units = shared.layouts.len();
@@ -212,6 +220,8 @@ impl Pager {
             reader_name,
             direct,
             failed: OnceLock::new(),
+            trace: options.trace.clone(),
+            handed_ns: 0,
             shared,
             plan,
         };
@@ -264,6 +274,8 @@ impl Pager {
         }
         self.taken = 0;
         self.stats.passes += 1;
+        let now = self.now_ns();
+        self.note(Happening::Pass, None, now, 0);
         if self.stats.passes == 1 && planted::is(Bug::NoPrefetchAcrossPasses) {
             return Ok(());
         }
@@ -280,21 +292,18 @@ impl Pager {
     /// Waits until `unit` is there. Streamed units must be asked for in the order of the schedule.
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
-        let streams = || {
-            self.plan
-                .walk
-                .streams(self.shared.layouts[unit.index()].kind)
-        };
-        let ignored = planted::is(Bug::ResidentsIgnored) && streams();
+        let ignored = planted::is(Bug::ResidentsIgnored) && self.cycle.contains(&unit);
         if self.residents[unit.index()].is_some() && !ignored {
+            self.handed_ns = self.now_ns();
             return Ok(Lease::Resident(unit));
         }
         let filled = match self.ready.try_recv() {
             Ok(filled) => self.heard(filled)?,
             Err(_) => {
-                let started = Instant::now();
+                let (started, from) = (Instant::now(), self.now_ns());
                 let filled = self.wait_ready();
                 self.stats.stall_disk += started.elapsed();
+                self.note(Happening::Wait, Some(unit), from, 0);
                 filled?
             }
         };
@@ -311,6 +320,7 @@ impl Pager {
         }
         self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
+        self.handed_ns = self.now_ns();
         Ok(Lease::Slot(unit, filled.region))
     }
 
@@ -329,10 +339,30 @@ impl Pager {
     }
 
     pub fn release(&mut self, lease: Lease) -> Result<()> {
+        let (Lease::Resident(unit) | Lease::Slot(unit, _)) = &lease;
+        self.note(Happening::Compute, Some(*unit), self.handed_ns, 0);
         match lease {
             Lease::Resident(_) => Ok(()),
             Lease::Slot(..) if planted::is(Bug::SlotFreedEarly) => Ok(()),
             Lease::Slot(_, region) => self.send_free(region),
+        }
+    }
+
+    /// The trace's clock; 0 without a trace.
+    fn now_ns(&self) -> u64 {
+        self.trace.as_ref().map_or(0, |t| t.now_ns())
+    }
+
+    /// Something that began at `start_ns` ends now.
+    fn note(&self, what: Happening, unit: Option<UnitId>, start_ns: u64, bytes: u64) {
+        if let Some(trace) = &self.trace {
+            trace.computing(TraceEvent {
+                what,
+                unit,
+                start_ns,
+                end_ns: trace.now_ns(),
+                bytes,
+            });
         }
     }
 
@@ -416,8 +446,12 @@ impl Pager {
                 g.blocks.extend(fresh);
                 next += 1;
             }
-            self.stats.used_bytes += self.gathered_bytes(&g);
+            let bytes = self.gathered_bytes(&g);
+            self.stats.used_bytes += bytes;
+            self.stats.gathered_bytes += bytes;
+            let from = self.now_ns();
             let g = self.fetch(g)?;
+            self.note(Happening::Gather, None, from, bytes);
             for &i in &order[first..next] {
                 let at = start_of(tokens[i as usize]);
                 let k = g.blocks.partition_point(|b| *b < at / BLOCK_BYTES);

@@ -1,26 +1,42 @@
 //! Which units rest in host memory and which come from disk each pass, under a budget.
 //!
-//! A dense model is a cyclic scan: evicting by recency hits nothing, a fixed resident set hits exactly its share. The
-//! set is spread between the streamed units, so that the disk works while resident units compute and two slots suffice.
+//! [`Plan`] is what the pager follows; who decided is a [`Strategy`], the [`Planner`] unless somebody says otherwise.
 
+use std::sync::Arc;
+
+use super::planner::Planner;
 use super::slot::SlotLayout;
+use super::strategy::{Budget, Problem, Strategy, TierRates, UnitSize};
 use crate::error::{Code, Error, Result};
 use crate::spec::UnitKind;
-use crate::units::{ALIGN_BYTES, BLOCK_BYTES, UnitId, align_up, flag_size, human_bytes};
+use crate::units::{UnitId, flag_size, human_bytes};
 
 /// Where a unit rests between passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
+    /// The GPU's memory, loaded once.
+    Gpu,
     /// Host memory, loaded once.
     Cpu,
     /// Disk: streamed every pass (or gathered row by row, for the embedding).
     Disk,
 }
 
+impl Tier {
+    /// As device maps and reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Tier::Gpu => "gpu",
+            Tier::Cpu => "cpu",
+            Tier::Disk => "disk",
+        }
+    }
+}
+
 /// What the user asked of the placement.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Default)]
 pub enum Placement {
-    /// As many units resident as the budget holds.
+    /// The [`Planner`]'s: as few bytes a pass as the budget allows.
     #[default]
     Auto,
     /// Every unit in host memory.
@@ -29,11 +45,26 @@ pub enum Placement {
     Disk,
     /// A tier for each unit, from a device map file.
     Units(Vec<Tier>),
+    /// The user's own.
+    By(Arc<dyn Strategy>),
+}
+
+impl std::fmt::Debug for Placement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Placement::Auto => f.write_str("auto"),
+            Placement::Cpu => f.write_str("cpu"),
+            Placement::Disk => f.write_str("disk"),
+            Placement::Units(tiers) => f.debug_tuple("Units").field(tiers).finish(),
+            Placement::By(strategy) => write!(f, "By({})", strategy.name()),
+        }
+    }
 }
 
 /// Embedding blocks fetched at once.
 pub const GATHER_BLOCKS: usize = 64;
 
+/// Where every unit rests on a machine whose CPU computes, and what that takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// By unit id.
@@ -69,16 +100,16 @@ impl Walk {
 
 impl Plan {
     /// The vision tower, all of it from disk: slots for one unit and `depth` ahead of it.
-    pub fn vision(layouts: &[SlotLayout], depth: usize) -> Plan {
-        let tower = || layouts.iter().filter(|l| is_vision(l.kind));
+    pub fn vision(units: &[UnitSize], depth: usize) -> Plan {
+        let tower = || units.iter().filter(|u| is_vision(u.kind));
         let slots = (depth + 1).min(tower().count());
         Plan {
-            tiers: vec![Tier::Disk; layouts.len()],
+            tiers: vec![Tier::Disk; units.len()],
             depth: slots.saturating_sub(1),
             slots,
-            slot_bytes: tower().map(|l| l.slot_bytes).max().unwrap_or(0),
+            slot_bytes: tower().map(|u| u.room_bytes).max().unwrap_or(0),
             resident_bytes: 0,
-            streamed_bytes: tower().map(|l| l.read_bytes).sum(),
+            streamed_bytes: tower().map(|u| u.read_bytes).sum(),
             gather_bytes: 0,
             walk: Walk::Vision,
         }
@@ -89,7 +120,11 @@ impl Plan {
         self.slots as u64 * self.slot_bytes + self.resident_bytes + self.gather_bytes
     }
 
-    /// `budget`: bytes the pager may take. `embed_in_head`: rows of a resident tied head serve as embedding rows.
+    /// `budget`: bytes the pager may take. `tied_head`: rows of a resident head serve as embedding rows.
+    ///
+    /// # Errors
+    /// `Memory`: the placement does not fit; the cause gives the numbers, the fix what is missing. `Usage`: a strategy's
+    /// answer that makes no sense on this machine.
     pub fn new(
         layouts: &[SlotLayout],
         budget: u64,
@@ -97,87 +132,59 @@ impl Plan {
         placement: &Placement,
         tied_head: bool,
     ) -> Result<Plan> {
-        let all = Plan::with_tiers(layouts, everything(layouts, tied_head), depth, tied_head);
-        let none = Plan::with_tiers(layouts, nothing(layouts), depth, tied_head);
-        let refuse = |wanted: &Plan, what: &str| {
-            Error::new(
-                Code::Memory,
-                format!("{what} does not fit in the memory given"),
-                format!(
-                    "it takes {} for weights and slots; the budget leaves {}",
-                    human_bytes(wanted.arena_bytes()),
-                    human_bytes(budget)
-                ),
-                format!(
-                    "give --cpu-memory at least {} more",
-                    flag_size(wanted.arena_bytes().saturating_sub(budget))
-                ),
-            )
-        };
-        let plan = match placement {
-            Placement::Cpu => all,
-            Placement::Disk => none,
-            Placement::Units(tiers) => Plan::with_tiers(layouts, tiers.clone(), depth, tied_head),
-            Placement::Auto if all.arena_bytes() <= budget => all,
-            Placement::Auto => largest_spread(layouts, budget, depth, tied_head).unwrap_or(none),
-        };
-        if plan.arena_bytes() > budget {
-            let what = match placement {
-                Placement::Auto | Placement::Disk => {
-                    format!("even the smallest plan ({} slots)", plan.slots)
-                }
-                _ => "the placement asked for".to_string(),
-            };
-            return Err(refuse(&plan, &what));
-        }
-        Ok(plan)
+        let units: Vec<UnitSize> = layouts.iter().map(UnitSize::of).collect();
+        Plan::of_sizes(&units, budget, depth, placement, tied_head)
     }
 
-    fn with_tiers(layouts: &[SlotLayout], tiers: Vec<Tier>, depth: usize, tied_head: bool) -> Plan {
+    /// [`Plan::new`] from sizes alone.
+    pub fn of_sizes(
+        units: &[UnitSize],
+        budget: u64,
+        depth: usize,
+        placement: &Placement,
+        tied_head: bool,
+    ) -> Result<Plan> {
+        let problem = Problem {
+            units,
+            budget: Budget {
+                cpu_bytes: budget,
+                gpu_bytes: None,
+            },
+            depth,
+            tied_head,
+            rates: TierRates::default(),
+        };
+        let mut tiers = match placement {
+            Placement::Auto => Planner.place(&problem)?,
+            Placement::Cpu => all_resident(units, tied_head),
+            Placement::Disk => problem.all_on_disk(),
+            Placement::Units(tiers) => tiers.clone(),
+            Placement::By(strategy) => strategy.place(&problem)?,
+        };
+        check_tiers(&tiers, units.len(), placement)?;
         // A decoder's passes never touch the tower, wherever a device map puts it.
-        let mut tiers = tiers;
         for (tier, _) in tiers
             .iter_mut()
-            .zip(layouts)
-            .filter(|(_, l)| is_vision(l.kind))
+            .zip(units)
+            .filter(|(_, u)| is_vision(u.kind))
         {
             *tier = Tier::Disk;
         }
-        let mut resident_bytes = 0;
-        let mut streamed_bytes = 0;
-        let mut slot_bytes = 0;
-        let mut streamed = 0usize;
-        for (l, tier) in layouts.iter().zip(&tiers) {
-            match tier {
-                Tier::Cpu => resident_bytes += align_up(l.slot_bytes, ALIGN_BYTES),
-                Tier::Disk if is_streamed(l.kind) => {
-                    slot_bytes = slot_bytes.max(l.slot_bytes);
-                    streamed_bytes += l.read_bytes;
-                    streamed += 1;
-                }
-                Tier::Disk => {}
-            }
-        }
-        let slots = (depth + 1).min(streamed);
-        let gathers = layouts.iter().zip(&tiers).any(|(l, t)| match l.kind {
-            UnitKind::Embed => *t == Tier::Disk && !tied_head,
-            UnitKind::Head(_) => *t == Tier::Disk && tied_head,
-            _ => false,
-        });
-        Plan {
+        let n = problem.needs(&tiers);
+        let plan = Plan {
             tiers,
-            depth: slots.saturating_sub(1),
-            slots,
-            slot_bytes,
-            resident_bytes,
-            streamed_bytes,
-            gather_bytes: if gathers {
-                GATHER_BLOCKS as u64 * BLOCK_BYTES
-            } else {
-                0
-            },
+            depth: n.slots.saturating_sub(1),
+            slots: n.slots,
+            slot_bytes: n.slot_bytes,
+            resident_bytes: n.cpu_resident_bytes,
+            streamed_bytes: n.streamed_bytes,
+            gather_bytes: n.gather_bytes,
             walk: Walk::Decoder,
+        };
+        if n.cpu_bytes > budget {
+            return Err(refusal(&plan, budget, placement));
         }
+        Ok(plan)
     }
 
     pub fn is_resident(&self, unit: UnitId) -> bool {
@@ -190,57 +197,69 @@ pub fn is_streamed(kind: UnitKind) -> bool {
     matches!(kind, UnitKind::Layer(_) | UnitKind::Head(_))
 }
 
-fn is_vision(kind: UnitKind) -> bool {
+pub(super) fn is_vision(kind: UnitKind) -> bool {
     matches!(
         kind,
         UnitKind::VisionEmbed | UnitKind::VisionBlock(_) | UnitKind::VisionMerger
     )
 }
 
-fn everything(layouts: &[SlotLayout], tied_head: bool) -> Vec<Tier> {
-    layouts
+fn all_resident(units: &[UnitSize], tied_head: bool) -> Vec<Tier> {
+    units
         .iter()
-        .map(|l| match l.kind {
+        .map(|u| match u.kind {
             // A resident tied head already holds every row.
             UnitKind::Embed if tied_head => Tier::Disk,
-            UnitKind::VisionEmbed | UnitKind::VisionBlock(_) | UnitKind::VisionMerger => Tier::Disk,
+            kind if is_vision(kind) => Tier::Disk,
             _ => Tier::Cpu,
         })
         .collect()
 }
 
-fn nothing(layouts: &[SlotLayout]) -> Vec<Tier> {
-    layouts
-        .iter()
-        .map(|l| match l.kind {
-            UnitKind::Norm => Tier::Cpu,
-            _ => Tier::Disk,
-        })
-        .collect()
+fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()> {
+    let bad = |cause: String| {
+        Error::new(
+            Code::Usage,
+            format!("the placement {placement:?} cannot be followed"),
+            cause,
+            "give a tier of cpu or disk for every unit",
+        )
+    };
+    if tiers.len() != units {
+        return Err(bad(format!(
+            "it names {} units, the model has {units}",
+            tiers.len()
+        )));
+    }
+    match tiers.iter().position(|t| *t == Tier::Gpu) {
+        Some(i) => Err(bad(format!(
+            "it puts unit {i} on a GPU, and the CPU computes here"
+        ))),
+        None => Ok(()),
+    }
 }
 
-/// The largest number of resident units that fits, evenly spread over the pass.
-fn largest_spread(
-    layouts: &[SlotLayout],
-    budget: u64,
-    depth: usize,
-    tied_head: bool,
-) -> Option<Plan> {
-    let pass: Vec<usize> = (0..layouts.len())
-        .filter(|i| is_streamed(layouts[*i].kind))
-        .collect();
-    let n = pass.len();
-    let spread = |k: usize| {
-        let mut tiers = nothing(layouts);
-        for (i, unit) in pass.iter().enumerate() {
-            if (i + 1) * k / n > i * k / n {
-                tiers[*unit] = Tier::Cpu;
-            }
+fn refusal(plan: &Plan, budget: u64, placement: &Placement) -> Error {
+    let what = match placement {
+        Placement::Auto | Placement::Disk => {
+            format!("even the smallest plan ({} slots)", plan.slots)
         }
-        Plan::with_tiers(layouts, tiers, depth, tied_head)
+        Placement::By(strategy) => format!("what the strategy `{}` chose", strategy.name()),
+        _ => "the placement asked for".to_string(),
     };
-    // Sizes differ between layers and head blocks, so fitting is only nearly monotone in k: look from the top.
-    (0..n).rev().map(spread).find(|p| p.arena_bytes() <= budget)
+    Error::new(
+        Code::Memory,
+        format!("{what} does not fit in the memory given"),
+        format!(
+            "it takes {} for weights and slots; the budget leaves {}",
+            human_bytes(plan.arena_bytes()),
+            human_bytes(budget)
+        ),
+        format!(
+            "give --cpu-memory at least {} more",
+            flag_size(plan.arena_bytes().saturating_sub(budget))
+        ),
+    )
 }
 
 #[cfg(test)]

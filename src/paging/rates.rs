@@ -42,14 +42,15 @@ impl DiskRates {
     pub fn best(&self) -> Option<f64> {
         let text = std::fs::read_to_string(&self.path).ok()?;
         let record: Record = serde_json::from_str(&text).ok()?;
-        (record.machine == machine() && record.disk_gb_per_s > 0.0).then_some(record.disk_gb_per_s)
+        (record.machine == machine_name() && record.disk_gb_per_s > 0.0)
+            .then_some(record.disk_gb_per_s)
     }
 
     /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
     pub fn raise(&self, rate: f64) {
         if rate.is_finite() && rate > self.best().unwrap_or(0.0) {
             let record = Record {
-                machine: machine(),
+                machine: machine_name(),
                 disk_gb_per_s: rate,
             };
             if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
@@ -107,7 +108,7 @@ fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
 }
 
 /// This machine, as records name it: kernel's machine id, else the host's name.
-fn machine() -> String {
+pub fn machine_name() -> String {
     ["/etc/machine-id", "/proc/sys/kernel/hostname"]
         .iter()
         .find_map(|p| {
@@ -118,7 +119,8 @@ fn machine() -> String {
         .unwrap_or_default()
 }
 
-fn cache_dir() -> PathBuf {
+/// Where records go that have no folder of ours to lie in.
+pub fn cache_dir() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|h| Path::new(&h).join(".cache"));
     std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)

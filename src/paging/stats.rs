@@ -23,6 +23,8 @@ pub struct PagingStats {
     pub units: u64,
     /// Bytes of the streamed units handed to the forward pass, and of embedding blocks gathered for it.
     pub used_bytes: u64,
+    /// The part of `used_bytes` that was embedding blocks.
+    pub gathered_bytes: u64,
     /// Bytes read from disk, those read ahead included.
     pub disk_bytes: u64,
     pub verified_bytes: u64,
@@ -44,12 +46,29 @@ impl PagingStats {
         self
     }
 
+    /// Both together.
+    pub fn plus(&self, other: &PagingStats) -> PagingStats {
+        PagingStats {
+            passes: self.passes + other.passes,
+            units: self.units + other.units,
+            used_bytes: self.used_bytes + other.used_bytes,
+            gathered_bytes: self.gathered_bytes + other.gathered_bytes,
+            disk_bytes: self.disk_bytes + other.disk_bytes,
+            verified_bytes: self.verified_bytes + other.verified_bytes,
+            disk_busy: self.disk_busy + other.disk_busy,
+            verify: self.verify + other.verify,
+            stall_disk: self.stall_disk + other.stall_disk,
+            rereads: self.rereads + other.rereads,
+        }
+    }
+
     /// What happened since `earlier`.
     pub fn since(&self, earlier: &PagingStats) -> PagingStats {
         PagingStats {
             passes: self.passes - earlier.passes,
             units: self.units - earlier.units,
             used_bytes: self.used_bytes - earlier.used_bytes,
+            gathered_bytes: self.gathered_bytes - earlier.gathered_bytes,
             disk_bytes: self.disk_bytes - earlier.disk_bytes,
             verified_bytes: self.verified_bytes - earlier.verified_bytes,
             disk_busy: self.disk_busy - earlier.disk_busy,

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use super::slot::{PageRead, SlotLayout};
 use super::stats::Counters;
 use super::sync::{Receiver, Select, Sender, TryRecvError};
+use super::trace::{Happening, Trace, TraceEvent};
 use crate::error::{Code, Error, Result};
 use crate::io::{Flights, ReadOp, Region};
 use crate::planted::{self, Bug};
@@ -61,6 +62,7 @@ pub(super) struct Shared {
     pub paths: Vec<std::path::PathBuf>,
     pub checksums: Arc<Checksums>,
     pub verify: VerifyWhen,
+    pub trace: Option<Arc<Trace>>,
     pub counters: Counters,
 }
 
@@ -79,6 +81,8 @@ struct Fill {
     issued: usize,
     done: usize,
     verify: bool,
+    /// When its slot was taken, for the trace.
+    begun_ns: u64,
 }
 
 pub(super) struct Stream {
@@ -180,6 +184,7 @@ impl Stream {
                     issued: 0,
                     done: 0,
                     verify,
+                    begun_ns: self.shared.trace.as_ref().map_or(0, |t| t.now_ns()),
                 });
                 self.next_number += 1;
             }
@@ -306,6 +311,15 @@ impl Stream {
                 break;
             }
             if let Some(f) = self.fills.pop_front() {
+                if let Some(trace) = &self.shared.trace {
+                    trace.reading(TraceEvent {
+                        what: Happening::Read,
+                        unit: Some(f.unit),
+                        start_ns: f.begun_ns,
+                        end_ns: trace.now_ns(),
+                        bytes: self.shared.layouts[f.unit.index()].read_bytes,
+                    });
+                }
                 let filled = Filled {
                     unit: f.unit,
                     region: f.region,

@@ -128,6 +128,35 @@ fn bound_share(bytes: f64, compute_s: f64, pass_s: f64, best_gb_per_s: Option<f6
     Some(disk_s.max(compute_s) / pass_s)
 }
 
+/// What kept the passes from their bound, each part as a share of the time; parts below a percent are left out. Against a
+/// bound of the disk: the disk slower than it can be, and the disk with nothing to do. Against one of computing: waits, and
+/// what is neither (rows of the embedding, sampling).
+fn where_the_rest_went(p: &PagingReport, pass_s: f64) -> Option<String> {
+    let best = p.probed_disk_gb_per_s.filter(|r| *r > 0.0)?;
+    let passes = p.passes.max(1) as f64;
+    let disk_bound_s = p.disk_bytes_per_pass as f64 * passes / (best * 1e9);
+    let parts = if disk_bound_s >= p.compute_s {
+        // More may have been read than was used: passes end with slots full.
+        let busy = p.disk_s.min(pass_s);
+        vec![
+            ("the disk below its best rate", busy - disk_bound_s),
+            ("the disk without a free slot", pass_s - busy),
+        ]
+    } else {
+        vec![
+            ("waits for the disk", p.stall_disk_s),
+            ("outside the layers", pass_s - p.stall_disk_s - p.compute_s),
+        ]
+    };
+    let words: Vec<String> = parts
+        .into_iter()
+        .map(|(what, s)| (what, 100.0 * s / pass_s.max(1e-12)))
+        .filter(|(_, percent)| *percent >= 1.0)
+        .map(|(what, percent)| format!("{percent:.0} % {what}"))
+        .collect();
+    (!words.is_empty()).then(|| words.join(", "))
+}
+
 fn rate(bytes: u64, seconds: f64) -> f64 {
     if seconds > 0.0 {
         bytes as f64 / seconds / 1e9
@@ -179,9 +208,12 @@ pub fn closing_lines(
     tokens: usize,
     t: &Timings,
     paging: &PagingReport,
+    during: &EngineStats,
     engine: &Engine,
 ) -> String {
+    let pass_s = during.pass.as_secs_f64();
     let plan = engine.plan();
+    let bytes_per_token = during.paging.used_bytes / during.rows.max(1);
     let total = engine.plan().tiers.len();
     let resident = plan.tiers.iter().filter(|t| **t == Tier::Cpu).count();
     let mut text = format!(
@@ -195,15 +227,21 @@ pub fn closing_lines(
         );
     } else {
         text += &format!(
-            "{} from disk a pass at {:.2} GB/s, {resident} of {total} units in RAM ({}); waited for the disk {:.0} % of the time; ",
-            human_bytes(paging.disk_bytes_per_pass),
+            "{} from disk a token at {:.2} GB/s, {resident} of {total} units in RAM ({}); waited for the disk {:.0} % of the time; ",
+            human_bytes(bytes_per_token),
             paging.disk_gb_per_s,
             human_bytes(plan.resident_bytes),
             100.0 * paging.stall_disk_s / (paging.stall_disk_s + paging.compute_s).max(1e-9),
         );
     }
     match paging.percent_of_bound {
-        Some(p) => text += &format!("{p:.0} % of this machine's bound; "),
+        Some(p) => {
+            text += &format!("{p:.0} % of this machine's bound");
+            if let Some(rest) = where_the_rest_went(paging, pass_s) {
+                text += &format!(" ({rest})");
+            }
+            text += "; ";
+        }
         None => text += "bound unknown (run `tensorpager bench io` once); ",
     }
     text + &format!("peak memory {}", human_bytes(paging.peak_memory_bytes))

@@ -105,6 +105,13 @@ impl Checksums {
         self.recorded
     }
 
+    /// Whether they are seeded by this source.
+    pub(crate) fn made_of(&self, source: u64) -> bool {
+        self.files
+            .first()
+            .is_none_or(|f| f.seed == file_seed(source, 0))
+    }
+
     /// Length of a file, as the checksums know it.
     pub fn file_bytes(&self, file: FileId) -> u64 {
         self.files[file.index()].bytes

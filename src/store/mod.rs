@@ -13,6 +13,7 @@ mod inspect;
 mod layout;
 mod lock;
 mod manifest;
+mod outline;
 mod pack;
 mod plan;
 mod prepare;
@@ -31,6 +32,7 @@ pub use inspect::{ModelInfo, PackInfo, PackState, UnitInfo, describe, list_packs
 pub use layout::{Extent, MERGE_GAP_BYTES, Place, UnitLayout};
 pub use lock::Holder;
 pub use manifest::FORMAT_VERSION;
+pub use outline::{Outline, free_for_pack, outline};
 pub use pack::{FailPoint, PackProgress, PackReport, Step, TensorWarning};
 pub use prepare::{InPlace, PackOptions, Prepared};
 pub use space::free_bytes;

@@ -1,8 +1,9 @@
 //! Everything about a pack that is decided before the first byte: names, types, layout, manifest.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use super::Store;
 use super::checksums::hash_bytes;
 use super::dtype::{DtypeLabel, DtypePolicy};
 use super::layout::{PackedFile, UnitLayout, plan_packed};
@@ -103,6 +104,20 @@ impl<'c> Plan<'c> {
         let base = format!("{}--{}", self.label, self.dtype.short());
         let second = format!("{base}-{:08x}", self.variant >> 32);
         [base, second]
+    }
+
+    /// Where its pack may lie.
+    pub fn folders(&self, offload_folder: &Path) -> [PathBuf; 2] {
+        self.folder_names().map(|name| offload_folder.join(name))
+    }
+
+    pub fn layouts(&self) -> &[UnitLayout] {
+        &self.layouts
+    }
+
+    /// Whether `store` is the pack of this source with these types.
+    pub fn made(&self, store: &Store) -> bool {
+        store.checksums.made_of(self.identity) && self.has_dtypes_of(&store.units)
     }
 
     pub fn first_cast(&self) -> Option<(&str, Dtype, Dtype)> {

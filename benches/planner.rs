@@ -1,0 +1,232 @@
+//! The planner's own time, and what a pass costs over prefetch depth × page size on simulated disks.
+//!
+//! `cargo bench --bench planner`. The disks are a reader that answers from memory after a time of its own: a fast one, a slow one, and a
+//! slow one that now and then takes ten times as long.
+
+use std::collections::VecDeque;
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use tensorpager::checkpoint::{Checkpoint, OpenOptions};
+use tensorpager::io::{RawDone, ReadOp, Reader};
+use tensorpager::paging::{
+    Budget, Pager, PagerOptions, Placement, Plan, Planner, Problem, SlotLayout, Strategy,
+    TierRates, UnitSize, VerifyWhen, is_streamed,
+};
+use tensorpager::spec::UnitKind;
+use tensorpager::store::Store;
+use tensorpager::units::UnitId;
+
+const MIB: u64 = 1 << 20;
+
+fn model(layers: u32, heads: u32, jitter: u64) -> Vec<UnitSize> {
+    let unit = |kind, bytes| UnitSize {
+        kind,
+        room_bytes: bytes,
+        read_bytes: bytes,
+    };
+    let mut v = vec![unit(UnitKind::Embed, 1000 * MIB)];
+    v.extend((0..layers).map(|i| unit(UnitKind::Layer(i), 444 * MIB + u64::from(i) % 5 * jitter)));
+    v.push(unit(UnitKind::Norm, 4096));
+    v.extend((0..heads).map(|i| {
+        unit(
+            UnitKind::Head(i),
+            if i + 1 == heads { 100 * MIB } else { 440 * MIB },
+        )
+    }));
+    v
+}
+
+fn planner(c: &mut Criterion) {
+    let mut group = c.benchmark_group("planner");
+    for (name, layers, heads, jitter) in [
+        ("7B", 28, 3, 0),
+        ("7B in place", 28, 3, 65_536),
+        ("70B", 80, 5, 0),
+    ] {
+        let units = model(layers, heads, jitter);
+        for (machine, gpu_bytes) in [("cpu", None), ("gpu", Some(6 << 30))] {
+            let problem = Problem {
+                units: &units,
+                budget: Budget {
+                    cpu_bytes: 8 << 30,
+                    gpu_bytes,
+                },
+                depth: 1,
+                tied_head: false,
+                rates: TierRates::default(),
+            };
+            group.bench_function(BenchmarkId::new(name, machine), |b| {
+                b.iter(|| Planner.place(black_box(&problem)));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Serves reads one after the other, each `latency` plus its bytes at `bytes_per_s`; one in `every` takes ten times as long.
+struct Disk {
+    inner: Box<dyn Reader>,
+    per_read: Duration,
+    ns_per_kib: u64,
+    every: u64,
+    count: u64,
+    free_at: Instant,
+    raw: Vec<RawDone>,
+    held: VecDeque<(RawDone, Instant)>,
+}
+
+impl Disk {
+    fn wrap(inner: Box<dyn Reader>, gb_per_s: f64, every: u64) -> Box<dyn Reader> {
+        let depth = inner.capacity();
+        Box::new(Disk {
+            inner,
+            per_read: Duration::from_micros(80),
+            ns_per_kib: (1024.0 / gb_per_s) as u64,
+            every,
+            count: 0,
+            free_at: Instant::now(),
+            raw: Vec::with_capacity(depth),
+            held: VecDeque::with_capacity(depth),
+        })
+    }
+}
+
+impl Reader for Disk {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+    fn capacity(&self) -> usize {
+        self.inner.capacity()
+    }
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight() + self.held.len()
+    }
+    fn submit(&mut self, op: ReadOp, skip: usize) -> Result<(), ReadOp> {
+        match self.in_flight() < self.capacity() {
+            true => self.inner.submit(op, skip),
+            false => Err(op),
+        }
+    }
+    fn reap(
+        &mut self,
+        min: usize,
+        timeout: Duration,
+        out: &mut Vec<RawDone>,
+    ) -> tensorpager::error::Result<()> {
+        let end = Instant::now() + timeout;
+        let min = min.min(self.in_flight());
+        let mut got = 0;
+        loop {
+            let need = usize::from(self.held.is_empty() && self.inner.in_flight() > 0);
+            self.inner.reap(
+                need,
+                end.saturating_duration_since(Instant::now()),
+                &mut self.raw,
+            )?;
+            for done in self.raw.drain(..) {
+                self.count += 1;
+                let mut takes = self.per_read
+                    + Duration::from_nanos(self.ns_per_kib * (done.op.frame.len() as u64 >> 10));
+                if self.every > 0 && self.count.is_multiple_of(self.every) {
+                    takes *= 10;
+                }
+                self.free_at = self.free_at.max(Instant::now()) + takes;
+                self.held.push_back((done, self.free_at));
+            }
+            while let Some((_, due)) = self.held.front()
+                && *due <= Instant::now()
+                && let Some((done, _)) = self.held.pop_front()
+            {
+                out.push(done);
+                got += 1;
+            }
+            if got >= min || Instant::now() >= end {
+                return Ok(());
+            }
+            if let Some((_, due)) = self.held.front() {
+                std::thread::sleep(due.min(&end).saturating_duration_since(Instant::now()));
+            }
+        }
+    }
+    fn describe(&self) -> String {
+        format!("{}, simulated disk", self.inner.describe())
+    }
+}
+
+fn fast(r: Box<dyn Reader>) -> Box<dyn Reader> {
+    Disk::wrap(r, 4.0, 0)
+}
+fn slow(r: Box<dyn Reader>) -> Box<dyn Reader> {
+    Disk::wrap(r, 0.5, 0)
+}
+fn jittery(r: Box<dyn Reader>) -> Box<dyn Reader> {
+    Disk::wrap(r, 1.0, 16)
+}
+
+/// One pass through the pager, each unit "computed" for as long as the fast disk takes to read it.
+fn paging(c: &mut Criterion) {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16");
+    let ckpt =
+        Checkpoint::open(&dir.to_string_lossy(), &OpenOptions::default()).expect("the fixture");
+    let store = Store::open_in_place(&ckpt).expect("the fixture opens");
+    let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
+    type Wrap = fn(Box<dyn Reader>) -> Box<dyn Reader>;
+    let disks: [(&str, Wrap); 3] = [("fast", fast), ("slow", slow), ("jittery", jittery)];
+    let mut group = c.benchmark_group("paging");
+    group.sample_size(10);
+    group.warm_up_time(Duration::from_millis(300));
+    group.measurement_time(Duration::from_secs(2));
+    for (name, wrap) in disks {
+        for depth in [1, 2, 4] {
+            for page in [64u64 << 10, 256 << 10] {
+                let layouts: Vec<SlotLayout> = store
+                    .units
+                    .iter()
+                    .map(|u| SlotLayout::new(u, &file_bytes, page))
+                    .collect();
+                let plan =
+                    Plan::new(&layouts, 1 << 30, depth, &Placement::Disk, true).expect("1 GiB");
+                let pass: Vec<UnitId> = store
+                    .units
+                    .iter()
+                    .filter(|u| is_streamed(u.kind))
+                    .map(|u| u.id)
+                    .collect();
+                group.throughput(Throughput::Bytes(plan.streamed_bytes));
+                let compute = Duration::from_nanos(plan.streamed_bytes / 4 / pass.len() as u64);
+                let options = PagerOptions {
+                    wrap: Some(wrap),
+                    verify: VerifyWhen::Never,
+                    ..PagerOptions::default()
+                };
+                let cancel = Arc::new(AtomicBool::new(false));
+                let mut pager =
+                    Pager::start(&store, layouts, plan, &options, cancel, &mut |_, _| {})
+                        .expect("starts");
+                let id = BenchmarkId::new(name, format!("depth {depth}, {} KiB", page >> 10));
+                group.bench_function(id, |b| {
+                    b.iter(|| {
+                        pager.begin_pass().expect("a pass");
+                        for unit in &pass {
+                            let lease = pager.acquire(*unit).expect("it arrives");
+                            black_box(pager.bytes(&lease));
+                            let until = Instant::now() + compute;
+                            while Instant::now() < until {
+                                std::hint::spin_loop();
+                            }
+                            pager.release(lease).expect("released");
+                        }
+                    });
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, planner, paging);
+criterion_main!(benches);

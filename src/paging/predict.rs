@@ -1,0 +1,381 @@
+//! What a pass will cost, from sizes and rates alone.
+//!
+//! The bound is the formula of the design: max(D / B_d, (D + R) / B_p, compute). The prediction walks the same schedule as
+//! the pager does, unit by unit, with one disk and a fixed number of slots, until the period of a pass is steady: it sees
+//! the gaps that the bound cannot, such as a burst of residents while the disk has no free slot.
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Plan, Tier, is_streamed};
+use super::strategy::UnitSize;
+use crate::spec::UnitKind;
+use crate::units::BLOCK_BYTES;
+
+/// How long a product takes, by rows: measured points or two rates given by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ComputeRates {
+    /// Weights read by a product of one row, 10⁹ bytes a second.
+    pub memory_gb_per_s: f64,
+    /// 10⁹ floating point operations a second of a product of many rows (a multiply and an add are two).
+    pub gflops: f64,
+    /// Bytes per parameter of the weights measured with.
+    pub element_bytes: f64,
+    /// `(rows, nanoseconds per byte of weights)`, rows ascending. Empty where rates were given by hand.
+    #[serde(default)]
+    pub points: Vec<(usize, f64)>,
+}
+
+impl ComputeRates {
+    /// Seconds that products of `rows` rows with `bytes` of weights take.
+    pub fn seconds(&self, bytes: u64, element_bytes: f64, rows: usize) -> f64 {
+        if rows == 0 {
+            return 0.0;
+        }
+        let bytes = bytes as f64;
+        let flops = 2.0 * rows as f64 * bytes / element_bytes;
+        let by_rate = (bytes / (self.memory_gb_per_s * 1e9)).max(flops / (self.gflops * 1e9));
+        let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {
+            return by_rate;
+        };
+        let ns_per_byte = match self.points.iter().position(|(r, _)| *r >= rows) {
+            Some(0) => first.1,
+            Some(i) => {
+                let ((r0, t0), (r1, t1)) = (self.points[i - 1], self.points[i]);
+                t0 + (t1 - t0) * (rows - r0) as f64 / (r1 - r0) as f64
+            }
+            // Beyond the last point all is arithmetic.
+            None => last.1 * rows as f64 / last.0 as f64,
+        };
+        bytes * ns_per_byte * 1e-9
+    }
+}
+
+/// What a machine gives, measured or given by hand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineRates {
+    pub disk_gb_per_s: f64,
+    pub compute: ComputeRates,
+}
+
+/// What one pass has to do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PassWork {
+    /// Tokens that go through the layers.
+    pub rows: usize,
+    /// Tokens whose logits are wanted: rows of the head's product.
+    pub wanted: usize,
+    /// Keys and values read, all layers together, bytes.
+    pub kv_bytes: u64,
+    /// Bytes per parameter of the weights.
+    pub element_bytes: f64,
+}
+
+/// A pass as predicted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct PassCost {
+    pub pass_s: f64,
+    /// max(disk, compute): what no schedule can beat.
+    pub bound_s: f64,
+    /// The disk's part alone.
+    pub disk_s: f64,
+    pub compute_s: f64,
+    /// From disk, embedding rows included.
+    pub disk_bytes: u64,
+}
+
+/// Passes simulated before one is taken as the steady state: the first fills the slots.
+const WARM_PASSES: usize = 3;
+
+/// The steady state of passes under `plan` on a machine whose CPU computes.
+pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &PassWork) -> PassCost {
+    let disk = |bytes: u64| bytes as f64 / (rates.disk_gb_per_s * 1e9);
+    let layers = units
+        .iter()
+        .filter(|u| matches!(u.kind, UnitKind::Layer(_)))
+        .count();
+    let kv_s = work.kv_bytes as f64 / (rates.compute.memory_gb_per_s * 1e9 * layers.max(1) as f64);
+    let compute = |u: &UnitSize| match u.kind {
+        UnitKind::Layer(_) => {
+            rates
+                .compute
+                .seconds(u.read_bytes, work.element_bytes, work.rows)
+                + kv_s
+        }
+        _ => rates
+            .compute
+            .seconds(u.read_bytes, work.element_bytes, work.wanted),
+    };
+    // (reading time if it is streamed, computing time)
+    let steps: Vec<(Option<f64>, f64)> = units
+        .iter()
+        .zip(&plan.tiers)
+        .filter(|(u, _)| is_streamed(u.kind))
+        .map(|(u, t)| ((*t == Tier::Disk).then(|| disk(u.read_bytes)), compute(u)))
+        .collect();
+    // A row lies in one block or two; sequences rarely share one.
+    let gathered = match plan.gather_bytes {
+        0 => 0,
+        _ => work.rows as u64 * BLOCK_BYTES,
+    };
+    let disk_bytes = plan.streamed_bytes + gathered;
+    let compute_s: f64 = steps.iter().map(|s| s.1).sum();
+    let disk_s = disk(disk_bytes);
+    PassCost {
+        pass_s: simulate(&steps, plan.slots, disk(gathered)),
+        bound_s: disk_s.max(compute_s),
+        disk_s,
+        compute_s,
+        disk_bytes,
+    }
+}
+
+/// The period of a pass: one disk reads the streamed units in order, each into a slot that the unit `slots` before it has
+/// left; computing goes in order. Embedding rows are read before the first unit computes, behind the reads under way.
+fn simulate(steps: &[(Option<f64>, f64)], slots: usize, gather_s: f64) -> f64 {
+    let streamed: Vec<f64> = steps.iter().filter_map(|s| s.0).collect();
+    let total = streamed.len() * (WARM_PASSES + 1);
+    let (mut clock, mut disk, mut issued) = (0.0f64, 0.0f64, 0usize);
+    // When each streamed unit (over all passes) is there, and when its slot is left.
+    let mut there: Vec<f64> = Vec::with_capacity(total);
+    let mut left: Vec<f64> = Vec::with_capacity(total);
+    let mut ends = Vec::with_capacity(WARM_PASSES + 1);
+    for _ in 0..=WARM_PASSES {
+        let mut issue = |now: f64, disk: &mut f64, there: &mut Vec<f64>, left: &[f64]| {
+            // Every read whose slot is free by now has begun, back to back.
+            while issued < total && issued < left.len() + slots {
+                let free = if issued < slots {
+                    0.0
+                } else {
+                    left[issued - slots]
+                };
+                let start = disk.max(free);
+                if start > now {
+                    break;
+                }
+                *disk = start + streamed[issued % streamed.len()];
+                there.push(*disk);
+                issued += 1;
+            }
+        };
+        if gather_s > 0.0 {
+            issue(clock, &mut disk, &mut there, &left);
+            disk = disk.max(clock) + gather_s;
+            clock = disk;
+        }
+        for (read, compute) in steps {
+            if read.is_some() {
+                let mine = left.len();
+                // Waiting lets time pass, so everything up to this unit is issued.
+                while there.len() <= mine {
+                    let free = if there.len() < slots {
+                        0.0
+                    } else {
+                        left[there.len() - slots]
+                    };
+                    issue(disk.max(free), &mut disk, &mut there, &left);
+                }
+                clock = clock.max(there[mine]) + compute;
+                left.push(clock);
+            } else {
+                clock += compute;
+            }
+            issue(clock, &mut disk, &mut there, &left);
+        }
+        ends.push(clock);
+    }
+    match ends.as_slice() {
+        [.., before, last] => last - before,
+        _ => 0.0,
+    }
+}
+
+/// Rows at which computing takes as long as the disk: from there on more tokens a pass are no longer free. `None` when
+/// nothing is streamed, or more than `most` rows would be needed.
+pub fn rows_that_hide_the_disk(
+    units: &[UnitSize],
+    plan: &Plan,
+    rates: &MachineRates,
+    element_bytes: f64,
+    most: usize,
+) -> Option<usize> {
+    if plan.streamed_bytes == 0 {
+        return None;
+    }
+    let hidden = |rows: usize| {
+        let work = PassWork {
+            rows,
+            wanted: rows,
+            kv_bytes: 0,
+            element_bytes,
+        };
+        let cost = predict(units, plan, rates, &work);
+        cost.compute_s >= plan.streamed_bytes as f64 / (rates.disk_gb_per_s * 1e9)
+    };
+    if !hidden(most) {
+        return None;
+    }
+    let (mut low, mut high) = (0, most);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        match hidden(middle) {
+            true => high = middle,
+            false => low = middle,
+        }
+    }
+    Some(high)
+}
+
+/// How many of `queue` sequences to run at once: memory that holds their keys and values holds no weights. `at(n)` plans and
+/// predicts `n` sequences; `None` where they do not fit. Gives the number with the most tokens a second and its pass.
+pub fn best_concurrency<T>(
+    queue: usize,
+    at: &mut dyn FnMut(usize) -> Option<(PassCost, T)>,
+) -> Option<(usize, PassCost, T)> {
+    let mut tried: Vec<usize> = std::iter::successors(Some(1usize), |n| n.checked_mul(2))
+        .take_while(|n| *n < queue)
+        .chain([queue])
+        .collect();
+    tried.sort_unstable();
+    let mut best: Option<(usize, PassCost, T)> = None;
+    let consider = |n: usize,
+                    best: &mut Option<(usize, PassCost, T)>,
+                    at: &mut dyn FnMut(usize) -> Option<(PassCost, T)>| {
+        let Some((cost, plan)) = at(n) else {
+            return;
+        };
+        let rate = n as f64 / cost.pass_s.max(1e-12);
+        if best
+            .as_ref()
+            .is_none_or(|(m, b, _)| rate > *m as f64 / b.pass_s.max(1e-12))
+        {
+            *best = Some((n, cost, plan));
+        }
+    };
+    for n in tried {
+        consider(n, &mut best, at);
+    }
+    // Between the powers of two around the best: the throughput has one hump.
+    let centre = best.as_ref()?.0;
+    for eighth in [5, 6, 7, 9, 10, 11, 12, 13, 14, 15] {
+        let n = centre * eighth / 8;
+        if n > 0 && n < queue && n != centre {
+            consider(n, &mut best, at);
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::paging::Placement;
+
+    const MIB: u64 = 1 << 20;
+
+    fn model(layers: u32) -> Vec<UnitSize> {
+        let unit = |kind, mib: u64| UnitSize {
+            kind,
+            room_bytes: mib * MIB,
+            read_bytes: mib * MIB,
+        };
+        let mut v = vec![unit(UnitKind::Embed, 200)];
+        v.extend((0..layers).map(|i| unit(UnitKind::Layer(i), 100)));
+        v.push(unit(UnitKind::Norm, 1));
+        v.push(unit(UnitKind::Head(0), 100));
+        v
+    }
+
+    fn rates(disk: f64, memory: f64) -> MachineRates {
+        MachineRates {
+            disk_gb_per_s: disk,
+            compute: ComputeRates {
+                memory_gb_per_s: memory,
+                gflops: 400.0,
+                element_bytes: 2.0,
+                points: vec![],
+            },
+        }
+    }
+
+    fn work(rows: usize) -> PassWork {
+        PassWork {
+            rows,
+            wanted: rows,
+            kv_bytes: 0,
+            element_bytes: 2.0,
+        }
+    }
+
+    fn at(budget_mib: u64, disk: f64, memory: f64, rows: usize) -> PassCost {
+        let units = model(20);
+        let plan = Plan::of_sizes(&units, budget_mib * MIB, 1, &Placement::Auto, true).unwrap();
+        predict(&units, &plan, &rates(disk, memory), &work(rows))
+    }
+
+    #[test]
+    fn two_slots_reach_the_bound_where_units_are_alike() {
+        for (disk, memory) in [(1.0, 20.0), (10.0, 3.0)] {
+            let c = at(300, disk, memory, 1);
+            assert!(c.pass_s >= c.bound_s * 0.999, "{c:?}");
+            assert!(c.pass_s <= c.bound_s * 1.02, "{c:?}");
+        }
+        // As fast as one another: embedding rows wait for the unit being read, and computing for them.
+        let c = at(300, 5.0, 5.0, 1);
+        assert!(c.pass_s <= c.bound_s * 1.001 + 0.1 * 1.049 / 5.0, "{c:?}");
+    }
+
+    #[test]
+    fn spread_residents_keep_the_disk_busy() {
+        // Half the model resident, a disk half as fast as computing: the disk is the bound and never waits for long.
+        let c = at(1300, 2.0, 4.0, 1);
+        assert!(c.pass_s <= c.bound_s * 1.10, "{c:?}");
+        // The head is among the residents: its rows serve as the embedding, and none are gathered.
+        assert_eq!(c.disk_bytes, 1100 * MIB);
+    }
+
+    #[test]
+    fn a_pass_costs_the_same_until_computing_catches_up() {
+        let one = at(300, 1.0, 20.0, 1);
+        let eight = at(300, 1.0, 20.0, 8);
+        assert!(eight.pass_s < one.pass_s * 1.01, "{one:?} {eight:?}");
+        let units = model(20);
+        let plan = Plan::of_sizes(&units, 300 * MIB, 1, &Placement::Auto, true).unwrap();
+        let rows = rows_that_hide_the_disk(&units, &plan, &rates(1.0, 20.0), 2.0, 1 << 20).unwrap();
+        // F · b / (2 · B): 400 · 2 / (2 · 1)
+        assert!((390..=410).contains(&rows), "{rows}");
+    }
+
+    #[test]
+    fn measured_points_are_interpolated() {
+        let c = ComputeRates {
+            memory_gb_per_s: 20.0,
+            gflops: 400.0,
+            element_bytes: 2.0,
+            points: vec![(1, 0.05), (8, 0.06), (64, 0.2)],
+        };
+        let s = |rows| c.seconds(1_000_000_000, 2.0, rows);
+        assert!((s(1) - 0.05).abs() < 1e-9 && (s(64) - 0.2).abs() < 1e-9);
+        assert!((s(36) - 0.13).abs() < 1e-9, "{}", s(36));
+        assert!((s(128) - 0.4).abs() < 1e-9);
+        assert_eq!(s(0), 0.0);
+    }
+
+    #[test]
+    fn a_deep_queue_takes_memory_from_weights_for_kv() {
+        let units = model(20);
+        let r = rates(1.0, 20.0);
+        // A budget of 1.5 GB, 10 MiB of KV a sequence.
+        let mut at = |n: usize| {
+            let left = (1500 * MIB).checked_sub(n as u64 * 10 * MIB)?;
+            let plan = Plan::of_sizes(&units, left, 1, &Placement::Auto, true).ok()?;
+            let cost = predict(&units, &plan, &r, &work(n));
+            Some((cost, plan.resident_bytes))
+        };
+        let (one, _, weights) = best_concurrency(1, &mut at).unwrap();
+        let (many, _, fewer) = best_concurrency(256, &mut at).unwrap();
+        assert_eq!(one, 1);
+        assert!(many > 64, "{many}");
+        assert!(fewer < weights);
+        assert!(best_concurrency(4, &mut |_| None::<(PassCost, ())>).is_none());
+    }
+}

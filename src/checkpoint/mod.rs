@@ -146,6 +146,7 @@ impl Checkpoint {
             None => folder.clone(),
         };
         let (config, config_hash) = read_config(&config_folder, place.kind)?;
+        config_folder.check_text_files()?;
         let mut listing = Listing::default();
         match place.kind {
             SourceKind::HfFolder => safetensors::list(&folder, &mut listing)?,

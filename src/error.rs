@@ -33,6 +33,8 @@ pub enum Code {
     Text,
     /// An image or video.
     Media,
+    /// More rows of a job failed than were allowed to.
+    Rows,
     /// Ctrl-C.
     Interrupted,
     /// A promise inside the engine was broken: a bug.
@@ -56,6 +58,7 @@ impl Code {
             Code::Device => "device",
             Code::Text => "text",
             Code::Media => "media",
+            Code::Rows => "rows",
             Code::Interrupted => "interrupted",
             Code::Internal => "internal",
         }

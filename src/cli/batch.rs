@@ -4,28 +4,29 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use serde::Serialize;
 
 use super::batch_bench::{self, BenchOptions};
+use super::batch_report;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
-use super::run::print;
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
-    BatchJob, JobSpec, JobSummary, Looker, MaxErrors, Order, Paths, Rules, Shard, Sizing,
+    BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, default_errors, fingerprint,
 };
 use crate::engine::{Engine, HostMemory};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
-use crate::report::summary::{PagingReport, Timings, VisionReport};
+use crate::report::summary::Timings;
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
 /// Tokens of a chat answer where neither row, user nor model says how many, as with `run`.
 const DEFAULT_MAX_TOKENS: usize = 512;
+/// KV gets at least one part in so many of the budget before the budget is called too small.
+const LEAST_KV_SHARE: u64 = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OrderArg {
@@ -139,32 +140,6 @@ pub struct BatchArgs {
     /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
-}
-
-/// What `--json` ends with.
-#[derive(Serialize)]
-struct BatchReport<'a> {
-    model: &'a str,
-    device: &'a str,
-    dtype: &'a str,
-    output: String,
-    errors: String,
-    /// Of this job or shard.
-    rows: u64,
-    rows_done: u64,
-    rows_failed: u64,
-    rows_remaining: u64,
-    /// What this start did.
-    this_run: Figures,
-    prompt_tokens: u64,
-    output_tokens: u64,
-    sequences: usize,
-    kv_tokens: usize,
-    context: usize,
-    timings: Timings,
-    paging: PagingReport,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    vision: Option<VisionReport>,
 }
 
 /// Text and picture tools and rules of a model, shared with batch-check.
@@ -311,10 +286,17 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         ..Timings::default()
     };
     if args.json {
-        report(&args, &model, &job, &summary, opened.as_ref(), timings)?;
+        batch_report::print_json(
+            &model,
+            &args.machine,
+            &job,
+            &summary,
+            opened.as_ref(),
+            timings,
+        )?;
     }
     if !quiet {
-        eprintln!("{}", last_words(&job, &summary));
+        eprintln!("{}", batch_report::last_words(&job, &summary));
     }
     Ok(match (summary.remaining, summary.failed) {
         (0, 0) => 0,
@@ -413,21 +395,17 @@ fn open_engine(
         return Ok(None);
     }
     let sample = job.sample(&texts.tools())?;
-    let sizing = Sizing::choose(
-        &model.store.spec,
-        &sample,
-        &SizingInput {
-            sequences: args.max_sequences,
-            kv_bytes: args.kv_memory,
-            context: args.machine.context,
-            budget: budget(&args.machine)?,
-            weights: model.weight_bytes(),
-            element_bytes: model.element_bytes(),
-            rows: job.remaining(),
-        },
-    );
-    let engine = engine_for(model, texts, &args.machine, &sizing, signals, quiet)?;
-    Ok(Some((engine, sizing)))
+    let input = SizingInput {
+        sequences: args.max_sequences,
+        kv_bytes: args.kv_memory,
+        kv_share: 1,
+        context: args.machine.context,
+        budget: budget(&args.machine)?,
+        weights: model.weight_bytes(),
+        element_bytes: model.element_bytes(),
+        rows: job.remaining(),
+    };
+    open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
 }
 
 pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
@@ -436,7 +414,34 @@ pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
         .unwrap_or_else(|| HostMemory::read().default_budget()))
 }
 
-pub(super) fn engine_for(
+/// An engine with as much KV room as the rows want, up to half of the budget; less where the model would not fit beside it.
+pub(super) fn open_sized(
+    model: &Model,
+    texts: &Texts,
+    machine: &MachineOptions,
+    sample: &RowSample,
+    input: SizingInput,
+    signals: &TwoStage,
+    quiet: bool,
+) -> Result<(Engine, Sizing)> {
+    let mut kv_share = 2;
+    loop {
+        let input = SizingInput { kv_share, ..input };
+        let sizing = Sizing::choose(&model.store.spec, sample, &input);
+        match engine_for(model, texts, machine, &sizing, signals, quiet) {
+            Err(e)
+                if e.code() == Code::Memory
+                    && input.kv_bytes.is_none()
+                    && kv_share < LEAST_KV_SHARE =>
+            {
+                kv_share *= 2;
+            }
+            opened => return opened.map(|engine| (engine, sizing)),
+        }
+    }
+}
+
+fn engine_for(
     model: &Model,
     texts: &Texts,
     machine: &MachineOptions,
@@ -454,83 +459,6 @@ pub(super) fn engine_for(
         ..OpenFor::default()
     };
     model.engine(machine, &want, &signals.cancel, quiet)
-}
-
-fn report(
-    args: &BatchArgs,
-    model: &Model,
-    job: &BatchJob,
-    summary: &JobSummary,
-    opened: Option<&(Engine, Sizing)>,
-    timings: Timings,
-) -> Result<()> {
-    let p = &summary.progress;
-    let (paging, sizing) = match opened {
-        Some((engine, sizing)) => {
-            let settings = model.read_settings(&args.machine, &p.stats);
-            (PagingReport::new(engine, &p.stats, &settings), *sizing)
-        }
-        None => (PagingReport::default(), Sizing::default()),
-    };
-    let report = BatchReport {
-        model: &job.rules().model,
-        device: opened.map_or("cpu", |(e, _)| e.device().name()),
-        dtype: &model.dtype(),
-        output: job.paths().output.display().to_string(),
-        errors: job.paths().errors.display().to_string(),
-        rows: job.rows(),
-        rows_done: job.done(),
-        rows_failed: summary.failed,
-        rows_remaining: summary.remaining,
-        this_run: Figures::new(p),
-        prompt_tokens: p.prompt_tokens,
-        output_tokens: p.output_tokens,
-        sequences: sizing.sequences,
-        kv_tokens: sizing.kv_tokens,
-        context: opened.map_or(0, |(e, _)| e.context()),
-        timings,
-        paging,
-        vision: VisionReport::new(&p.vision),
-    };
-    let text = serde_json::to_string(&report)
-        .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
-    print(&format!("{text}\n"))
-}
-
-fn last_words(job: &BatchJob, s: &JobSummary) -> String {
-    let f = Figures::new(&s.progress);
-    let mut text = format!(
-        "{} of {} rows answered; {} tokens out in {:.1} s: {:.1} tokens/s",
-        job.done(),
-        job.rows(),
-        f.output_tokens,
-        f.elapsed_s,
-        f.output_tokens_per_s
-    );
-    if f.shared_prompt_tokens > 0 {
-        text += &format!("; {} prompt tokens shared", f.shared_prompt_tokens);
-    }
-    if s.failed > 0 {
-        text += &format!(
-            "; {} failed: see {}",
-            s.failed,
-            job.paths().errors.display()
-        );
-    }
-    if s.other_model > 0 {
-        text += &format!(
-            "\n{} rows ask for another model than {}; they were answered by this one",
-            s.other_model,
-            job.rules().model
-        );
-    }
-    if s.remaining > 0 {
-        text += &format!(
-            "\ninterrupted: {} rows remain; the same command goes on",
-            s.remaining
-        );
-    }
-    text
 }
 
 fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {

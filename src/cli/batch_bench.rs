@@ -5,12 +5,12 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::batch::{Texts, budget, engine_for};
+use super::batch::{Texts, budget, open_sized};
 use super::model::Model;
 use super::options::MachineOptions;
 use super::run::print;
 use super::signals::TwoStage;
-use crate::engine::jobs::{RowSample, Sizing, SizingInput};
+use crate::engine::jobs::{RowSample, SizingInput};
 use crate::engine::{Engine, EngineStats, Event, Job};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings};
@@ -85,15 +85,23 @@ pub fn run(
     let input = SizingInput {
         sequences: how.sequences,
         kv_bytes: how.kv_bytes,
+        kv_share: 1,
         context: Some(how.machine.context.unwrap_or(row)),
         budget: budget(how.machine)?,
         weights: model.weight_bytes(),
         element_bytes: model.element_bytes(),
         rows: rows as u64,
     };
-    let sizing = Sizing::choose(&model.store.spec, &sample, &input);
     let load = Instant::now();
-    let mut engine = engine_for(model, texts, how.machine, &sizing, signals, how.quiet)?;
+    let (mut engine, sizing) = open_sized(
+        model,
+        texts,
+        how.machine,
+        &sample,
+        input,
+        signals,
+        how.quiet,
+    )?;
     let load_s = load.elapsed().as_secs_f64();
     let m = measure(&mut engine, texts, o, rows)?;
     let settings = model.read_settings(how.machine, &m.during);

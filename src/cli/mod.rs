@@ -4,6 +4,7 @@ mod batch;
 mod batch_bench;
 mod batch_check;
 mod batch_merge;
+mod batch_report;
 mod bench;
 mod bench_model;
 mod clean;

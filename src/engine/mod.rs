@@ -87,7 +87,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Queues a job. Refused when it could never run: an empty prompt, or one longer than the context.
+    /// Queues a job. Refused when it could never run: an empty prompt, one longer than the context, or one that no KV room
+    /// there is could hold.
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
         let pictures = Pictures::new(&job.prompt, &job.media, self.spec.vision.as_ref())?;
         if let Some(pictures) = &pictures {
@@ -122,6 +123,16 @@ impl Engine {
     /// One pass. Appends what happened to `events`. Does nothing when no job is pending. After an error nothing computed is
     /// trusted any more: a further step computes every pending job's KV anew.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        self.step_watched(events, &mut |_, _| {})
+    }
+
+    /// As [`Engine::step`]; `watch(units done, units of a pass)` after each unit, for those who wait: a pass over a large
+    /// model takes long.
+    pub fn step_watched(
+        &mut self,
+        events: &mut Vec<Event>,
+        watch: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(crate::paging::interrupted());
         }
@@ -131,7 +142,7 @@ impl Engine {
             true => self.pacer.budget(most),
             false => most,
         };
-        self.scheduler.schedule(budget)?;
+        self.scheduler.schedule(budget, events)?;
         if self.scheduler.pass.rows() == 0 {
             return Ok(());
         }
@@ -141,12 +152,13 @@ impl Engine {
         let vocab = self.spec.vocab;
         let mut logits = std::mem::take(&mut self.logits);
         let before = self.stats();
-        let ran = self.run_pass(&mut |first, n, block| {
+        let mut keep = |first: usize, n: usize, block: &[f32]| {
             for (row, values) in block.chunks_exact(n).enumerate() {
                 logits[row * vocab + first..][..n].copy_from_slice(values);
             }
             Ok(())
-        });
+        };
+        let ran = self.run_pass(&mut keep, watch);
         self.logits = logits;
         if let Err(e) = ran {
             self.scheduler.set_back_all();
@@ -199,10 +211,14 @@ impl Engine {
     }
 
     /// Runs the scheduled pass, streaming its logits into `sink`.
-    fn run_pass(&mut self, sink: &mut LogitsSink<'_>) -> Result<()> {
+    fn run_pass(
+        &mut self,
+        sink: &mut LogitsSink<'_>,
+        watch: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
         let started = Instant::now();
         self.pager.begin_pass()?;
-        let mut source = Paged(&mut self.pager);
+        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
         let pass = &self.scheduler.pass;
         self.forward
             .run(&self.device, &mut self.kv, &mut source, pass, sink)?;

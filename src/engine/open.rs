@@ -13,7 +13,7 @@ use super::{Engine, no_kv_room};
 use crate::device::{Device, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::Forward;
-use crate::model::kv::{BLOCK_TOKENS, KvPool, block_bytes};
+use crate::model::kv::{KvPool, block_bytes};
 use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
@@ -37,7 +37,8 @@ pub struct EngineOptions {
     pub context: usize,
     /// Sequences that may run at once.
     pub max_sequences: usize,
-    /// KV room in tokens; by default every sequence may reach the context.
+    /// KV room in tokens; by default every sequence may reach the context. With less, a sequence that no longer fits even
+    /// alone fails.
     pub kv_tokens: Option<usize>,
     /// Rows a pass may hold; shrinks to fit the budget.
     pub pass_tokens: usize,
@@ -142,7 +143,6 @@ impl Engine {
             return Err(no_kv_room(1));
         }
         let sample_limit = options.sample_limit.unwrap_or(spec.vocab).min(spec.vocab);
-        let context = context.min(kv_blocks * BLOCK_TOKENS);
         let limits = Limits {
             context,
             sequences: options.max_sequences,

@@ -4,7 +4,6 @@
 
 use std::collections::VecDeque;
 
-use super::no_kv_room;
 use super::pictures::{self, Pictures};
 use super::sequence::{Event, FinishReason, Job, JobId, Logprobs, Sequence};
 use crate::error::{Code, Error, Result};
@@ -74,6 +73,8 @@ pub struct Scheduler {
     /// Of `scheduled`, those that choose.
     wanted: usize,
     copies: Vec<BlockCopy>,
+    /// Jobs that no KV room there is could hold, not told yet.
+    outgrown: Vec<Event>,
     stats: ScheduleStats,
 }
 
@@ -88,12 +89,14 @@ impl Scheduler {
             scheduled: Vec::with_capacity(limits.sequences),
             wanted: 0,
             copies: Vec::new(),
+            outgrown: Vec::new(),
             stats: ScheduleStats::default(),
             limits,
         }
     }
 
-    /// Queues a job. Refused when it could never run: an empty prompt, or one that fills the context.
+    /// Queues a job. Refused when it could never run: an empty prompt, one that fills the context (both Code::Usage), or
+    /// one that no KV room there is could hold (Code::Memory).
     pub fn submit(&mut self, job: Job) -> Result<JobId> {
         self.submit_with(job, None)
     }
@@ -118,6 +121,9 @@ impl Scheduler {
             ));
         }
         job.sampling.validate()?;
+        if KvPool::blocks_for(job.prompt.len()) > self.pool.blocks() {
+            return Err(outgrown(job.prompt.len(), self.pool.blocks()));
+        }
         let id = JobId(self.next_id);
         self.next_id += 1;
         self.waiting
@@ -169,15 +175,16 @@ impl Scheduler {
 
     /// Makes the next pass: one token for every sequence that decodes, then chunks of prompts, then new sequences, first
     /// come first served, until `budget` rows, the logits rows or the KV room are used up. Empty only when nothing is
-    /// pending.
-    pub fn schedule(&mut self, budget: usize) -> Result<()> {
+    /// pending. A sequence that has outgrown all KV there is fails: `events` is told.
+    pub fn schedule(&mut self, budget: usize, events: &mut Vec<Event>) -> Result<()> {
         loop {
             self.fill(budget)?;
+            events.append(&mut self.outgrown);
             if self.pass.rows() > 0 || self.running.is_empty() {
                 return Ok(());
             }
             // Several half-read prompts hold all blocks and none can go on.
-            self.set_back_youngest(1)?;
+            self.set_back_youngest();
         }
     }
 
@@ -186,7 +193,7 @@ impl Scheduler {
         self.scheduled.clear();
         self.wanted = 0;
         self.copies.clear();
-        self.make_room_for_decoding()?;
+        self.make_room_for_decoding();
         for i in 0..self.running.len() {
             if self.running[i].pending() == 1 {
                 self.put(i, 1)?;
@@ -200,6 +207,11 @@ impl Scheduler {
                 self.put_prompt(i, most)?;
             }
         }
+        self.admit(most)
+    }
+
+    /// New sequences, while there are places, rows and KV room.
+    fn admit(&mut self, most: usize) -> Result<()> {
         while self.running.len() < self.limits.sequences && self.pass.rows() < most {
             let Some(next) = self.waiting.front_mut() else {
                 break;
@@ -210,7 +222,9 @@ impl Scheduler {
             let full = (next.tokens.len() - 1) / BLOCK_TOKENS;
             let needed = KvPool::blocks_for(next.tokens.len()) + 1;
             let (found, idle) = self.pool.find(next.keys(full));
-            // Admitted only with room for its whole prompt and one more block: half a prompt in the cache helps nobody.
+            // Admitted only with room for its whole prompt and one more block: half a prompt in the cache helps nobody. Whether
+            // room will last until it ends is not asked: where bytes bound the pass, what is set back costs nothing, and
+            // looking ahead was measured to leave more places empty than it saves.
             if needed - found + idle > self.pool.free_blocks() && !self.running.is_empty() {
                 break;
             }
@@ -229,7 +243,7 @@ impl Scheduler {
 
     /// Every decoding sequence needs room for one token. When blocks run out the youngest is set back: its KV is given
     /// up and recomputed later from its tokens, which changes nothing of what it says.
-    fn make_room_for_decoding(&mut self) -> Result<()> {
+    fn make_room_for_decoding(&mut self) {
         loop {
             let needed = self
                 .running
@@ -237,22 +251,27 @@ impl Scheduler {
                 .filter(|s| s.pending() == 1 && s.table.len().is_multiple_of(BLOCK_TOKENS))
                 .count();
             if needed <= self.pool.free_blocks() {
-                return Ok(());
+                return;
             }
-            self.set_back_youngest(needed)?;
+            self.set_back_youngest();
         }
     }
 
-    fn set_back_youngest(&mut self, needed: usize) -> Result<()> {
-        if self.running.len() < 2 {
-            return Err(no_kv_room(needed));
+    /// Alone and still without room, it could never go on: it fails.
+    fn set_back_youngest(&mut self) {
+        let Some(mut youngest) = self.running.pop() else {
+            return;
+        };
+        self.pool.release(&mut youngest.table);
+        if self.running.is_empty() {
+            self.outgrown.push(Event::Failed {
+                job: youngest.id,
+                error: outgrown(youngest.tokens.len(), self.pool.blocks()),
+            });
+            return;
         }
-        if let Some(mut youngest) = self.running.pop() {
-            self.pool.release(&mut youngest.table);
-            self.waiting.push_front(youngest);
-            self.stats.preemptions += 1;
-        }
-        Ok(())
+        self.waiting.push_front(youngest);
+        self.stats.preemptions += 1;
     }
 
     /// Forgets all KV: everything is computed again. For after a pass that failed half way.
@@ -391,6 +410,15 @@ impl Scheduler {
             self.running.retain(|s| !s.tokens.is_empty());
         }
     }
+}
+
+fn outgrown(tokens: usize, blocks: usize) -> Error {
+    Error::new(
+        Code::Memory,
+        format!("a sequence of {tokens} tokens has outgrown the KV cache"),
+        format!("all of it holds {} tokens", blocks * BLOCK_TOKENS),
+        "raise --cpu-memory or --kv-memory, or ask for fewer tokens",
+    )
 }
 
 #[cfg(test)]

@@ -109,7 +109,7 @@ impl Engine {
             if parts.is_empty() {
                 return Err(no_kv_room(1));
             }
-            self.run_pass(&mut |first_id, ids, block| {
+            let mut hand_over = |first_id: usize, ids: usize, block: &[f32]| {
                 let mut at = 0;
                 for &(input, first_row, rows) in &parts {
                     sink(&ScoreBlock {
@@ -123,7 +123,8 @@ impl Engine {
                     at += rows;
                 }
                 Ok(())
-            })?;
+            };
+            self.run_pass(&mut hand_over, &mut |_, _| {})?;
             for s in open.iter_mut() {
                 if s.table.len() == s.tokens.len() {
                     self.scheduler.pool.release(&mut s.table);

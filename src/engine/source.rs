@@ -6,7 +6,37 @@ use crate::model::{UnitSource, UnitView};
 use crate::paging::{Pager, SlotWeight};
 use crate::units::UnitId;
 
-pub(super) struct Paged<'p>(pub &'p mut Pager);
+pub(super) struct Paged<'p> {
+    pager: &'p mut Pager,
+    /// Told how many units of the pass are done, and of how many, after each.
+    watch: Option<&'p mut Watch<'p>>,
+    /// Units of the pass, as far as anybody asks.
+    units: usize,
+    done: usize,
+}
+
+/// Called with (units done, units of the pass).
+pub(super) type Watch<'w> = dyn FnMut(usize, usize) + 'w;
+
+impl<'p> Paged<'p> {
+    pub fn new(pager: &'p mut Pager) -> Paged<'p> {
+        Paged {
+            pager,
+            watch: None,
+            units: 0,
+            done: 0,
+        }
+    }
+
+    /// `watch(units done, units)` after each unit.
+    pub fn watched(pager: &'p mut Pager, units: usize, watch: &'p mut Watch<'p>) -> Paged<'p> {
+        Paged {
+            watch: Some(watch),
+            units,
+            ..Paged::new(pager)
+        }
+    }
+}
 
 impl UnitSource for Paged<'_> {
     fn with_unit(
@@ -14,14 +44,18 @@ impl UnitSource for Paged<'_> {
         unit: UnitId,
         compute: &mut dyn FnMut(&UnitView<'_>) -> Result<()>,
     ) -> Result<()> {
-        let lease = self.0.acquire(unit)?;
-        let bytes = self.0.bytes(&lease);
+        let lease = self.pager.acquire(unit)?;
+        let bytes = self.pager.bytes(&lease);
         let mut view = UnitView::empty();
-        for w in self.0.weights(unit) {
+        for w in self.pager.weights(unit) {
             view.set(w.role, weight(w, bytes));
         }
         let done = compute(&view);
-        self.0.release(lease)?;
+        self.pager.release(lease)?;
+        self.done += 1;
+        if let Some(watch) = &mut self.watch {
+            watch(self.done, self.units);
+        }
         done
     }
 
@@ -31,8 +65,8 @@ impl UnitSource for Paged<'_> {
         tokens: &[u32],
         row: &mut dyn FnMut(usize, &WeightView<'_>) -> Result<()>,
     ) -> Result<()> {
-        let (dtype, cols) = self.0.embed_shape();
-        self.0.gather(tokens, &mut |i, bytes| {
+        let (dtype, cols) = self.pager.embed_shape();
+        self.pager.gather(tokens, &mut |i, bytes| {
             row(
                 i,
                 &WeightView {

@@ -350,7 +350,7 @@ impl Vision {
             let width = self.out_hidden;
             tower.run(
                 device,
-                &mut Paged(&mut pager),
+                &mut Paged::new(&mut pager),
                 &slices,
                 &mut |slice, first, rows| {
                     let (visual, t) = parts[slice];

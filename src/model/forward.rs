@@ -87,6 +87,11 @@ impl Forward {
         Scratch::bytes(spec, tokens, wanted)
     }
 
+    /// Units a pass acquires: layers, final norm, head blocks.
+    pub fn units(&self) -> usize {
+        self.layers.len() + 1 + self.heads.len()
+    }
+
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }

@@ -43,6 +43,9 @@ pub struct Figures {
     pub rows_failed: u64,
     pub running: usize,
     pub passes: u64,
+    /// Of the pass that runs now; `units` is 0 between two passes.
+    pub unit: usize,
+    pub units: usize,
     pub prompt_tokens: u64,
     pub shared_prompt_tokens: u64,
     pub output_tokens: u64,
@@ -68,12 +71,22 @@ impl Figures {
         let left = p.rows.saturating_sub(p.before + settled);
         // Rows in the passes are half done on average: without them the first estimate would come late and high.
         let worth = p.done as f64 + 0.5 * p.running as f64;
+        let by_rows = (p.done > 0).then(|| {
+            let left = (left as f64 - 0.5 * p.running as f64).max(0.0);
+            elapsed_s * left / worth
+        });
+        // Until then by what was computed of what there is at most: answers that end early make it too long.
+        let computed = p.stats.rows + p.shared_tokens;
+        let by_tokens = (computed > 0 && p.expected_tokens > computed)
+            .then(|| elapsed_s * (p.expected_tokens - computed) as f64 / computed as f64);
         Figures {
             rows: p.rows,
             rows_done: p.before + settled,
             rows_failed: p.failed,
             running: p.running,
             passes: p.stats.paging.passes,
+            unit: p.unit,
+            units: p.units,
             prompt_tokens: p.prompt_tokens,
             shared_prompt_tokens: p.shared_tokens,
             output_tokens: p.output_tokens,
@@ -83,10 +96,10 @@ impl Figures {
             disk_gb_per_s: per_s(p.stats.paging.disk_bytes as f64 / 1e9, elapsed_s),
             stall_share: per_s(p.stats.paging.stall_disk.as_secs_f64(), pass_s),
             elapsed_s,
-            eta_s: (p.done > 0).then(|| {
-                let left = (left as f64 - 0.5 * p.running as f64).max(0.0);
-                elapsed_s * left / worth
-            }),
+            eta_s: match (by_rows, by_tokens) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            },
             preemptions: p.preemptions,
             stopping: p.stopping,
         }
@@ -103,15 +116,18 @@ impl Figures {
             0 => String::new(),
             n => format!("{n} failed, "),
         };
+        let pass = match self.units {
+            0 => format!("pass {}", self.passes),
+            units => format!("pass {} ({} of {units} units)", self.passes + 1, self.unit),
+        };
         let eta = match (self.stopping, self.eta_s) {
             (true, _) => "finishing what runs".to_string(),
             (false, Some(s)) => format!("{} left", span(s)),
             (false, None) => format!("{} so far", span(self.elapsed_s)),
         };
         format!(
-            "{failed}{} running, {phase}pass {}, {:.1} tokens/s out, {:.1} through, {:.2} GB/s, {:.0} % waiting for the disk, {eta}",
+            "{failed}{} running, {phase}{pass}, {:.1} tokens/s out, {:.1} through, {:.2} GB/s, {:.0} % waiting for the disk, {eta}",
             self.running,
-            self.passes,
             self.output_tokens_per_s,
             self.computed_tokens_per_s,
             self.disk_gb_per_s,
@@ -226,6 +242,16 @@ mod tests {
         // 25 rows' worth in 50 s, 55 rows' worth left.
         assert!((f.eta_s.unwrap() - 110.0).abs() < 1e-9);
         assert_eq!(Figures::new(&JobProgress::default()).eta_s, None);
+        // Before a row is finished: 100 of 1000 tokens in 5 s.
+        let mut early = JobProgress {
+            rows: 10,
+            running: 10,
+            expected_tokens: 1000,
+            elapsed: Duration::from_secs(5),
+            ..JobProgress::default()
+        };
+        early.stats.rows = 100;
+        assert!((Figures::new(&early).eta_s.unwrap() - 45.0).abs() < 1e-9);
     }
 
     #[test]

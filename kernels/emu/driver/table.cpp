@@ -62,7 +62,7 @@ struct Formula {
     std::string name;
     while (isalnum(*at) || *at == '_') name += *at++;
     for (size_t i = 0; i < kernel.args.size(); i++)
-      if (kernel.args[i].name == name) return kernel.args[i].type == "int" ? *(int*)params[i] : *(long long*)params[i];
+      if (kernel.args[i].name == name && !kernel.args[i].pointer()) return kernel.args[i].type == "int" ? *(int*)params[i] : *(long long*)params[i];
     known = false;
     return 1;
   }

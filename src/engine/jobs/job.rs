@@ -205,7 +205,7 @@ impl BatchJob {
         let rows = self.rows();
         match self.spec.max_errors {
             Some(max) if !max.allows(failed, rows) => Err(Error::new(
-                Code::Usage,
+                Code::Rows,
                 format!("{failed} of {rows} rows have failed"),
                 "--max-errors allows no more",
                 format!(

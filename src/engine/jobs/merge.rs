@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::files::{Paths, RowLog, Span, default_errors};
+use super::files::{Paths, RowLog, Sidecar, Span, default_errors};
 use super::input::Source;
 use super::request::RowIds;
 use super::scan::{Scan, State, error_head, result_head};
@@ -22,6 +22,7 @@ pub struct MergeReport {
 /// Merges the outputs `shards` (and the errors beside them) of one job over `source` into `to`. Code::Usage when a row is
 /// missing, there twice, or unknown; nothing is written then.
 pub fn merge(source: &Source, shards: &[PathBuf], to: &Paths) -> Result<MergeReport> {
+    same_settings(shards)?;
     let mut scan = Scan::read(source, Shard::WHOLE, RowIds::default(), &mut |_| {})?;
     // By row of the input: which log, and where in it.
     let mut places: Vec<Option<(usize, Span)>> = vec![None; scan.marks.len()];
@@ -51,6 +52,28 @@ pub fn merge(source: &Source, shards: &[PathBuf], to: &Paths) -> Result<MergeRep
     };
     write(&scan, &logs, &places, to)?;
     Ok(report)
+}
+
+/// Shards answered by different models, or under settings that change tokens, are not one job. Told by their sidecars, where
+/// those lie beside them.
+fn same_settings(shards: &[PathBuf]) -> Result<()> {
+    let told: Vec<_> = shards
+        .iter()
+        .filter_map(|path| Some((path, Sidecar::peek(path)?.settings)))
+        .collect();
+    let Some(pair) = told.windows(2).find(|pair| pair[0].1 != pair[1].1) else {
+        return Ok(());
+    };
+    Err(Error::new(
+        Code::Usage,
+        format!(
+            "{} and {} are not of one job",
+            pair[0].0.display(),
+            pair[1].0.display()
+        ),
+        "they were made by different models, or with different settings",
+        "make one of them anew (--overwrite) with the model and the settings of the others",
+    ))
 }
 
 /// Notes where the rows of log `l` belong.

@@ -281,8 +281,11 @@ impl Request {
         Body::parse(self.endpoint, &self.custom_id, self.body, rules, text)
     }
 
-    pub fn raw_body(&self) -> &Map<String, Value> {
-        &self.body
+    /// Answer tokens asked for; 0 where the row leaves that to the job.
+    pub fn max_tokens(&self) -> usize {
+        let asked = |key: &str| self.body.get(key).and_then(Value::as_u64);
+        let most = asked("max_tokens").max(asked("max_completion_tokens"));
+        most.map_or(0, |n| usize::try_from(n).unwrap_or(usize::MAX))
     }
 }
 

@@ -35,8 +35,13 @@ pub struct JobProgress {
     pub shared_tokens: u64,
     pub output_tokens: u64,
     pub preemptions: u64,
-    /// Since this start.
+    /// Since this start, up to the last pass.
     pub stats: EngineStats,
+    /// Of the pass that runs now; `units` is 0 between two passes.
+    pub unit: usize,
+    pub units: usize,
+    /// What this start's rows take at most, prompts and answers, from some of them.
+    pub expected_tokens: u64,
     /// What looking at pictures cost, since this start.
     pub vision: VisionStats,
     pub elapsed: Duration,
@@ -98,7 +103,7 @@ struct Runner<'a> {
 
 impl BatchJob {
     /// Answers what remains. `stop` raised: nothing new begins, what runs is finished. `sizing`: what the engine was opened with.
-    /// `progress` hears after every pass.
+    /// `progress` hears after every unit and every pass.
     pub fn run(
         &mut self,
         engine: &mut Engine,
@@ -115,6 +120,7 @@ impl BatchJob {
         let told = JobProgress {
             rows: self.rows(),
             before: self.done() + self.failed(),
+            expected_tokens: self.remaining() * sizing.row_tokens as u64,
             ..JobProgress::default()
         };
         let mut r = Runner {
@@ -141,7 +147,12 @@ impl BatchJob {
             }
             if r.engine.pending() > 0 {
                 events.clear();
-                r.engine.step(&mut events)?;
+                let mut now = r.told;
+                r.engine.step_watched(&mut events, &mut |unit, units| {
+                    (now.unit, now.units) = (unit, units);
+                    now.elapsed = started.elapsed();
+                    progress(&now);
+                })?;
                 for event in events.drain(..) {
                     r.hear(event)?;
                 }
@@ -276,8 +287,11 @@ impl Runner<'_> {
                     reason: None,
                 }),
                 // The choices of a row differ in nothing that submit looks at: the first one is refused or none is.
-                Err(e) if matches!(e.code(), Code::Usage | Code::Memory) => {
+                Err(e) if e.code() == Code::Usage => {
                     return Ok(Some(RowError::from_error("invalid_prompt", &e)));
+                }
+                Err(e) if e.code() == Code::Memory => {
+                    return Ok(Some(RowError::from_error("kv_room", &e)));
                 }
                 Err(e) => return Err(e),
             }
@@ -347,7 +361,11 @@ impl Runner<'_> {
                 self.engine.cancel(c.job);
                 self.owners.remove(&c.job);
             }
-            let e = RowError::from_error("model_output", e);
+            let code = match e.code() {
+                Code::Memory => "kv_room",
+                _ => "model_output",
+            };
+            let e = RowError::from_error(code, e);
             return self.refuse(index, row.id, Some(&row.custom_id), &e);
         }
         let answered: Vec<Answered> = row.choices.into_iter().map(Choice::answered).collect();

@@ -40,6 +40,8 @@ pub struct Scan {
     pub marks: Vec<Mark>,
     /// Indices of `marks`, by ident, then in order.
     by_ident: Vec<u32>,
+    /// The most answer tokens that a row asks for in so many words.
+    pub longest_answer: usize,
 }
 
 /// What a result row says of itself; the rest is skipped.
@@ -77,6 +79,7 @@ impl Scan {
     ) -> Result<Scan> {
         let mut lines = source.lines()?;
         let mut marks = Vec::new();
+        let mut longest_answer = 0;
         while let Some(line) = lines.next_line()? {
             let row = marks.len() as u64;
             let parsed = parse_line(source, &line, ids);
@@ -84,6 +87,9 @@ impl Scan {
                 Ok(r) => Some(r.custom_id.as_str()),
                 Err((id, _)) => id.as_deref(),
             };
+            if let Ok(r) = &parsed.request {
+                longest_answer = longest_answer.max(r.max_tokens());
+            }
             marks.push(Mark {
                 ident: match custom_id {
                     Some(id) => ident(id),
@@ -110,7 +116,11 @@ impl Scan {
                 marks[b].state = State::Duplicate;
             }
         }
-        Ok(Scan { marks, by_ident })
+        Ok(Scan {
+            marks,
+            by_ident,
+            longest_answer,
+        })
     }
 
     /// The first row with this custom_id.

@@ -22,8 +22,6 @@ const AHEAD: usize = 16;
 /// Tokens of pictures that go through the vision tower in one wave where memory allows: a few dozen images, so that streaming the tower for
 /// them is little beside computing.
 const WAVE_TOKENS: usize = 16384;
-/// A context costs only what is used of it; below this it is not worth cutting.
-const LEAST_CONTEXT: usize = 2048;
 
 /// What rows look like, from some of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -79,6 +77,8 @@ pub struct Sizing {
     pub sequences: usize,
     pub kv_tokens: usize,
     pub context: usize,
+    /// What a row takes at most, on average: prompts and answers of all its choices.
+    pub row_tokens: usize,
     /// Sequences that wait in the engine besides those that may run.
     pub ahead: usize,
     /// Room for pictures; `None` where no row has any.
@@ -93,6 +93,8 @@ pub struct Sizing {
 pub struct SizingInput {
     pub sequences: Option<usize>,
     pub kv_bytes: Option<u64>,
+    /// Where `kv_bytes` is not given: one part in so many of the budget, or more where all weights fit beside it.
+    pub kv_share: u64,
     pub context: Option<usize>,
     /// Bytes this process may take in all.
     pub budget: u64,
@@ -108,7 +110,11 @@ impl BatchJob {
     pub fn sample(&self, text: &TextTools<'_>) -> Result<RowSample> {
         let open = |i: &usize| self.scan.marks[*i].state == State::Pending;
         let all: Vec<usize> = (0..self.scan.marks.len()).filter(open).collect();
-        sample(&self.spec.source, &self.spec.rules, text, &all)
+        let mut sample = sample(&self.spec.source, &self.spec.rules, text, &all)?;
+        // A short row may ask for the longest answer of all.
+        let asked = self.scan.longest_answer;
+        sample.longest_tokens = sample.longest_tokens.max(asked);
+        Ok(sample)
     }
 }
 
@@ -204,18 +210,15 @@ fn may_hold_pictures(row: &[u8]) -> bool {
 }
 
 impl Sizing {
-    /// A deep queue: memory goes to KV and to sequences before it goes to weights, but never so much that little is left for
-    /// those. What the user asked for is taken as it is.
+    /// A deep queue: memory goes to KV and to sequences before it goes to weights. What the user asked for is taken as it is.
+    /// The context is the model's own: it costs nothing, and were it chosen by what memory holds or by the rows that happen
+    /// to remain, a long answer would end elsewhere in a resumed job than in a whole one.
     pub fn choose(spec: &ModelSpec, sample: &RowSample, i: &SizingInput) -> Sizing {
         let token_bytes = block_bytes(spec.layers, spec.kv_heads, spec.head_size, i.element_bytes)
             / BLOCK_TOKENS as u64;
-        // A quarter of the budget, or more where all weights fit beside it.
-        let room = (i.budget / 4).max(i.budget.saturating_sub(i.weights) / 2);
+        let room = (i.budget / i.kv_share.max(1)).max(i.budget.saturating_sub(i.weights) / 2);
         let kv_room = i.kv_bytes.unwrap_or(room) / token_bytes.max(1);
-        let context = i.context.unwrap_or_else(|| {
-            let wanted = (sample.longest_tokens + sample.longest_tokens / 4).max(LEAST_CONTEXT);
-            wanted.min(kv_room as usize)
-        });
+        let context = i.context.unwrap_or(spec.max_positions);
         let context = context.clamp(2, spec.max_positions.max(2));
         let sequences = i.sequences.unwrap_or_else(|| {
             let there_are = (i.rows as f64 * sample.choices).ceil() as usize;
@@ -228,14 +231,16 @@ impl Sizing {
         });
         let sequences = sequences.max(1);
         let wanted = (sequences as f64 * sample.mean_tokens * 1.1) as usize;
+        let longest = sample.longest_tokens.min(context);
         let kv_tokens = match i.kv_bytes {
             Some(_) => kv_room as usize,
-            None => wanted.min(kv_room as usize).max(context),
+            None => wanted.max(longest).min(kv_room as usize),
         };
         let sizing = Sizing {
             sequences,
             kv_tokens: kv_tokens.max(BLOCK_TOKENS),
             context,
+            row_tokens: (sample.mean_tokens * sample.choices).ceil() as usize,
             ahead: AHEAD,
             ..Sizing::default()
         };

@@ -246,6 +246,7 @@ fn in_the_order_they_finish_where_asked_for() {
     assert_eq!(ids(), ["40 tokens", "2 tokens", "20 tokens"]);
 }
 
+// hazard: job-disk-full: one error; finished rows stay, the same command goes on
 #[test]
 fn a_full_disk_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();

@@ -598,7 +598,7 @@ fn exhaust(slots: usize, passes: usize, preemptions: Option<usize>) -> usize {
 #[test]
 fn two_and_three_slots_in_every_interleaving() {
     // 0: without a bound.
-    let preemptions = number("LOOM_PREEMPTIONS", 3) as usize;
+    let preemptions = number("LOOM_PREEMPTIONS", 2) as usize;
     for slots in [2, 3] {
         let started = Instant::now();
         let n = exhaust(slots, 2, Some(preemptions));

@@ -37,7 +37,7 @@ impl Sample {
 
     pub fn takes(&mut self) -> bool {
         self.seen += 1;
-        self.seen % self.every == 0
+        self.seen.is_multiple_of(self.every)
     }
 }
 

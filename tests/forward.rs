@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use common::{MemoryModel, golden, nmse};
 use proptest::prelude::*;
 use tensorpager::device::{Device, Kv, KvShape};
-use tensorpager::model::forward::Forward;
+use tensorpager::model::forward::{Forward, PassLimits};
 use tensorpager::model::kv::{KvPool, KvTable};
 use tensorpager::model::pass::Pass;
 
@@ -51,8 +51,14 @@ impl Rig {
             s,
             &model.unit_list(),
             model.head_dtype(),
-            ROWS,
-            ROWS,
+            &PassLimits {
+                tokens: ROWS,
+                wanted: ROWS,
+                segments: ROWS,
+                table: 64,
+                context: 1024,
+                select: false,
+            },
         )
         .unwrap();
         let kv = device.kv(&KvShape {
@@ -62,6 +68,7 @@ impl Rig {
             head_size: s.head_size,
             dtype: model.head_dtype(),
         });
+        let kv = kv.unwrap();
         Rig {
             device,
             forward,

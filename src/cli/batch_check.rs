@@ -262,16 +262,16 @@ fn compute_rate(threads: Option<usize>, spec: &ModelSpec, dtype: Dtype) -> Resul
     // 0x3C3C is a small number in either 16-bit type.
     let bytes = vec![0x3Cu8; cols * outs * dtype.bytes()];
     let w = WeightView::packed(dtype, outs, cols, &bytes);
-    let mut a = device.acts(ROWS, cols, dtype);
+    let mut a = device.acts(ROWS, cols, dtype)?;
     a.round_to(dtype);
-    let zeros = device.rows(ROWS, cols);
-    device.swiglu(&zeros, &zeros, ROWS, &mut a);
-    let mut out = device.rows(ROWS, outs);
-    device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store);
+    let zeros = device.rows(ROWS, cols)?;
+    device.swiglu(&zeros, &zeros, ROWS, cols, &mut a)?;
+    let mut out = device.rows(ROWS, outs)?;
+    device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store)?;
     let started = Instant::now();
     let mut products = 0u32;
     while started.elapsed().as_secs_f64() < 0.3 {
-        device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store);
+        device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store)?;
         products += 1;
     }
     let each = 2.0 * (ROWS * cols * outs) as f64;

@@ -7,12 +7,15 @@ use std::time::Instant;
 
 use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::engine::VisionRoom;
+use crate::device::cuda;
 use crate::engine::{
     DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
 };
+use crate::engine::{DeviceChoice, VisionRoom};
 use crate::error::{Code, Error, Result};
-use crate::paging::{DiskRates, PagerOptions, Placement, Trace, VerifyWhen, parse_device_map};
+use crate::paging::{
+    DiskRates, PagerOptions, Placement, Tier, Trace, VerifyWhen, parse_device_map,
+};
 use crate::report::progress::ByteProgress;
 use crate::report::summary::ReadSettings;
 use crate::spec::UnitKind;
@@ -180,7 +183,7 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Engine> {
-        let options = self.engine_options(machine, want)?;
+        let options = self.engine_options(machine, want, quiet)?;
         self.probe_before(&options)?;
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
@@ -190,13 +193,20 @@ impl Model {
         engine
     }
 
-    fn engine_options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
-        check_device(&machine.device)?;
+    fn engine_options(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+        quiet: bool,
+    ) -> Result<EngineOptions> {
+        let device = device_choice(&machine.device, &self.store, quiet)?;
         let defaults = EngineOptions::default();
         let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
             placement: placement(&machine.device_map, &kinds)?,
+            device,
+            gpu_memory: machine.gpu_budget()?,
             prefetch_depth: match machine.prefetch_depth {
                 OrAuto::Auto => None,
                 OrAuto::Is(n) => Some(n),
@@ -244,7 +254,7 @@ pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
         "auto" => Ok(Placement::Auto),
         "cpu" => Ok(Placement::Cpu),
         "disk" => Ok(Placement::Disk),
-        "gpu" => Err(no_gpu()),
+        "gpu" => Ok(Placement::Units(vec![Tier::Gpu; kinds.len()])),
         file => {
             let bad = |cause: String| {
                 Error::new(
@@ -343,16 +353,45 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
+/// `--device`, before anything is looked at.
 pub(super) fn check_device(device: &str) -> Result<()> {
+    let number = |d: &str| d.parse::<usize>().is_ok();
     match device {
-        "auto" | "cpu" => Ok(()),
-        d if d == "cuda" || d.starts_with("cuda:") => Err(no_gpu()),
+        "auto" | "cpu" | "cuda" => Ok(()),
+        d if d.strip_prefix("cuda:").is_some_and(number) => Ok(()),
         d => Err(Error::new(
             Code::Usage,
             format!("`{d}` is not a device"),
-            "the devices are auto and cpu",
-            "give --device cpu",
+            "the devices are auto, cpu, cuda and cuda:N",
+            "give --device cpu, or --device cuda for the first GPU",
         )),
+    }
+}
+
+fn gpu_can_run(store: &Store) -> Result<()> {
+    let vision = store.spec.vision.as_ref().map(|v| v.hidden / v.heads);
+    cuda::can_run(kv_dtype(&store.units), store.spec.head_size, vision)
+}
+
+/// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
+fn device_choice(device: &str, store: &Store, quiet: bool) -> Result<DeviceChoice> {
+    check_device(device)?;
+    match device {
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        "auto" => Ok(match gpu_can_run(store) {
+            Ok(()) => DeviceChoice::Cuda(0),
+            Err(e) => {
+                if !quiet && e.code() != Code::Device {
+                    eprintln!("on the CPU: {}: {}", e.what(), e.cause());
+                }
+                DeviceChoice::Cpu
+            }
+        }),
+        d => {
+            let number = d.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+            Ok(DeviceChoice::Cuda(number.unwrap_or(0)))
+        }
     }
 }
 
@@ -369,30 +408,37 @@ fn read_device_map(file: &str) -> Result<serde_json::Value> {
     serde_json::from_str(&text).map_err(|e| bad(e.to_string()))
 }
 
-fn no_gpu() -> Error {
-    Error::new(
-        Code::Unsupported,
-        "the GPU cannot be used",
-        "this version computes on the CPU only",
-        "give --device cpu",
-    )
-}
-
 impl MachineOptions {
     /// What can be known to be wrong before a model is opened.
     pub fn check(&self) -> Result<()> {
         check_device(&self.device)?;
+        if !["auto", "cpu"].contains(&self.device.as_str()) {
+            cuda::available()?;
+        }
         if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
             read_device_map(&self.device_map)?;
         }
+        self.gpu_budget()?;
         self.cpu_budget().map(|_| ())
     }
 
     /// `--cpu-memory`, or what `--max-memory` says of the CPU.
     pub fn cpu_budget(&self) -> Result<Option<u64>> {
-        if self.cpu_memory.is_some() {
-            return Ok(self.cpu_memory);
+        match self.cpu_memory {
+            None => self.max_memory_of(|device| device == "cpu"),
+            given => Ok(given),
         }
+    }
+
+    /// `--gpu-memory`, or what `--max-memory` says of a GPU.
+    pub fn gpu_budget(&self) -> Result<Option<u64>> {
+        match self.gpu_memory {
+            None => self.max_memory_of(|device| device != "cpu" && device != "disk"),
+            given => Ok(given),
+        }
+    }
+
+    fn max_memory_of(&self, wanted: impl Fn(&str) -> bool) -> Result<Option<u64>> {
         let Some(map) = &self.max_memory else {
             return Ok(None);
         };
@@ -403,11 +449,11 @@ impl MachineOptions {
                     Code::Usage,
                     format!("`{entry}` in --max-memory makes no sense"),
                     "an entry is a device and a size",
-                    "write cpu=16GiB",
+                    "write 0=8GiB,cpu=16GiB",
                 )
             })?;
             let bytes = parse_size(amount)?;
-            if device.trim() == "cpu" {
+            if wanted(device.trim()) {
                 budget = Some(bytes);
             }
         }
@@ -420,6 +466,7 @@ impl MachineOptions {
             device: "cpu".into(),
             device_map: "disk".into(),
             cpu_memory,
+            gpu_memory: None,
             max_memory: None,
             prefetch_depth: OrAuto::Auto,
             page_size: OrAuto::Auto,

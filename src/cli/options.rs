@@ -142,7 +142,7 @@ pub struct SourceOptions {
 /// What the run may take and how it reads.
 #[derive(Args, Clone, Debug)]
 pub struct MachineOptions {
-    /// auto or cpu
+    /// auto, cpu, cuda or cuda:N
     #[arg(
         long,
         default_value = "auto",
@@ -150,7 +150,7 @@ pub struct MachineOptions {
         help_heading = "Machine"
     )]
     pub device: String,
-    /// auto, cpu, disk, or a FILE.json of module → tier
+    /// auto, gpu, cpu, disk, or a FILE.json of module → tier
     #[arg(
         long,
         value_name = "MAP",
@@ -162,7 +162,10 @@ pub struct MachineOptions {
     /// Bound on this process's peak memory [default: 90 % of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_CPU_MEMORY", help_heading = "Machine")]
     pub cpu_memory: Option<u64>,
-    /// cpu=16GiB: the same as --cpu-memory
+    /// Bound on this process's GPU memory, the driver's context included [default: 90 % of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_GPU_MEMORY", help_heading = "Machine")]
+    pub gpu_memory: Option<u64>,
+    /// 0=8GiB,cpu=16GiB: the same as --gpu-memory and --cpu-memory
     #[arg(
         long,
         value_name = "MAP",

@@ -389,7 +389,7 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         (Some(memory), Some(gflops)) => by_hand(memory, gflops),
         (memory, gflops) => {
             let device = Device::cpu(args.machine.threads, None)?;
-            let measured = KeptCompute::of(&device, dtype).known_or_measured(&device);
+            let measured = KeptCompute::of(&device, dtype).known_or_measured(&device)?;
             match (memory, gflops) {
                 (None, None) => measured,
                 _ => by_hand(

@@ -1,92 +1,38 @@
 //! The devices behind one small enum, and the ops of the forward pass on their buffers.
 //!
-//! A buffer belongs to the kind of device that made it; handing it to another kind is a bug of the caller.
+//! A buffer belongs to the device that made it; handing it to another kind is a bug of the caller. On a GPU an op returns before it has
+//! run: its failure may be told by a later op, at the latest by the one that reads a result.
 
 use super::WeightView;
-use super::cpu::{ActBuf, AttnSegment, CpuDevice, DenseAttention, KvLayout, KvView, Mode};
+use super::buffers::{
+    Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, Lists, Mirror, PassRows, Rows, foreign,
+};
+use super::cpu::{CpuDevice, DenseAttention, KvView, Mode};
+use super::cuda::{CudaDevice, CudaOptions};
 use crate::error::Result;
-use crate::units::Dtype;
 
 /// Where the forward pass runs.
 pub enum Device {
     Cpu(CpuDevice),
+    Cuda(Box<CudaDevice>),
 }
 
-/// float32 activations on a device: `[rows, cols]`, row-major.
-pub struct Rows {
-    data: Vec<f32>,
-    cols: usize,
-}
-
-/// Inputs of matrix products, rounded once to the weights' type.
-pub struct Acts {
-    data: ActBuf,
-    cols: usize,
-}
-
-/// What a product does with what its output holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Into {
-    Store,
-    Add,
-}
-
-/// Geometry of a paged KV cache: `[layer][block][k|v][kv head][16 tokens][head size]`.
-#[derive(Clone, Copy, Debug)]
-pub struct KvShape {
-    pub layers: usize,
-    pub blocks: usize,
-    pub kv_heads: usize,
-    pub head_size: usize,
-    pub dtype: Dtype,
-}
-
-/// The bytes of the KV cache, on the device.
-pub struct Kv {
-    layout: KvLayout,
-    data: Vec<u8>,
-}
-
-/// Rows of one sequence in a pass: `rows` rows from `first_row`, the first being token `start` of its sequence.
-pub type Span<'a> = AttnSegment<'a>;
-
-/// What attention needs to know besides its operands.
-#[derive(Clone, Copy, Debug)]
-pub struct AttnShape {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_size: usize,
-    pub scale: f32,
-    /// Keys a query sees at most, its own included.
-    pub window: Option<usize>,
-}
-
-/// Attention of rows that lie side by side as `[q | k | v]`, each `heads · head_size` wide.
-#[derive(Clone, Copy, Debug)]
-pub struct DenseShape {
-    pub heads: usize,
-    pub head_size: usize,
-    pub scale: f32,
-}
-
-impl Kv {
-    pub fn blocks(&self) -> usize {
-        self.layout.blocks
-    }
-}
-
-impl Acts {
-    /// The type its rows are rounded to from the next op on: that of the weight they will meet.
-    pub fn round_to(&mut self, dtype: Dtype) {
-        self.data.set_dtype(dtype);
-    }
-
-    pub fn dtype(&self) -> Dtype {
-        self.data.dtype()
-    }
+/// Which kind of device: enough to say what things take, before one is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceKind {
+    #[default]
+    Cpu,
+    Cuda,
 }
 
 impl Device {
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Device::Cpu(_) => DeviceKind::Cpu,
+            Device::Cuda(_) => DeviceKind::Cuda,
+        }
+    }
+
     /// `threads`: one a core by default. `isa` forces an instruction set.
     pub fn cpu(threads: Option<usize>, isa: Option<&str>) -> Result<Device> {
         let threads = threads.unwrap_or(0);
@@ -96,82 +42,105 @@ impl Device {
         }))
     }
 
-    /// `cpu`: as `--device` and reports name it.
-    pub fn name(&self) -> &'static str {
-        "cpu"
+    /// A GPU. Errors say in plain words what is missing.
+    pub fn cuda(options: &CudaOptions) -> Result<Device> {
+        Ok(Device::Cuda(Box::new(CudaDevice::new(options)?)))
     }
 
-    /// The instruction set in use, and how many threads.
+    /// The GPU, where this is one.
+    pub fn as_cuda(&self) -> Option<&CudaDevice> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(d) => Some(d),
+        }
+    }
+
+    /// `cpu` or `cuda:0`: as `--device` and reports name it.
+    pub fn name(&self) -> &str {
+        match self {
+            Device::Cpu(_) => "cpu",
+            Device::Cuda(d) => d.label(),
+        }
+    }
+
+    /// The instruction set in use and how many threads; or the GPU.
     pub fn describe(&self) -> String {
-        let Device::Cpu(d) = self;
-        format!("{}, {} threads", d.isa(), d.threads())
+        match self {
+            Device::Cpu(d) => format!("{}, {} threads", d.isa(), d.threads()),
+            Device::Cuda(d) => d.describe(),
+        }
     }
 
     /// Host threads that compute.
     pub fn threads(&self) -> usize {
-        let Device::Cpu(d) = self;
-        d.threads()
-    }
-
-    pub fn rows(&self, rows: usize, cols: usize) -> Rows {
-        Rows {
-            data: vec![0.0; rows * cols],
-            cols,
-        }
-    }
-
-    pub fn acts(&self, rows: usize, cols: usize, dtype: Dtype) -> Acts {
-        Acts {
-            data: ActBuf::new(dtype, rows, cols),
-            cols,
-        }
-    }
-
-    /// Bytes that [`Device::acts`] takes.
-    pub fn acts_bytes(rows: usize, cols: usize) -> u64 {
-        ActBuf::bytes_for(rows, cols)
-    }
-
-    pub fn kv(&self, shape: &KvShape) -> Kv {
-        let layout = KvLayout {
-            layers: shape.layers,
-            blocks: shape.blocks,
-            kv_heads: shape.kv_heads,
-            head_size: shape.head_size,
-            dtype: shape.dtype,
-        };
-        Kv {
-            data: vec![0; layout.bytes()],
-            layout,
+        match self {
+            Device::Cpu(d) => d.threads(),
+            Device::Cuda(_) => std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
 
     /// Copies a whole KV block of every layer: before a forked sequence writes into a shared one.
-    pub fn kv_copy(&self, kv: &mut Kv, from: u32, to: u32) {
-        let bytes = kv.layout.bytes() / kv.layout.layers / kv.layout.blocks;
-        for layer in 0..kv.layout.layers {
-            let base = layer * kv.layout.blocks;
+    pub fn kv_copy(&self, kv: &mut Kv, from: u32, to: u32) -> Result<()> {
+        if let Device::Cuda(d) = self {
+            return d.kv_copy(kv.data.cuda_mut(), from, to);
+        }
+        let s = kv.shape;
+        let bytes = s.bytes() / s.layers / s.blocks;
+        for layer in 0..s.layers {
+            let base = layer * s.blocks;
             let (from, to) = ((base + from as usize) * bytes, (base + to as usize) * bytes);
-            kv.data.copy_within(from..from + bytes, to);
+            kv.data.host_mut().copy_within(from..from + bytes, to);
+        }
+        Ok(())
+    }
+
+    /// out[row] = weight row 0, widened. The weight lies in host memory.
+    pub fn put_row(&self, weight: &WeightView<'_>, out: &mut Rows, row: usize) -> Result<()> {
+        let cols = out.cols;
+        match self {
+            Device::Cpu(d) => {
+                let out = &mut out.data.host_mut()[row * cols..][..cols];
+                d.widen(
+                    weight.dtype,
+                    &weight.row(0)[..cols * weight.dtype.bytes()],
+                    out,
+                );
+                Ok(())
+            }
+            Device::Cuda(d) => d.put_row(weight, out.data.cuda_mut(), row * cols),
         }
     }
 
-    /// out[row] = weight row 0, widened.
-    pub fn put_row(&self, weight: &WeightView<'_>, out: &mut Rows, row: usize) {
-        let Device::Cpu(d) = self;
-        let cols = out.cols;
-        let bytes = &weight.data[..cols * weight.dtype.bytes()];
-        d.widen(weight.dtype, bytes, &mut out.data[row * cols..][..cols]);
-    }
-
     /// Copies whole rows of `x` from the host, from row `first` on.
-    pub fn write_rows(&self, x: &mut Rows, first: usize, values: &[f32]) {
-        x.data[first * x.cols..][..values.len()].copy_from_slice(values);
+    pub fn write_rows(&self, x: &mut Rows, first: usize, values: &[f32]) -> Result<()> {
+        let at = first * x.cols;
+        match self {
+            Device::Cpu(_) => {
+                x.data.host_mut()[at..][..values.len()].copy_from_slice(values);
+                Ok(())
+            }
+            Device::Cuda(d) => d.write(x.data.cuda_mut(), at, values),
+        }
     }
 
-    pub fn copy_row(&self, from: &Rows, row: usize, to: &mut Rows, at: usize) {
-        let cols = from.cols;
-        to.data[at * cols..][..cols].copy_from_slice(&from.data[row * cols..][..cols]);
+    /// to[at .. at + rows] = from[first .. first + rows]
+    pub fn copy_rows(
+        &self,
+        from: &Rows,
+        first: usize,
+        to: &mut Rows,
+        at: usize,
+        rows: usize,
+    ) -> Result<()> {
+        let (first, at, len) = (first * from.cols, at * from.cols, rows * from.cols);
+        match self {
+            Device::Cpu(_) => {
+                let from = &from.data.host()[first..][..len];
+                to.data.host_mut()[at..][..len].copy_from_slice(from);
+                Ok(())
+            }
+            Device::Cuda(d) => d.copy(from.data.cuda(), first, to.data.cuda_mut(), at, len),
+        }
     }
 
     /// out = x[first .. first + rows] / rms(x) · w, rounded to `out`'s type.
@@ -183,25 +152,50 @@ impl Device {
         w: &WeightView<'_>,
         eps: f32,
         out: &mut Acts,
-    ) {
-        let Device::Cpu(d) = self;
-        let x = &x.data[first * x.cols..];
-        d.rmsnorm(x, rows, out.cols, w, eps, &mut out.data);
+    ) -> Result<()> {
+        let at = first * x.cols;
+        match self {
+            Device::Cpu(d) => {
+                let out_cols = out.cols;
+                d.rmsnorm(
+                    &x.data.host()[at..],
+                    rows,
+                    out_cols,
+                    w,
+                    eps,
+                    out.data.host_mut(),
+                );
+                Ok(())
+            }
+            Device::Cuda(d) => d.rmsnorm(x.data.cuda(), at, rows, w, eps, out.data.cuda_mut()),
+        }
     }
 
-    /// As [`Device::rmsnorm`], kept in float32: `out`'s rows from the first on.
-    pub fn rmsnorm_rows(
+    /// As [`Device::rmsnorm`], `group` rows side by side in each of `out`'s. `between` holds as many values as `out`.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
+    pub fn rmsnorm_groups(
         &self,
         x: &Rows,
         first: usize,
         rows: usize,
+        group: usize,
         w: &WeightView<'_>,
         eps: f32,
-        out: &mut Rows,
-    ) {
-        let Device::Cpu(d) = self;
-        let x = &x.data[first * x.cols..];
-        d.rmsnorm_f32(x, rows, out.cols, w, eps, &mut out.data);
+        between: &mut Rows,
+        out: &mut Acts,
+    ) -> Result<()> {
+        let at = first * x.cols;
+        match self {
+            Device::Cpu(d) => {
+                let between = between.data.host_mut();
+                d.rmsnorm_f32(&x.data.host()[at..], rows, w.cols, w, eps, between);
+                d.round(between, rows / group, w.cols * group, out.data.host_mut());
+                Ok(())
+            }
+            Device::Cuda(d) => {
+                d.rmsnorm_groups(x.data.cuda(), at, rows, group, w, eps, out.data.cuda_mut())
+            }
+        }
     }
 
     /// RMSNorm of each head of each row, in place.
@@ -213,9 +207,17 @@ impl Device {
         head_size: usize,
         w: &WeightView<'_>,
         eps: f32,
-    ) {
-        let Device::Cpu(d) = self;
-        d.rmsnorm_heads(&mut x.data, rows, x.cols, heads, head_size, w, eps);
+    ) -> Result<()> {
+        let cols = x.cols;
+        match self {
+            Device::Cpu(d) => {
+                d.rmsnorm_heads(x.data.host_mut(), rows, cols, heads, head_size, w, eps);
+                Ok(())
+            }
+            Device::Cuda(d) => {
+                d.rmsnorm_heads(x.data.cuda_mut(), rows, cols, heads, head_size, w, eps)
+            }
+        }
     }
 
     /// out[first + r][n] (+)= a[r]·w[n] + bias[n] for `rows` rows; `out`'s columns are its row stride.
@@ -229,121 +231,275 @@ impl Device {
         out: &mut Rows,
         first: usize,
         into: Into,
-    ) {
-        let Device::Cpu(d) = self;
-        let mode = match into {
-            Into::Store => Mode::Store,
-            Into::Add => Mode::Add,
-        };
+    ) -> Result<()> {
         let stride = out.cols;
-        let out = &mut out.data[first * stride..];
-        d.linear(&a.data, rows, w, bias, out, stride, mode);
+        match self {
+            Device::Cpu(d) => {
+                let mode = match into {
+                    Into::Store => Mode::Store,
+                    Into::Add => Mode::Add,
+                };
+                let out = &mut out.data.host_mut()[first * stride..];
+                d.linear(a.data.host(), rows, w, bias, out, stride, mode);
+                Ok(())
+            }
+            Device::Cuda(d) => {
+                let add = into == Into::Add;
+                d.linear(
+                    a.data.cuda(),
+                    rows,
+                    w,
+                    bias,
+                    out.data.cuda_mut(),
+                    first * stride,
+                    stride,
+                    add,
+                )
+            }
+        }
     }
 
-    /// Rotates halves of each head by its row's angles; `cos`, `sin`: `[rows, head size / 2]`.
-    pub fn rope(
+    /// Before the layers of a pass: tells the device of its rows.
+    pub fn begin(&self, lists: &mut Lists, rows: &PassRows<'_>) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.begin(lists.0.cuda_mut(), rows.spans, rows.cos, rows.sin),
+        }
+    }
+
+    /// Turns the halves of each head of q and k by their row's angles, and writes keys and values into their sequences' blocks. Attention of
+    /// the same rows must follow: what q holds afterwards is the device's own affair.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
+    pub fn rope_append(
         &self,
-        x: &mut Rows,
-        rows: usize,
-        heads: usize,
-        head_size: usize,
-        cos: &[f32],
-        sin: &[f32],
-    ) {
-        let Device::Cpu(d) = self;
-        d.rope(&mut x.data, rows, x.cols, heads, head_size, cos, sin);
-    }
-
-    /// Writes the rows' keys and values into their sequences' blocks.
-    pub fn kv_append(&self, kv: &mut Kv, layer: usize, spans: &[Span<'_>], k: &Rows, v: &Rows) {
-        let Device::Cpu(d) = self;
+        lists: &mut Lists,
+        pass: &PassRows<'_>,
+        q: &mut Rows,
+        k: &mut Rows,
+        v: &Rows,
+        kv: &mut Kv,
+        layer: usize,
+    ) -> Result<()> {
+        let d = match self {
+            Device::Cpu(d) => d,
+            Device::Cuda(d) => {
+                let (q, k, v) = (q.data.cuda(), k.data.cuda(), v.data.cuda());
+                return d.rope_append(lists.0.cuda_mut(), q, k, v, kv.data.cuda_mut(), layer);
+            }
+        };
+        let head = kv.shape.head_size;
+        let rows: usize = pass.spans.iter().map(|s| s.rows).sum();
+        for x in [&mut *q, &mut *k] {
+            let cols = x.cols;
+            d.rope(
+                x.data.host_mut(),
+                rows,
+                cols,
+                cols / head,
+                head,
+                pass.cos,
+                pass.sin,
+            );
+        }
         d.kv_append(
-            &kv.layout,
-            &mut kv.data,
+            &kv.shape.layout(),
+            kv.data.host_mut(),
             layer,
-            spans,
-            &k.data,
+            pass.spans,
+            k.data.host(),
             k.cols,
-            &v.data,
+            v.data.host(),
             v.cols,
         );
+        Ok(())
     }
 
-    /// Causal attention of every span's rows over their sequences' cached keys.
+    /// Causal attention of every span's rows over their sequences' cached keys; `q` as [`Device::rope_append`] left it.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
     pub fn attention(
         &self,
+        lists: &Lists,
+        pass: &PassRows<'_>,
         q: &Rows,
-        spans: &[Span<'_>],
         kv: &Kv,
         layer: usize,
         shape: &AttnShape,
         out: &mut Acts,
-    ) {
-        let Device::Cpu(d) = self;
-        let view = KvView {
-            layout: kv.layout,
-            data: &kv.data,
-        };
-        d.attention(
-            &q.data,
-            q.cols,
-            shape.heads,
-            &view,
-            layer,
-            spans,
-            shape.scale,
-            shape.window,
-            &mut out.data,
-        );
+    ) -> Result<()> {
+        match self {
+            Device::Cpu(d) => {
+                let view = KvView {
+                    layout: kv.shape.layout(),
+                    data: kv.data.host(),
+                };
+                d.attention(
+                    q.data.host(),
+                    q.cols,
+                    shape.heads,
+                    &view,
+                    layer,
+                    pass.spans,
+                    shape.scale,
+                    shape.window,
+                    out.data.host_mut(),
+                );
+                Ok(())
+            }
+            Device::Cuda(d) => d.attention(
+                lists.0.cuda(),
+                kv.data.cuda(),
+                layer,
+                shape,
+                out.data.cuda_mut(),
+            ),
+        }
     }
 
-    /// out = silu(gate) · up, rounded to `out`'s type.
-    pub fn swiglu(&self, gate: &Rows, up: &Rows, rows: usize, out: &mut Acts) {
-        let Device::Cpu(d) = self;
-        d.swiglu(&gate.data, &up.data, rows, out.cols, &mut out.data);
-    }
-
-    /// As [`Device::swiglu`] for rows of `cols` values, narrower than `out` may hold.
-    pub fn swiglu_cols(&self, gate: &Rows, up: &Rows, rows: usize, cols: usize, out: &mut Acts) {
-        let Device::Cpu(d) = self;
-        d.swiglu(&gate.data, &up.data, rows, cols, &mut out.data);
+    /// out = silu(gate) · up, rounded to `out`'s type, for rows of `cols` values: all that gate and up hold.
+    pub fn swiglu(
+        &self,
+        gate: &Rows,
+        up: &Rows,
+        rows: usize,
+        cols: usize,
+        out: &mut Acts,
+    ) -> Result<()> {
+        match self {
+            Device::Cpu(d) => {
+                d.swiglu(
+                    gate.data.host(),
+                    up.data.host(),
+                    rows,
+                    cols,
+                    out.data.host_mut(),
+                );
+                Ok(())
+            }
+            Device::Cuda(d) => {
+                let (gate, up) = (gate.data.cuda(), up.data.cuda());
+                d.swiglu(gate, up, rows, cols, out.data.cuda_mut())
+            }
+        }
     }
 
     /// out = x · Φ(x), the exact GELU, rounded to `out`'s type.
-    pub fn gelu(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) {
-        let Device::Cpu(d) = self;
-        d.gelu(&x.data, rows, cols, &mut out.data);
+    pub fn gelu(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) -> Result<()> {
+        match self {
+            Device::Cpu(d) => {
+                d.gelu(x.data.host(), rows, cols, out.data.host_mut());
+                Ok(())
+            }
+            Device::Cuda(d) => d.gelu(x.data.cuda(), rows, cols, out.data.cuda_mut()),
+        }
     }
 
     /// out = x, rounded to `out`'s type.
-    pub fn round(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) {
-        let Device::Cpu(d) = self;
-        d.round(&x.data, rows, cols, &mut out.data);
+    pub fn round(&self, x: &Rows, rows: usize, cols: usize, out: &mut Acts) -> Result<()> {
+        match self {
+            Device::Cpu(d) => {
+                d.round(x.data.host(), rows, cols, out.data.host_mut());
+                Ok(())
+            }
+            Device::Cuda(d) => d.round(x.data.cuda(), rows, cols, out.data.cuda_mut()),
+        }
     }
 
-    /// Attention without a cache, every row of a window seeing every row of it. `ends`: 0, then where each window ends.
-    pub fn attention_dense(&self, qkv: &Rows, shape: &DenseShape, ends: &[usize], out: &mut Acts) {
-        let Device::Cpu(d) = self;
-        let width = shape.heads * shape.head_size;
+    /// Turns the heads of q and k by their row's angles, then attention without a cache, every row of a window seeing every row of it.
+    /// `pass.spans` are not looked at; `ends`: 0, then where each window ends.
+    pub fn attention_dense(
+        &self,
+        qkv: &mut Rows,
+        shape: &DenseShape,
+        pass: &PassRows<'_>,
+        ends: &[usize],
+        dense: &mut Dense,
+        out: &mut Acts,
+    ) -> Result<()> {
+        let d = match self {
+            Device::Cpu(d) => d,
+            Device::Cuda(d) => {
+                let (dense, out) = (dense.0.cuda_mut(), out.data.cuda_mut());
+                return d.attention_dense(
+                    qkv.data.cuda(),
+                    shape,
+                    pass.cos,
+                    pass.sin,
+                    ends,
+                    dense,
+                    out,
+                );
+            }
+        };
+        let (cols, width) = (qkv.cols, shape.heads * shape.head_size);
+        let rows = ends.last().copied().unwrap_or(0);
+        let data = qkv.data.host_mut();
+        // Queries and keys lie side by side: one call turns both.
+        d.rope(
+            data,
+            rows,
+            cols,
+            2 * shape.heads,
+            shape.head_size,
+            pass.cos,
+            pass.sin,
+        );
         let attention = DenseAttention {
-            q: &qkv.data,
-            k: &qkv.data[width..],
-            v: &qkv.data[2 * width..],
-            q_stride: qkv.cols,
-            k_stride: qkv.cols,
-            v_stride: qkv.cols,
+            q: data,
+            k: &data[width..],
+            v: &data[2 * width..],
+            q_stride: cols,
+            k_stride: cols,
+            v_stride: cols,
             heads: shape.heads,
             kv_heads: shape.heads,
             head_size: shape.head_size,
             scale: shape.scale,
             cu_seqlens: ends,
         };
-        d.attention_dense(&attention, &mut out.data);
+        d.attention_dense(&attention, out.data.host_mut());
+        Ok(())
     }
 
-    /// The first `cols` columns of a compact `[rows, cols]` result, on the host.
-    pub fn read<'a>(&self, x: &'a Rows, elements: usize) -> &'a [f32] {
-        &x.data[..elements]
+    /// The first `elements` of compact rows, on the host. Waits for the device.
+    pub fn read<'a>(
+        &self,
+        x: &'a Rows,
+        elements: usize,
+        mirror: &'a mut Mirror,
+    ) -> Result<&'a [f32]> {
+        match self {
+            Device::Cpu(_) => Ok(&x.data.host()[..elements]),
+            Device::Cuda(d) => d.read(x.data.cuda(), elements, mirror.0.cuda_mut()),
+        }
+    }
+
+    /// Keeps the `k` best of the first `cols` of each of `rows` rows of `x`, as block `tile` of the pass.
+    ///
+    /// # Panics
+    /// On a device for which [`Device::best`] has none.
+    #[allow(clippy::too_many_arguments)] // the operands of one op
+    pub fn select(
+        &self,
+        x: &Rows,
+        rows: usize,
+        cols: usize,
+        k: usize,
+        tile: usize,
+        best: &mut Best,
+    ) -> Result<()> {
+        match self {
+            Device::Cpu(_) => foreign(),
+            Device::Cuda(d) => d.select(x.data.cuda(), rows, x.cols, cols, k, tile, &mut best.0),
+        }
+    }
+
+    /// What the first `count` selections of the pass are: ids counted within their block, and values, `[tile, row, k]`, the best first and
+    /// of equals the lowest id; past the end id `u32::MAX`. Waits for the device.
+    pub fn selected<'b>(&self, best: &'b mut Best, count: usize) -> Result<(&'b [u32], &'b [f32])> {
+        match self {
+            Device::Cpu(_) => foreign(),
+            Device::Cuda(d) => d.selected(&mut best.0, count),
+        }
     }
 
     /// Lets `x` hold rows of `cols` columns from now on; its room stays what it was.

@@ -21,15 +21,15 @@ use std::time::{Duration, Instant};
 
 pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
 pub use open::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, EngineOptions, Fitted,
-    OpenProgress, fit, kv_dtype,
+    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
+    Fitted, OpenProgress, fit, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 pub use vision::{VisionNeed, VisionRoom, VisionStats};
 
-use crate::device::{Device, Kv};
+use crate::device::{Device, DeviceKind, Kv};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, LogitsSink};
 use crate::paging::{Pager, PagingStats, Plan};
@@ -37,7 +37,7 @@ use crate::spec::ModelSpec;
 use crate::units::Dtype;
 use pacer::Pacer;
 use pictures::Pictures;
-use sample::Samplers;
+use sample::{RowsOf, Samplers};
 use schedule::{ScheduleStats, Scheduler};
 use source::Paged;
 use vision::Vision;
@@ -79,6 +79,8 @@ pub struct Engine {
     streams: bool,
     context: usize,
     logits: Vec<f32>,
+    /// Of each wanted row, where the device selects.
+    candidates: Vec<Vec<(u32, f32)>>,
     samplers: Samplers,
     pass_time: Duration,
     rows: u64,
@@ -146,20 +148,12 @@ impl Engine {
         if self.scheduler.pass.rows() == 0 {
             return Ok(());
         }
-        for copy in self.scheduler.copies() {
-            self.device.kv_copy(&mut self.kv, copy.from, copy.to);
-        }
-        let vocab = self.spec.vocab;
-        let mut logits = std::mem::take(&mut self.logits);
         let before = self.stats();
-        let mut keep = |first: usize, n: usize, block: &[f32]| {
-            for (row, values) in block.chunks_exact(n).enumerate() {
-                logits[row * vocab + first..][..n].copy_from_slice(values);
-            }
-            Ok(())
-        };
-        let ran = self.run_pass(&mut keep, watch);
-        self.logits = logits;
+        let candidates = self.candidates_wanted();
+        let ran = self.copy_blocks().and_then(|()| match candidates {
+            Some(k) => self.run_for_candidates(k, watch),
+            None => self.run_for_logits(watch),
+        });
         if let Err(e) = ran {
             self.scheduler.set_back_all();
             return Err(e);
@@ -170,8 +164,76 @@ impl Engine {
             took.compute.as_secs_f64(),
             took.paging.disk_busy.as_secs_f64(),
         );
-        self.samplers
-            .choose(&mut self.scheduler, &self.logits, vocab, events);
+        let rows = match candidates {
+            Some(_) => RowsOf::Candidates(&self.candidates),
+            None => RowsOf::Logits(&self.logits, self.spec.vocab),
+        };
+        self.samplers.choose(&mut self.scheduler, &rows, events);
+        Ok(())
+    }
+
+    fn copy_blocks(&mut self) -> Result<()> {
+        let (device, kv) = (&self.device, &mut self.kv);
+        let mut copies = self.scheduler.copies().iter();
+        copies.try_for_each(|copy| device.kv_copy(kv, copy.from, copy.to))
+    }
+
+    /// How many of the best logits of each row suffice for all sequences of the pass; `None` where some need all of them, or where they lie
+    /// in host memory anyway.
+    fn candidates_wanted(&self) -> Option<usize> {
+        if !self.forward.selects() {
+            return None;
+        }
+        let choosing = self.scheduler.choosing();
+        let each = choosing.iter().map(|c| match c.job.logprobs {
+            None => c.job.sampling.candidates(),
+            Some(_) => None,
+        });
+        each.collect::<Option<Vec<usize>>>()?.into_iter().max()
+    }
+
+    fn run_for_logits(&mut self, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        let vocab = self.spec.vocab;
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut keep = |first: usize, n: usize, block: &[f32]| {
+            for (row, values) in block.chunks_exact(n).enumerate() {
+                logits[row * vocab + first..][..n].copy_from_slice(values);
+            }
+            Ok(())
+        };
+        let ran = self.run_pass(&mut keep, watch);
+        self.logits = logits;
+        ran
+    }
+
+    fn run_for_candidates(&mut self, k: usize, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        let started = Instant::now();
+        self.pager.begin_pass()?;
+        let mut source = Paged::watched(&mut self.pager, self.forward.units(), watch);
+        let pass = &self.scheduler.pass;
+        let limit = self.samplers.limit();
+        let found = &mut self.candidates;
+        found.clear();
+        self.forward.run_best(
+            &self.device,
+            &mut self.kv,
+            &mut source,
+            pass,
+            k,
+            limit,
+            &mut |_, best| {
+                found.push(best.to_vec());
+                Ok(())
+            },
+        )?;
+        self.finish_pass(started)
+    }
+
+    /// Waits for what was given to the device, and counts.
+    fn finish_pass(&mut self, started: Instant) -> Result<()> {
+        self.pager.end_pass()?;
+        self.pass_time += started.elapsed();
+        self.rows += self.scheduler.pass.rows() as u64;
         Ok(())
     }
 
@@ -222,9 +284,7 @@ impl Engine {
         let pass = &self.scheduler.pass;
         self.forward
             .run(&self.device, &mut self.kv, &mut source, pass, sink)?;
-        self.pass_time += started.elapsed();
-        self.rows += pass.rows() as u64;
-        Ok(())
+        self.finish_pass(started)
     }
 
     /// What the scheduler did so far.
@@ -233,9 +293,14 @@ impl Engine {
     }
 
     pub fn stats(&self) -> EngineStats {
+        let paging = self.pager.stats();
         EngineStats {
-            paging: self.pager.stats(),
-            compute: self.forward.computed(),
+            // A GPU's own clock; the host only hands it work.
+            compute: match self.device.kind() {
+                DeviceKind::Cpu => self.forward.computed(),
+                DeviceKind::Cuda => paging.gpu_compute,
+            },
+            paging,
             pass: self.pass_time,
             rows: self.rows,
         }

@@ -10,11 +10,11 @@ use super::sample::Samplers;
 use super::schedule::{Limits, Scheduler};
 use super::vision::{Vision, VisionNeed, VisionRoom};
 use super::{Engine, no_kv_room};
-use crate::device::{Device, KvShape};
+use crate::device::{CudaDevice, CudaOptions, Device, DeviceKind, KvShape};
 use crate::error::{Code, Error, Result};
-use crate::model::forward::Forward;
-use crate::model::kv::{KvPool, block_bytes};
-use crate::paging::{Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
+use crate::model::forward::{Forward, PassLimits};
+use crate::model::kv::KvPool;
+use crate::paging::{Budget, Origin, Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
 use crate::units::{Dtype, UnitId, flag_size, human_bytes};
@@ -23,6 +23,15 @@ use crate::units::{Dtype, UnitId, flag_size, human_bytes};
 pub const DEFAULT_PASS_TOKENS: usize = 2048;
 pub const DEFAULT_PAGE_BYTES: u64 = 4 << 20;
 pub const DEFAULT_PREFETCH_DEPTH: usize = 1;
+
+/// Where an engine computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    #[default]
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
 
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -50,6 +59,9 @@ pub struct EngineOptions {
     pub sample_limit: Option<usize>,
     /// Room for pictures; without it prompts with pictures are refused, and nothing of the tower is touched.
     pub vision: Option<VisionRoom>,
+    pub device: DeviceChoice,
+    /// Bound on the GPU memory of this process; by default 90 % of what is free.
+    pub gpu_memory: Option<u64>,
     /// Forces an instruction set (tests): `portable`, `avx2`, `avx512`, `avx512bf16`.
     pub isa: Option<String>,
 }
@@ -71,6 +83,8 @@ impl Default for EngineOptions {
             keep_logits: true,
             sample_limit: None,
             vision: None,
+            device: DeviceChoice::Cpu,
+            gpu_memory: None,
             isa: None,
         }
     }
@@ -96,7 +110,16 @@ impl Engine {
             .iter()
             .map(|u| SlotLayout::new(u, &file_bytes, page_bytes))
             .collect();
-        let sizes: Vec<UnitSize> = layouts.iter().map(UnitSize::of).collect();
+        let device = open_device(store, options)?;
+        let gpu = device.as_cuda().map(|d| GpuRoom {
+            limit: d.limit(),
+            base: d.base(),
+        });
+        let size = match gpu {
+            None => UnitSize::of,
+            Some(_) => UnitSize::on_gpu,
+        };
+        let sizes: Vec<UnitSize> = layouts.iter().map(size).collect();
         let Fitted {
             plan,
             pass_tokens,
@@ -104,11 +127,10 @@ impl Engine {
             context,
             vision,
             ..
-        } = fit(&spec, dtype, &sizes, options, &HostMemory::read())?;
+        } = fit_on(&spec, dtype, &sizes, options, &HostMemory::read(), gpu)?;
         let vision = vision
             .map(|need| Vision::new(store, &layouts, &options.pager, need))
             .transpose()?;
-        let device = Device::cpu(options.threads, options.isa.as_deref())?;
         let wanted = options.logits_rows.max(1);
 
         let units: Vec<(UnitId, UnitKind, usize)> = store
@@ -121,8 +143,7 @@ impl Engine {
             &spec,
             &units,
             head_dtype(store),
-            pass_tokens,
-            wanted,
+            &pass_limits(options, pass_tokens, kv_blocks, context),
         )?;
         let kv = device.kv(&KvShape {
             layers: spec.layers,
@@ -130,12 +151,13 @@ impl Engine {
             kv_heads: spec.kv_heads,
             head_size: spec.head_size,
             dtype,
-        });
-        let pager = Pager::start(
-            store,
+        })?;
+        let pager = Pager::start_from(
+            &Origin::of(store)?,
             layouts,
             plan,
             &options.pager,
+            device.as_cuda().map(CudaDevice::compute),
             cancel.clone(),
             progress,
         )?;
@@ -156,6 +178,7 @@ impl Engine {
             } else {
                 Vec::new()
             },
+            candidates: Vec::new(),
             samplers: Samplers::new(sample_limit, device.threads()),
             scheduler: Scheduler::new(limits),
             pacer: Pacer::default(),
@@ -186,14 +209,22 @@ pub struct Fitted {
     pub context: usize,
     pub budget: u64,
     pub charges: Charges,
+    /// On a GPU: what of its memory is not the pager's.
+    pub device_charges: u64,
     /// What pictures take, where there is room for any.
     pub vision: Option<VisionNeed>,
 }
 
-/// Divides the budget between weights, slots, KV and activations. Pure but for `host`, which says what is taken already.
-///
-/// # Errors
-/// `Memory`: it cannot be done; the fix names the smallest budget that can.
+/// A GPU's memory, as an engine may use it.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuRoom {
+    /// Bound on all that this process takes.
+    pub limit: u64,
+    /// What context, kernels and slack take of it.
+    pub base: u64,
+}
+
+/// [`fit_on`] a CPU.
 pub fn fit(
     spec: &ModelSpec,
     dtype: Dtype,
@@ -201,20 +232,51 @@ pub fn fit(
     options: &EngineOptions,
     host: &HostMemory,
 ) -> Result<Fitted> {
+    fit_on(spec, dtype, units, options, host, None)
+}
+
+/// Divides the budget between weights, slots, KV and activations. Pure but for `host`, which says what is taken already.
+///
+/// # Errors
+/// `Memory`: it cannot be done; the fix names the smallest budget that can.
+pub fn fit_on(
+    spec: &ModelSpec,
+    dtype: Dtype,
+    units: &[UnitSize],
+    options: &EngineOptions,
+    host: &HostMemory,
+    gpu: Option<GpuRoom>,
+) -> Result<Fitted> {
+    let kind = match gpu {
+        None => DeviceKind::Cpu,
+        Some(_) => DeviceKind::Cuda,
+    };
     let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
     let context = options.context.min(spec.max_positions).max(2);
     let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
     // One block more a sequence: each ends somewhere inside its last one.
     let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
-    let kv_bytes =
-        kv_blocks as u64 * block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
+    let kv = kind.kv_room(&KvShape {
+        layers: spec.layers,
+        blocks: kv_blocks,
+        kv_heads: spec.kv_heads,
+        head_size: spec.head_size,
+        dtype,
+    });
     let wanted = options.logits_rows.max(1);
     let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
-    let vision = VisionNeed::of(spec, units, options.vision, depth, budget)?;
+    let vision = VisionNeed::of(spec, units, options, kind, gpu.map_or(budget, |g| g.limit))?;
+    let scratch = |tokens| {
+        Forward::room(
+            kind,
+            spec,
+            &pass_limits(options, tokens, kv_blocks, context),
+        )
+    };
     let charges = |tokens: usize| Charges {
         base: host.resident,
-        kv: kv_bytes,
-        scratch: Forward::scratch_bytes(spec, tokens, wanted),
+        kv: kv.host,
+        scratch: scratch(tokens).host,
         logits: if options.keep_logits {
             (wanted * spec.vocab * 4) as u64
         } else {
@@ -222,9 +284,37 @@ pub fn fit(
         },
         vision: vision.as_ref().map_or(0, VisionNeed::bytes),
     };
-    let (pass_tokens, plan) = largest_pass(options, budget, wanted, &charges, |left| {
-        Plan::of_sizes(units, left, depth, &options.placement, spec.tied_head)
-    })?;
+    let device_charges = |tokens: usize| {
+        let tower = vision.as_ref().map_or(0, VisionNeed::device_bytes);
+        gpu.map_or(0, |g| g.base) + kv.device + scratch(tokens).device + tower
+    };
+    let (pass_tokens, plan) = match gpu {
+        None => largest_pass(options, budget, wanted, &charges, |left| {
+            Plan::of_sizes(units, left, depth, &options.placement, spec.tied_head)
+        })?,
+        Some(gpu) => {
+            let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+            let plan = |cpu_bytes, gpu_bytes| {
+                let budget = Budget {
+                    cpu_bytes,
+                    gpu_bytes: Some(gpu_bytes),
+                };
+                let placement = &options.placement;
+                Plan::on_gpu(units, budget, depth, placement, spec.tied_head, page_bytes)
+            };
+            let tokens = gpu_pass(options, gpu.limit, wanted, &device_charges, &|left| {
+                plan(1 << 46, left)
+            })?;
+            let left = gpu.limit.saturating_sub(device_charges(tokens));
+            let c = charges(tokens);
+            let with = |cpu| plan(cpu, left);
+            let fitted = c.left_of(budget).and_then(with);
+            (
+                tokens,
+                fitted.map_err(|e| name_the_budget(e, budget, &c, &with))?,
+            )
+        }
+    };
     Ok(Fitted {
         plan,
         pass_tokens,
@@ -232,8 +322,116 @@ pub fn fit(
         context,
         budget,
         charges: charges(pass_tokens),
+        device_charges: device_charges(pass_tokens),
         vision,
     })
+}
+
+fn pass_limits(
+    options: &EngineOptions,
+    tokens: usize,
+    kv_blocks: usize,
+    context: usize,
+) -> PassLimits {
+    PassLimits {
+        tokens,
+        wanted: options.logits_rows.max(1),
+        segments: tokens,
+        // Sequences share blocks, so their tables may have more entries than there are blocks.
+        table: kv_blocks.max(options.max_sequences * (KvPool::blocks_for(context) + 1)),
+        context,
+        select: options.keep_logits,
+    }
+}
+
+/// The largest pass under which the smallest plan fits on the GPU; it may take at most an eighth of the GPU from the weights.
+fn gpu_pass(
+    options: &EngineOptions,
+    limit: u64,
+    wanted: usize,
+    charges: &dyn Fn(usize) -> u64,
+    plan: &dyn Fn(u64) -> Result<Plan>,
+) -> Result<usize> {
+    let least = wanted.max(16).min(options.pass_tokens.max(1)).max(wanted);
+    let mut tokens = options.pass_tokens.max(least);
+    loop {
+        let taken = charges(tokens);
+        let modest = taken.saturating_sub(charges(least)) <= limit / 8;
+        let fitted = limit.checked_sub(taken).map(plan);
+        match fitted {
+            Some(Ok(_)) if modest => return Ok(tokens),
+            Some(Err(e)) if e.code() != Code::Memory => return Err(e),
+            _ if tokens == least => break,
+            _ => tokens = (tokens / 2).max(least),
+        }
+    }
+    let (mut low, mut high) = (0u64, 1u64 << 46);
+    while high - low > 1 << 20 {
+        let middle = low + (high - low) / 2;
+        match plan(middle) {
+            Ok(_) => high = middle,
+            Err(_) => low = middle,
+        }
+    }
+    let smallest = high + charges(least);
+    Err(Error::new(
+        Code::Memory,
+        format!(
+            "the model does not fit in {} of GPU memory",
+            human_bytes(limit)
+        ),
+        format!(
+            "the smallest plan takes {}: slots and residents {}, KV, activations, kernels and the driver's context {}",
+            human_bytes(smallest),
+            human_bytes(high),
+            human_bytes(charges(least))
+        ),
+        format!(
+            "give --gpu-memory {} or more, a smaller --context, or run with --device cpu",
+            flag_size(smallest)
+        ),
+    ))
+}
+
+/// The device the options ask for, fit for this model.
+fn open_device(store: &Store, options: &EngineOptions) -> Result<Device> {
+    let DeviceChoice::Cuda(ordinal) = options.device else {
+        return Device::cpu(options.threads, options.isa.as_deref());
+    };
+    let vision = store
+        .spec
+        .vision
+        .as_ref()
+        .filter(|_| options.vision.is_some());
+    Device::cuda(&CudaOptions {
+        ordinal,
+        half: one_half(store)?,
+        head_size: store.spec.head_size,
+        vision_head_size: vision.map(|v| v.hidden / v.heads),
+        memory: options.gpu_memory,
+    })
+}
+
+/// The 16-bit type that all tensors share.
+fn one_half(store: &Store) -> Result<Dtype> {
+    let mut types: Vec<Dtype> = Vec::new();
+    for place in store.units.iter().flat_map(|u| &u.places) {
+        if !types.contains(&place.dtype) {
+            types.push(place.dtype);
+        }
+    }
+    match types[..] {
+        [half] if half != Dtype::F32 => Ok(half),
+        _ => {
+            let names: Vec<&str> = types.iter().map(|t| t.name()).collect();
+            Err(Error::new(
+                Code::Unsupported,
+                format!("{} weights do not run on the GPU", names.join(" and ")),
+                "its kernels take weights of one 16-bit type",
+                "run with --dtype bfloat16, or with --device cpu",
+            ))
+        }
+    }
 }
 
 /// The largest pass (halving from what was asked) under which the smallest placement still fits, and its plan. A large

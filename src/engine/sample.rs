@@ -11,20 +11,43 @@ const ROWS_A_THREAD: usize = 4;
 /// One sampler a thread; their buffers are kept between passes.
 pub(super) struct Samplers(Vec<Sampler>);
 
+/// What the pass gave for its wanted rows.
+pub(super) enum RowsOf<'a> {
+    /// `[wanted rows, vocab]`, and vocab.
+    Logits(&'a [f32], usize),
+    /// The best of each row.
+    Candidates(&'a [Vec<(u32, f32)>]),
+}
+
 impl Samplers {
     pub fn new(limit: usize, threads: usize) -> Samplers {
         Samplers((0..threads.max(1)).map(|_| Sampler::new(limit)).collect())
     }
 
-    /// Draws the next token of every sequence whose logits are in `logits` (`[wanted rows, vocab]`), and tells `events`.
+    /// Ids from here on are never chosen.
+    pub fn limit(&self) -> usize {
+        self.0.first().map_or(0, Sampler::limit)
+    }
+
+    /// Draws the next token of every sequence whose logits are in `logits`, and tells `events`.
     pub fn choose(
         &mut self,
         scheduler: &mut Scheduler,
-        logits: &[f32],
-        vocab: usize,
+        logits: &RowsOf<'_>,
         events: &mut Vec<Event>,
     ) {
-        let mut drawn = self.draw(&scheduler.choosing(), logits, vocab).into_iter();
+        let choosing = scheduler.choosing();
+        let drawn = match logits {
+            RowsOf::Logits(logits, vocab) => self.draw(&choosing, logits, *vocab),
+            RowsOf::Candidates(rows) => {
+                let sampler = &mut self.0[0];
+                choosing
+                    .iter()
+                    .map(|c| one_of(sampler, c, &rows[c.row]))
+                    .collect()
+            }
+        };
+        let mut drawn = drawn.into_iter();
         scheduler.advance(
             &mut |_| {
                 let missing = || Err(Error::internal("a row was not sampled"));
@@ -61,13 +84,25 @@ impl Samplers {
     }
 }
 
+fn draw_of(c: &Choosing<'_>) -> Draw {
+    Draw {
+        seed: c.job.sampling.seed,
+        choice: c.job.choice,
+        position: (c.job.prompt.len() + c.generated.len()) as u64,
+    }
+}
+
+/// From the best logits alone.
+fn one_of(sampler: &mut Sampler, c: &Choosing<'_>, best: &[(u32, f32)]) -> Result<Chosen> {
+    Ok(Chosen {
+        token: sampler.sample_best(best, &c.job.sampling, draw_of(c))?,
+        logprobs: None,
+    })
+}
+
 fn one(sampler: &mut Sampler, c: &Choosing<'_>, logits: &[f32]) -> Result<Chosen> {
     let job: &Job = c.job;
-    let draw = Draw {
-        seed: job.sampling.seed,
-        choice: job.choice,
-        position: (job.prompt.len() + c.generated.len()) as u64,
-    };
+    let draw = draw_of(c);
     let history = History {
         prompt: &job.prompt,
         generated: c.generated,

@@ -1,6 +1,6 @@
 //! The pager as the forward pass sees it: units by role, nothing of disks or slots.
 
-use crate::device::WeightView;
+use crate::device::{Bytes, WeightView};
 use crate::error::Result;
 use crate::model::{UnitSource, UnitView};
 use crate::paging::{Pager, SlotWeight};
@@ -51,7 +51,9 @@ impl UnitSource for Paged<'_> {
             view.set(w.role, weight(w, bytes));
         }
         let done = compute(&view);
-        self.pager.release(lease)?;
+        // What went wrong first is what is said.
+        let released = self.pager.release(lease);
+        let done = done.and(released);
         self.done += 1;
         if let Some(watch) = &mut self.watch {
             watch(self.done, self.units);
@@ -74,20 +76,19 @@ impl UnitSource for Paged<'_> {
                     rows: 1,
                     cols,
                     row_stride: bytes.len(),
-                    data: bytes,
+                    data: Bytes::Host(bytes),
                 },
             )
         })
     }
 }
 
-fn weight<'a>(w: &SlotWeight, bytes: &'a [u8]) -> WeightView<'a> {
-    let at = w.offset as usize;
+fn weight<'a>(w: &SlotWeight, bytes: Bytes<'a>) -> WeightView<'a> {
     WeightView {
         dtype: w.dtype,
         rows: w.rows,
         cols: w.cols,
         row_stride: w.cols * w.dtype.bytes(),
-        data: &bytes[at..at + w.bytes as usize],
+        data: bytes.part(w.offset as usize, w.bytes as usize),
     }
 }

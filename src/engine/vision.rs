@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::open::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, EngineOptions};
 use super::pictures::{Pictures, text_only};
 use super::source::Paged;
-use crate::device::Device;
+use crate::device::{CudaDevice, Device, DeviceKind, Room};
 use crate::error::{Code, Error, Result};
 use crate::media::Visual;
 use crate::model::pass::Embeddings;
@@ -83,6 +84,8 @@ pub struct VisionNeed {
     pub tokens: usize,
     /// Pictures that wait for the tower, bytes of pixels.
     pub pixel_bytes: u64,
+    /// What the tower takes besides its pager.
+    tower: Room,
 }
 
 impl VisionNeed {
@@ -90,27 +93,36 @@ impl VisionNeed {
     pub fn of(
         spec: &ModelSpec,
         units: &[UnitSize],
-        room: Option<VisionRoom>,
-        depth: usize,
+        options: &EngineOptions,
+        kind: DeviceKind,
         budget: u64,
     ) -> Result<Option<VisionNeed>> {
-        let Some(room) = room.filter(|r| r.patches > 0) else {
+        let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
+        let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+        let Some(room) = options.vision.filter(|r| r.patches > 0) else {
             return Ok(None);
         };
         let spec = spec.vision.clone().ok_or_else(text_only)?;
-        let plan = Plan::vision(units, depth);
+        let plan = match kind {
+            DeviceKind::Cpu => Plan::vision(units, depth),
+            DeviceKind::Cuda => Plan::vision_on_gpu(units, depth, page_bytes),
+        };
         let mut limits = Limits {
             wave: room.patches.max(room.slice),
             slice: room.slice,
         };
         // A wave may take a quarter of the budget from the weights; below that, pictures go through in more pieces.
-        let bytes = |l| plan.arena_bytes() + Tower::scratch_bytes(&spec, l);
+        let bytes = |l| match kind {
+            DeviceKind::Cpu => plan.arena_bytes() + Tower::room(kind, &spec, l).host,
+            DeviceKind::Cuda => plan.device_bytes() + Tower::room(kind, &spec, l).device,
+        };
         while bytes(limits) > budget / 4 && limits.wave > limits.slice {
             limits.wave = (limits.wave / 2).max(limits.slice);
         }
         Ok(Some(VisionNeed {
             tokens: room.tokens,
             pixel_bytes: room.pixel_bytes,
+            tower: Tower::room(kind, &spec, limits),
             spec,
             plan,
             limits,
@@ -120,9 +132,16 @@ impl VisionNeed {
     /// Host memory the tower takes while it runs, the embeddings it leaves, and the pictures that wait for it.
     pub fn bytes(&self) -> u64 {
         self.plan.arena_bytes()
-            + Tower::scratch_bytes(&self.spec, self.limits)
+            + self.tower.host
             + (self.tokens * self.spec.out_hidden * 4) as u64
             + self.pixel_bytes
+    }
+}
+
+impl VisionNeed {
+    /// GPU memory the tower takes while it runs.
+    pub fn device_bytes(&self) -> u64 {
+        self.plan.device_bytes() + self.tower.device
     }
 }
 
@@ -338,6 +357,7 @@ impl Vision {
             self.layouts.clone(),
             self.plan.clone(),
             &self.options,
+            device.as_cuda().map(CudaDevice::compute),
             cancel.clone(),
             &mut |_, _| {},
         )?;

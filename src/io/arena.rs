@@ -170,6 +170,7 @@ impl Region {
             home: self.home.clone(),
             start,
             len,
+            room: len,
         }
     }
 
@@ -239,9 +240,24 @@ pub struct Frame {
     home: Arc<Home>,
     start: usize,
     len: usize,
+    /// What was lent: `len` at most.
+    room: usize,
 }
 
 impl Frame {
+    /// Uses the first `len` bytes of what was lent (a multiple of 4096): for frames that go from read to read.
+    ///
+    /// # Panics
+    /// When that is more than was lent.
+    pub fn resize(&mut self, len: usize) {
+        assert!(
+            len.is_multiple_of(ALIGN_BYTES as usize) && len <= self.room,
+            "a frame of {} bytes cannot hold {len}",
+            self.room
+        );
+        self.len = len;
+    }
+
     /// Index of the one segment the whole frame lies in; `None` when it crosses a segment's border (such a frame is read plainly).
     pub(super) fn segment(&self) -> Option<u16> {
         let first = self.start / SEGMENT_BYTES;
@@ -375,6 +391,7 @@ mod tests {
             }),
             start,
             len,
+            room: len,
         };
         assert_eq!(frame(SEGMENT_BYTES - 4096, 4096).segment(), Some(0));
         assert_eq!(frame(SEGMENT_BYTES, 4096).segment(), Some(1));

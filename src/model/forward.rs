@@ -9,13 +9,40 @@ use super::pass::Pass;
 use super::rope::Rope;
 use super::scratch::{HEAD_TILE_ROWS, MLP_TILE_ROWS, Scratch};
 use super::{UnitSource, UnitView};
-use crate::device::{AttnShape, Device, Into, Kv, Span};
+use crate::device::{AttnShape, Device, DeviceKind, Into, Kv, PassRows, Room, Span};
 use crate::error::{Error, Result};
 use crate::spec::{ModelSpec, Role, UnitKind};
 use crate::units::{Dtype, UnitId};
 
 /// Receives logits block by block: `(first vocabulary id, ids, values)` with values `[wanted rows, ids]`, row-major.
 pub type LogitsSink<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+/// Receives the best logits of each wanted row: `(row, candidates)`, the best first, of equals the lowest id.
+pub type BestSink<'a> = dyn FnMut(usize, &[(u32, f32)]) -> Result<()> + 'a;
+
+/// What is wanted of the logits.
+enum Want<'w, 's> {
+    All(&'w mut LogitsSink<'s>),
+    /// The `k` best ids below `limit`, kept on the device until the pass is over.
+    Best {
+        k: usize,
+        limit: usize,
+    },
+}
+
+/// What passes may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassLimits {
+    pub tokens: usize,
+    /// Rows whose logits are wanted.
+    pub wanted: usize,
+    pub segments: usize,
+    /// Entries of all segments' block tables together.
+    pub table: usize,
+    /// Tokens of a sequence.
+    pub context: usize,
+    /// Whether [`Forward::run_best`] is to be used, where the device has it.
+    pub select: bool,
+}
 
 /// The decoder, ready to run passes of up to a fixed number of rows.
 pub struct Forward {
@@ -28,12 +55,14 @@ pub struct Forward {
     heads: Vec<(UnitId, usize, usize)>,
     head_dtype: Dtype,
     scratch: Scratch,
-    max_tokens: usize,
-    max_wanted: usize,
+    limits: PassLimits,
     computed: Duration,
     /// Of a pass with given rows: the others, and their tokens.
     looked_up: Vec<usize>,
     ids: Vec<u32>,
+    /// First id of each piece of the head that candidates were selected from.
+    selected: Vec<usize>,
+    candidates: Vec<(u32, f32)>,
 }
 
 impl Forward {
@@ -44,8 +73,7 @@ impl Forward {
         spec: &ModelSpec,
         units: &[(UnitId, UnitKind, usize)],
         head_dtype: Dtype,
-        max_tokens: usize,
-        max_wanted: usize,
+        limits: &PassLimits,
     ) -> Result<Forward> {
         let one = |kind: UnitKind| {
             units
@@ -65,6 +93,7 @@ impl Forward {
                 first += rows;
             }
         }
+        let tiles = heads.iter().map(|h| h.2.div_ceil(HEAD_TILE_ROWS)).sum();
         Ok(Forward {
             rope: Rope::new(&spec.rope, spec.head_size),
             embed: one(UnitKind::Embed)?,
@@ -72,19 +101,20 @@ impl Forward {
             layers,
             heads,
             head_dtype,
-            scratch: Scratch::new(device, spec, max_tokens, max_wanted),
+            scratch: Scratch::new(device, spec, limits, tiles)?,
             spec: spec.clone(),
-            max_tokens,
-            max_wanted,
+            limits: *limits,
             computed: Duration::ZERO,
-            looked_up: Vec::with_capacity(max_tokens),
-            ids: Vec::with_capacity(max_tokens),
+            looked_up: Vec::with_capacity(limits.tokens),
+            ids: Vec::with_capacity(limits.tokens),
+            selected: Vec::with_capacity(tiles),
+            candidates: Vec::new(),
         })
     }
 
-    /// Host memory [`Forward::new`] takes.
-    pub fn scratch_bytes(spec: &ModelSpec, tokens: usize, wanted: usize) -> u64 {
-        Scratch::bytes(spec, tokens, wanted)
+    /// Memory [`Forward::new`] takes.
+    pub fn room(device: DeviceKind, spec: &ModelSpec, limits: &PassLimits) -> Room {
+        Scratch::room(device, spec, limits)
     }
 
     /// Units a pass acquires: layers, final norm, head blocks.
@@ -93,11 +123,16 @@ impl Forward {
     }
 
     pub fn max_tokens(&self) -> usize {
-        self.max_tokens
+        self.limits.tokens
     }
 
     pub fn max_wanted(&self) -> usize {
-        self.max_wanted
+        self.limits.wanted
+    }
+
+    /// Whether [`Forward::run_best`] saves anything on this device.
+    pub fn selects(&self) -> bool {
+        self.scratch.best.is_some()
     }
 
     /// Time spent computing so far, waits for units left out.
@@ -114,8 +149,37 @@ impl Forward {
         pass: &Pass,
         sink: &mut LogitsSink<'_>,
     ) -> Result<()> {
+        self.walk(device, kv, source, pass, &mut Want::All(sink))
+    }
+
+    /// As [`Forward::run`], but hands over only the `k` best ids below `limit` of each wanted row, selected where the logits are. Only where
+    /// [`Forward::selects`].
+    #[allow(clippy::too_many_arguments)] // a pass, and what is wanted of it
+    pub fn run_best(
+        &mut self,
+        device: &Device,
+        kv: &mut Kv,
+        source: &mut dyn UnitSource,
+        pass: &Pass,
+        k: usize,
+        limit: usize,
+        sink: &mut BestSink<'_>,
+    ) -> Result<()> {
+        self.selected.clear();
+        self.walk(device, kv, source, pass, &mut Want::Best { k, limit })?;
+        self.hand_over(device, pass.wanted(), k, sink)
+    }
+
+    fn walk(
+        &mut self,
+        device: &Device,
+        kv: &mut Kv,
+        source: &mut dyn UnitSource,
+        pass: &Pass,
+        want: &mut Want<'_, '_>,
+    ) -> Result<()> {
         pass.check(self.spec.vocab, kv.blocks())?;
-        if pass.rows() > self.max_tokens || pass.wanted() > self.max_wanted {
+        if pass.rows() > self.limits.tokens || pass.wanted() > self.limits.wanted {
             return Err(Error::internal("a pass larger than its scratch"));
         }
         if pass.rows() == 0 {
@@ -127,6 +191,12 @@ impl Forward {
         self.rope
             .cos_sin(&pass.positions, &mut s.cos[..half], &mut s.sin[..half]);
         let spans = spans(pass);
+        let rows = PassRows {
+            spans: &spans,
+            cos: &s.cos[..half],
+            sin: &s.sin[..half],
+        };
+        device.begin(&mut s.lists, &rows)?;
         for layer in 0..self.layers.len() {
             let mut inside = Duration::ZERO;
             source.with_unit(self.layers[layer], &mut |unit| {
@@ -138,7 +208,7 @@ impl Forward {
             })?;
             self.computed += inside;
         }
-        self.head(device, source, pass, sink)
+        self.head(device, source, pass, want)
     }
 
     fn embed(&mut self, device: &Device, source: &mut dyn UnitSource, pass: &Pass) -> Result<()> {
@@ -149,12 +219,11 @@ impl Forward {
                 return Err(Error::internal("given embeddings of another width"));
             }
             let values = &g.from.values[g.first * cols..(g.first + g.rows) * cols];
-            device.write_rows(x, g.row, values);
+            device.write_rows(x, g.row, values)?;
         }
         if pass.given.is_empty() {
             return source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
-                device.put_row(row, x, i);
-                Ok(())
+                device.put_row(row, x, i)
             });
         }
         self.looked_up.clear();
@@ -164,8 +233,7 @@ impl Forward {
             .extend(self.looked_up.iter().map(|row| pass.tokens[*row]));
         let rows = &self.looked_up;
         source.gather_rows(self.embed, &self.ids, &mut |i, row| {
-            device.put_row(row, x, rows[i]);
-            Ok(())
+            device.put_row(row, x, rows[i])
         })
     }
 
@@ -181,6 +249,12 @@ impl Forward {
     ) -> Result<()> {
         let p = &self.spec;
         let s = &mut self.scratch;
+        let half = rows * p.head_size / 2;
+        let pass = PassRows {
+            spans,
+            cos: &s.cos[..half],
+            sin: &s.sin[..half],
+        };
         let norm = unit.need(Role::InputNorm)?;
         let mut rounded_to = None;
         for (role, bias, out) in [
@@ -192,22 +266,19 @@ impl Forward {
             if rounded_to != Some(w.dtype) {
                 rounded_to = Some(w.dtype);
                 s.normed.round_to(w.dtype);
-                device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed);
+                device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed)?;
             }
-            device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store);
+            device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store)?;
         }
-        let half = rows * p.head_size / 2;
-        let (cos, sin) = (&s.cos[..half], &s.sin[..half]);
         for (norm, heads, x) in [
             (Role::QNorm, p.heads, &mut s.q),
             (Role::KNorm, p.kv_heads, &mut s.k),
         ] {
             if p.qk_norm {
-                device.rmsnorm_heads(x, rows, heads, p.head_size, unit.need(norm)?, p.rms_eps);
+                device.rmsnorm_heads(x, rows, heads, p.head_size, unit.need(norm)?, p.rms_eps)?;
             }
-            device.rope(x, rows, heads, p.head_size, cos, sin);
         }
-        device.kv_append(kv, layer, spans, &s.k, &s.v);
+        device.rope_append(&mut s.lists, &pass, &mut s.q, &mut s.k, &s.v, kv, layer)?;
         let shape = AttnShape {
             heads: p.heads,
             kv_heads: p.kv_heads,
@@ -217,9 +288,8 @@ impl Forward {
         };
         let (w, b) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
         s.attended.round_to(w.dtype);
-        device.attention(&s.q, spans, kv, layer, &shape, &mut s.attended);
-        device.linear(&s.attended, rows, w, b, &mut s.x, 0, Into::Add);
-        Ok(())
+        device.attention(&s.lists, &pass, &s.q, kv, layer, &shape, &mut s.attended)?;
+        device.linear(&s.attended, rows, w, b, &mut s.x, 0, Into::Add)
     }
 
     /// x += down(silu(gate(n)) · up(n)), n = RMSNorm(x), a tile of rows at a time.
@@ -240,13 +310,13 @@ impl Forward {
                 if rounded_to != Some(w.dtype) {
                     rounded_to = Some(w.dtype);
                     s.normed.round_to(w.dtype);
-                    device.rmsnorm(&s.x, first, n, norm, eps, &mut s.normed);
+                    device.rmsnorm(&s.x, first, n, norm, eps, &mut s.normed)?;
                 }
-                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store);
+                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store)?;
             }
-            device.swiglu(&s.gate, &s.up, n, &mut s.mlp);
+            device.swiglu(&s.gate, &s.up, n, self.spec.intermediate, &mut s.mlp)?;
             let bias = unit.get(Role::DownBias);
-            device.linear(&s.mlp, n, down, bias, &mut s.x, first, Into::Add);
+            device.linear(&s.mlp, n, down, bias, &mut s.x, first, Into::Add)?;
         }
         Ok(())
     }
@@ -257,40 +327,121 @@ impl Forward {
         device: &Device,
         source: &mut dyn UnitSource,
         pass: &Pass,
-        sink: &mut LogitsSink<'_>,
+        want: &mut Want<'_, '_>,
     ) -> Result<()> {
         let wanted = pass.wanted();
         let eps = self.spec.rms_eps;
+        self.pick(device, pass)?;
         let s = &mut self.scratch;
-        for (i, row) in pass.wanted_rows().enumerate() {
-            device.copy_row(&s.x, row, &mut s.picked, i);
-        }
         s.last.round_to(self.head_dtype);
         source.with_unit(self.norm, &mut |unit| {
             let w = unit.need(Role::FinalNorm)?;
-            device.rmsnorm(&s.picked, 0, wanted, w, eps, &mut s.last);
-            Ok(())
+            device.rmsnorm(&s.picked, 0, wanted, w, eps, &mut s.last)
         })?;
         let mut computed = Duration::ZERO;
-        for &(unit, first, rows) in &self.heads {
+        for head in 0..self.heads.len() {
+            let (unit, first, rows) = self.heads[head];
             source.with_unit(unit, &mut |unit| {
                 let started = Instant::now();
                 // A pass whose logits nobody wants still walks the head: the stream's order never depends on the batch.
                 if wanted > 0 {
-                    let w = unit.need(Role::Head)?;
-                    for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
-                        let n = HEAD_TILE_ROWS.min(rows - tile);
-                        let part = w.slice_rows(tile, n);
-                        device.reshape(&mut s.logits, n);
-                        device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store);
-                        sink(first + tile, n, device.read(&s.logits, wanted * n))?;
-                    }
+                    self.head_unit(device, unit, first, rows, wanted, want)?;
                 }
                 computed += started.elapsed();
                 Ok(())
             })?;
         }
         self.computed += computed;
+        Ok(())
+    }
+
+    /// picked = x[wanted rows], neighbours at once.
+    fn pick(&mut self, device: &Device, pass: &Pass) -> Result<()> {
+        let s = &mut self.scratch;
+        let mut rows = pass.wanted_rows().peekable();
+        let mut at = 0;
+        while let Some(first) = rows.next() {
+            let mut n = 1;
+            while rows.next_if_eq(&(first + n)).is_some() {
+                n += 1;
+            }
+            device.copy_rows(&s.x, first, &mut s.picked, at, n)?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// The logits of one unit of the head, whose first row is vocabulary id `first`.
+    fn head_unit(
+        &mut self,
+        device: &Device,
+        unit: &UnitView<'_>,
+        first: usize,
+        rows: usize,
+        wanted: usize,
+        want: &mut Want<'_, '_>,
+    ) -> Result<()> {
+        let s = &mut self.scratch;
+        let w = unit.need(Role::Head)?;
+        for tile in (0..rows).step_by(HEAD_TILE_ROWS) {
+            let n = HEAD_TILE_ROWS.min(rows - tile);
+            let part = w.slice_rows(tile, n);
+            let first = first + tile;
+            device.reshape(&mut s.logits, n);
+            device.linear(&s.last, wanted, &part, None, &mut s.logits, 0, Into::Store)?;
+            match want {
+                Want::All(sink) => {
+                    sink(first, n, device.read(&s.logits, wanted * n, &mut s.mirror)?)?
+                }
+                Want::Best { k, limit } if first < *limit => {
+                    let missing = || Error::internal("this device selects no logits");
+                    let best = s.best.as_mut().ok_or_else(missing)?;
+                    let cols = n.min(*limit - first);
+                    device.select(&s.logits, wanted, cols, *k, self.selected.len(), best)?;
+                    self.selected.push(first);
+                }
+                Want::Best { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Merges what was selected from the pieces of the head.
+    fn hand_over(
+        &mut self,
+        device: &Device,
+        wanted: usize,
+        k: usize,
+        sink: &mut BestSink<'_>,
+    ) -> Result<()> {
+        let missing = || Error::internal("this device selects no logits");
+        let best = self.scratch.best.as_mut().ok_or_else(missing)?;
+        let (ids, values) = device.selected(best, self.selected.len() * wanted * k)?;
+        for row in 0..wanted {
+            self.candidates.clear();
+            for (tile, first) in self.selected.iter().enumerate() {
+                let at = (tile * wanted + row) * k;
+                let found = ids[at..at + k].iter().zip(&values[at..at + k]);
+                let known = found.filter(|(id, _)| **id != u32::MAX);
+                self.candidates
+                    .extend(known.map(|(id, value)| (id + *first as u32, *value)));
+            }
+            // NaN comes last, as on the device: any number is better.
+            let rank = |v: f32| {
+                if v.is_nan() {
+                    f32::NEG_INFINITY
+                } else {
+                    v + 0.0
+                }
+            };
+            self.candidates.sort_unstable_by(|a, b| {
+                let nan = a.1.is_nan().cmp(&b.1.is_nan());
+                nan.then(rank(b.1).total_cmp(&rank(a.1)))
+                    .then(a.0.cmp(&b.0))
+            });
+            self.candidates.truncate(k);
+            sink(row, &self.candidates)?;
+        }
         Ok(())
     }
 }

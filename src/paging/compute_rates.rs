@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::predict::ComputeRates;
 use super::rates::{cache_dir, machine_name};
 use crate::device::{Device, Into, WeightView};
+use crate::error::Result;
 use crate::units::Dtype;
 
 /// Rows measured: one sequence, a few, and enough that arithmetic decides.
@@ -62,11 +63,11 @@ impl KeptCompute {
     }
 
     /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of memory for that long.
-    pub fn known_or_measured(&self, device: &Device) -> ComputeRates {
+    pub fn known_or_measured(&self, device: &Device) -> Result<ComputeRates> {
         if let Some(rates) = self.known() {
-            return rates;
+            return Ok(rates);
         }
-        let rates = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH);
+        let rates = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
         let record = Record {
             machine: machine_name(),
             device: self.device.clone(),
@@ -78,12 +79,12 @@ impl KeptCompute {
             let _ = std::fs::create_dir_all(dir);
             let _ = std::fs::write(&self.path, text);
         }
-        record.rates
+        Ok(record.rates)
     }
 }
 
 /// Times products of a few numbers of rows with `bytes` of weights; the median of each.
-fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> ComputeRates {
+fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Result<ComputeRates> {
     let row_bytes = COLS * dtype.bytes();
     let out_rows = (bytes / row_bytes).max(1);
     // Small finite values of any type: what they are does not matter, that they are no zeros' page does.
@@ -103,10 +104,10 @@ fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Compu
     let piece = out_rows.div_ceil(4);
     let mut points = Vec::new();
     for rows in ROWS {
-        let x = device.rows(rows, COLS);
-        let mut acts = device.acts(rows, COLS, dtype);
-        device.rmsnorm(&x, 0, rows, &norm, 1e-6, &mut acts);
-        let mut out = device.rows(rows, piece);
+        let x = device.rows(rows, COLS)?;
+        let mut acts = device.acts(rows, COLS, dtype)?;
+        device.rmsnorm(&x, 0, rows, &norm, 1e-6, &mut acts)?;
+        let mut out = device.rows(rows, piece)?;
         let mut times = Vec::new();
         let started = Instant::now();
         while times.len() < 3 || (started.elapsed() < each && times.len() < 64) {
@@ -122,7 +123,7 @@ fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Compu
                     &mut out,
                     0,
                     Into::Store,
-                );
+                )?;
             }
             times.push(begin.elapsed().as_secs_f64());
         }
@@ -131,13 +132,13 @@ fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Compu
     }
     let one_row = points[0].1;
     let (rows, many) = points[points.len() - 1];
-    ComputeRates {
+    Ok(ComputeRates {
         memory_gb_per_s: 1.0 / one_row,
         // ns per byte → operations per ns
         gflops: 2.0 * rows as f64 / dtype.bytes() as f64 / many,
         element_bytes: dtype.bytes() as f64,
         points,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -150,7 +151,7 @@ mod tests {
         let device = Device::cpu(Some(1), None).unwrap();
         let kept = KeptCompute::within(dir.path().into(), &device, Dtype::BF16);
         assert!(kept.known().is_none());
-        let rates = measure(&device, Dtype::BF16, 1 << 20, Duration::from_millis(2));
+        let rates = measure(&device, Dtype::BF16, 1 << 20, Duration::from_millis(2)).unwrap();
         assert!(rates.memory_gb_per_s > 0.0 && rates.gflops > 0.0);
         let times: Vec<f64> = rates.points.iter().map(|p| p.1).collect();
         assert!(

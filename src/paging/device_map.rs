@@ -6,7 +6,7 @@ use super::plan::Tier;
 use crate::error::{Code, Error, Result};
 use crate::spec::{UnitKind, canonical_name};
 
-/// A tier for each unit of `kinds`, from a JSON object of module name → `"cpu"`, `"disk"` (or a GPU, refused here).
+/// A tier for each unit of `kinds`, from a JSON object of module name → `"cpu"`, `"disk"` or a GPU: a number, `"gpu"`, `"cuda:0"`.
 /// A unit that no entry covers is an error: accelerate refuses such a map too.
 pub fn parse_device_map(json: &Value, kinds: &[UnitKind]) -> Result<Vec<Tier>> {
     let entries = json.as_object().ok_or_else(|| {
@@ -74,20 +74,12 @@ fn tier_of(module: &str, device: &Value) -> Result<Tier> {
     match device.as_str() {
         Some("cpu") => Ok(Tier::Cpu),
         Some("disk") => Ok(Tier::Disk),
-        _ => {
-            let gpu = device.is_u64()
-                || device
-                    .as_str()
-                    .is_some_and(|d| d == "gpu" || d.starts_with("cuda"));
-            Err(bad(
-                format!("`{module}` is mapped to {device}"),
-                if gpu {
-                    "this run has no GPU: map it to \"cpu\" or \"disk\""
-                } else {
-                    "map it to \"cpu\" or \"disk\""
-                },
-            ))
-        }
+        Some(d) if d == "gpu" || d.starts_with("cuda") => Ok(Tier::Gpu),
+        None if device.is_u64() => Ok(Tier::Gpu),
+        _ => Err(bad(
+            format!("`{module}` is mapped to {device}"),
+            "map it to 0, \"gpu\", \"cpu\" or \"disk\"",
+        )),
     }
 }
 
@@ -129,7 +121,11 @@ mod tests {
     fn gaps_and_gpus_are_named() {
         let e = parse_device_map(&json!({"model.layers": "cpu"}), &KINDS).unwrap_err();
         assert!(e.cause().contains("model.embed_tokens"), "{e}");
-        let e = parse_device_map(&json!({"": 0}), &KINDS).unwrap_err();
-        assert!(e.fix().contains("no GPU"), "{e}");
+        let e = parse_device_map(&json!({"": "npu"}), &KINDS).unwrap_err();
+        assert!(e.cause().contains("npu"), "{e}");
+        for gpu in [json!(0), json!("cuda:0"), json!("gpu")] {
+            let map = json!({"": gpu});
+            assert_eq!(parse_device_map(&map, &KINDS).unwrap(), [Tier::Gpu; 4]);
+        }
     }
 }

@@ -1,7 +1,12 @@
 //! Units into slots just ahead of the forward pass: the only place that sees both the disk and the device.
 
 mod compute_rates;
+mod copies;
+mod device_layout;
 mod device_map;
+mod gather;
+mod gpu;
+mod origin;
 mod pager;
 mod plan;
 mod planner;
@@ -16,16 +21,19 @@ mod trace;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
+pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
-pub use pager::{Lease, Origin, Pager, PagerOptions, WrapReader};
-pub use plan::{GATHER_BLOCKS, Placement, Plan, Tier, Walk, is_streamed};
+pub use pager::{Lease, Pager, PagerOptions, WrapReader};
+pub use plan::{
+    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,
+};
 pub use planner::Planner;
 pub use predict::{
     ComputeRates, MachineRates, PassCost, PassWork, best_concurrency, predict,
     rows_that_hide_the_disk,
 };
 pub use rates::{DiskRates, RATES_FILE, cache_dir, machine_name};
-pub use slot::{PageRead, SlotLayout, SlotWeight, unit_name};
+pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;

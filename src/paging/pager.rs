@@ -1,21 +1,26 @@
 //! The computing side: asks for units in the order of the pass and gives them back.
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::copies::{Copies, InMemory, Space};
+use super::device_layout::DeviceLayout;
+use super::gpu::GpuSide;
+use super::origin::{EmbedAt, Origin, unit_name};
 use super::plan::{Plan, Tier};
-use super::slot::{SlotLayout, SlotWeight, unit_name};
+use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use super::sync::{self, JoinHandle, Receiver, RecvTimeoutError, Sender, bounded};
 use super::trace::{Happening, Trace, TraceEvent};
+use crate::device::Bytes;
+use crate::device::cuda::{Compute, Slot};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::planted::{self, Bug};
-use crate::spec::UnitKind;
-use crate::store::{Checksums, Store};
-use crate::units::{BLOCK_BYTES, Dtype, FileId, UnitId};
+use crate::store::Store;
+use crate::units::{BLOCK_BYTES, Dtype, UnitId};
 
 /// Puts something around a reader.
 pub type WrapReader = fn(Box<dyn io::Reader>) -> Box<dyn io::Reader>;
@@ -55,64 +60,38 @@ impl Default for PagerOptions {
 pub enum Lease {
     Resident(UnitId),
     Slot(UnitId, Region),
+    /// On a GPU.
+    DeviceSlot(UnitId, Slot),
 }
 
-/// Where embedding rows lie.
-#[derive(Clone, Copy)]
-struct EmbedAt {
-    file: FileId,
-    offset: u64,
-    rows: usize,
-    cols: usize,
-    dtype: Dtype,
-    unit: UnitId,
-}
-
-/// What a pager needs to know of a store: enough to open another one later, without the store at hand. The store's lock must outlive it.
-#[derive(Clone)]
-pub struct Origin {
-    paths: Vec<std::path::PathBuf>,
-    file_bytes: Vec<u64>,
-    checksums: Arc<Checksums>,
-    embed: EmbedAt,
-    /// First row and rows of each head unit where the head is tied.
-    tied_head: Vec<(usize, usize, UnitId)>,
-}
-
-impl Origin {
-    pub fn of(store: &Store) -> Result<Origin> {
-        Ok(Origin {
-            paths: store.files.iter().map(|f| f.path.clone()).collect(),
-            file_bytes: store.files.iter().map(|f| f.bytes).collect(),
-            checksums: store.checksums.clone(),
-            embed: embed_at(store)?,
-            tied_head: tied_head(store),
-        })
-    }
+/// A unit that stays where it is.
+pub(super) enum Resident {
+    Host(Arc<Region>),
+    Device(Slot),
 }
 
 pub struct Pager {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     plan: Plan,
-    residents: Vec<Option<Region>>,
+    pub(super) residents: Vec<Option<Resident>>,
     /// Units each decoder pass streams, in order.
     cycle: Vec<UnitId>,
     /// Units of the cycle that this pass has had.
     taken: usize,
     /// First row of each head unit that is resident, when the head is tied: `(first row, rows, unit)`.
-    head_rows: Vec<(usize, usize, UnitId)>,
-    embed: EmbedAt,
-    gather: Option<Gather>,
-    order: Vec<u32>,
+    pub(super) head_rows: Vec<(usize, usize, UnitId)>,
+    pub(super) embed: EmbedAt,
+    pub(super) gather: Option<Gather>,
+    pub(super) order: Vec<u32>,
     schedule: Option<Sender<UnitId>>,
-    free: Option<Sender<Region>>,
+    free: Option<Sender<Space>>,
     ready: Receiver<Result<Filled>>,
-    gather_tx: Option<Sender<Gather>>,
-    gathered: Receiver<Gather>,
+    pub(super) gather_tx: Option<Sender<Gather>>,
+    pub(super) gathered: Receiver<Gather>,
     stop: Arc<AtomicBool>,
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle>,
-    stats: PagingStats,
+    pub(super) stats: PagingStats,
     stall_limit: Duration,
     reader: String,
     reader_name: &'static str,
@@ -122,6 +101,8 @@ pub struct Pager {
     trace: Option<Arc<Trace>>,
     /// When the unit on loan was handed over, for the trace.
     handed_ns: u64,
+    /// Where a GPU computes.
+    gpu: Option<GpuSide>,
 }
 
 impl Pager {
@@ -135,15 +116,17 @@ impl Pager {
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
-        Pager::start_from(&Origin::of(store)?, layouts, plan, options, cancel, loaded)
+        let origin = Origin::of(store)?;
+        Pager::start_from(&origin, layouts, plan, options, None, cancel, loaded)
     }
 
-    /// As [`Pager::start`].
+    /// As [`Pager::start`]; `compute`: the GPU that computes, where the plan is for one.
     pub fn start_from(
         origin: &Origin,
         layouts: Vec<SlotLayout>,
         plan: Plan,
         options: &PagerOptions,
+        compute: Option<Compute>,
         cancel: Arc<AtomicBool>,
         loaded: &mut dyn FnMut(u64, u64),
     ) -> Result<Pager> {
@@ -154,18 +137,29 @@ impl Pager {
         let head_rows = origin.tied_head.iter().filter(resident).copied().collect();
         let shared = Arc::new(Shared {
             names: layouts.iter().map(|l| unit_name(l.kind)).collect(),
-            layouts,
             file_bytes: origin.file_bytes.clone(),
             paths: origin.paths.clone(),
             checksums: origin.checksums.clone(),
             verify: options.verify,
             trace: options.trace.clone(),
-            counters: Counters::default(),
+            counters: Counters {
+                copy_tail_ns: layouts.iter().map(|_| AtomicU64::new(0)).collect(),
+                ..Counters::default()
+            },
+            device: match compute {
+                Some(_) => layouts.iter().map(DeviceLayout::new).collect(),
+                None => Vec::new(),
+            },
+            memory: layouts.iter().map(|_| OnceLock::new()).collect(),
+            layouts,
         });
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
-            .filter(|i| plan.tiers[*i] == Tier::Disk || planted::is(Bug::ResidentsIgnored))
-            .filter(|i| plan.walk.streams(shared.layouts[*i].kind))
+            .filter(|i| {
+                let streams = plan.walk.streams(shared.layouts[*i].kind);
+                let passes = plan.passes_by(UnitId(*i as u32));
+                (passes || planted::is(Bug::ResidentsIgnored)) && streams
+            })
             .map(|i| UnitId(i as u32))
             .collect();
 
@@ -176,6 +170,10 @@ impl Pager {
                 blocks: Vec::with_capacity((bytes / BLOCK_BYTES) as usize),
                 region: arena.take(bytes).ok_or_else(exhausted)?,
             }),
+        };
+        let mut gpu = match compute {
+            None => None,
+            Some(compute) => Some(GpuSide::new(compute, &plan, &arena, units)?),
         };
         let (schedule, schedule_rx) = bounded(3 * units + 4);
         let (free, free_rx) = bounded(units + plan.slots + 1);
@@ -197,6 +195,7 @@ impl Pager {
             &arena,
             options,
             plan.slots.max(units),
+            gpu.as_mut().and_then(|g| g.copies.take()),
         )?;
         let mut pager = Pager {
             residents: (0..units).map(|_| None).collect(),
@@ -222,12 +221,17 @@ impl Pager {
             failed: OnceLock::new(),
             trace: options.trace.clone(),
             handed_ns: 0,
+            gpu,
             shared,
             plan,
         };
         pager.load_residents(&arena, loaded)?;
         for _ in 0..pager.plan.slots {
-            let slot = arena.take(pager.plan.slot_bytes).ok_or_else(exhausted)?;
+            let bytes = pager.plan.slot_bytes;
+            let slot = match &pager.gpu {
+                Some(gpu) => Space::Device(gpu.slot(bytes)?),
+                None => Space::Host(arena.take(bytes).ok_or_else(exhausted)?),
+            };
             pager.send_free(slot)?;
         }
         pager.schedule_pass()?;
@@ -238,18 +242,25 @@ impl Pager {
     fn load_residents(&mut self, arena: &Arena, loaded: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let wanted: Vec<UnitId> = (0..self.shared.layouts.len())
             .map(|i| UnitId(i as u32))
-            .filter(|u| self.plan.is_resident(*u))
+            .filter(|u| self.plan.tiers[u.index()] != Tier::Disk)
             .collect();
         let total: u64 = wanted
             .iter()
             .map(|u| self.shared.layouts[u.index()].read_bytes)
             .sum();
         for &unit in &wanted {
-            let bytes = self.shared.layouts[unit.index()].slot_bytes;
-            let region = arena
-                .take(bytes)
-                .ok_or_else(|| Error::internal("the arena is smaller than its plan"))?;
-            self.send_free(region)?;
+            let tier = self.plan.tiers[unit.index()];
+            let space = match &self.gpu {
+                Some(gpu) if tier == Tier::Gpu => {
+                    Space::Device(gpu.slot(self.shared.device[unit.index()].bytes)?)
+                }
+                _ => {
+                    let bytes = self.shared.layouts[unit.index()].slot_bytes;
+                    let exhausted = || Error::internal("the arena is smaller than its plan");
+                    Space::Host(arena.take(bytes).ok_or_else(exhausted)?)
+                }
+            };
+            self.send_free(space)?;
             self.send_schedule(unit)?;
         }
         let mut bytes = 0;
@@ -259,10 +270,40 @@ impl Pager {
                 return Err(Error::internal("residents arrived out of order"));
             }
             bytes += self.shared.layouts[unit.index()].read_bytes;
-            self.residents[unit.index()] = Some(filled.region);
+            let resident = self.settle(unit, filled.space, arena)?;
+            self.residents[unit.index()] = Some(resident);
             loaded(bytes, total);
         }
         Ok(())
+    }
+
+    /// A unit that has arrived to stay.
+    fn settle(&mut self, unit: UnitId, space: Space, arena: &Arena) -> Result<Resident> {
+        match (space, &mut self.gpu) {
+            (Space::Host(region), None) => Ok(Resident::Host(Arc::new(region))),
+            (Space::Host(region), Some(gpu)) => {
+                let region = Arc::new(region);
+                let memory = InMemory {
+                    pinned: gpu.pin(&region, arena),
+                    region: region.clone(),
+                };
+                let _ = self.shared.memory[unit.index()].set(memory);
+                Ok(Resident::Host(region))
+            }
+            (Space::Device(slot), Some(gpu)) => Ok(Resident::Device(gpu.keep(slot)?)),
+            (Space::Device(_), None) => Err(Error::internal("a slot on a GPU nobody asked for")),
+        }
+    }
+
+    /// To be called when a pass has been given to the device in full: waits for it, and reads off how long it waited and computed.
+    pub fn end_pass(&mut self) -> Result<()> {
+        let Some(gpu) = &mut self.gpu else {
+            return Ok(());
+        };
+        let tails = &self.shared.counters.copy_tail_ns;
+        gpu.end_pass(&mut self.stats, |unit| {
+            Duration::from_nanos(tails[unit.index()].load(Relaxed))
+        })
     }
 
     /// To be called as a pass begins: schedules the one after it, so that the stream never stops between the two. What a
@@ -273,6 +314,9 @@ impl Pager {
             self.release(lease)?;
         }
         self.taken = 0;
+        if let Some(gpu) = &mut self.gpu {
+            gpu.forget_pass();
+        }
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
@@ -293,16 +337,25 @@ impl Pager {
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
         let ignored = planted::is(Bug::ResidentsIgnored) && self.cycle.contains(&unit);
-        if self.residents[unit.index()].is_some() && !ignored {
+        if self.is_here(unit) && !ignored {
             self.handed_ns = self.now_ns();
+            if let Some(gpu) = &mut self.gpu {
+                gpu.enter(unit)?;
+            }
             return Ok(Lease::Resident(unit));
+        }
+        if let Some(gpu) = &mut self.gpu {
+            gpu.reach(unit)?;
         }
         let filled = match self.ready.try_recv() {
             Ok(filled) => self.heard(filled)?,
             Err(_) => {
                 let (started, from) = (Instant::now(), self.now_ns());
                 let filled = self.wait_ready();
-                self.stats.stall_disk += started.elapsed();
+                // A GPU that still computes is not kept waiting by the host's waiting: its own clock says how long it was.
+                if self.gpu.is_none() {
+                    self.stats.stall_disk += started.elapsed();
+                }
                 self.note(Happening::Wait, Some(unit), from, 0);
                 filled?
             }
@@ -315,46 +368,76 @@ impl Pager {
             )));
         }
         #[cfg(feature = "testing")]
-        if planted::is(Bug::SlotFreedEarly) {
-            self.send_free(filled.region.alias())?;
+        if let Space::Host(region) = &filled.space
+            && planted::is(Bug::SlotFreedEarly)
+        {
+            self.send_free(Space::Host(region.alias()))?;
         }
         self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
         self.handed_ns = self.now_ns();
-        Ok(Lease::Slot(unit, filled.region))
+        match (filled.space, &mut self.gpu) {
+            (Space::Device(mut slot), Some(gpu)) => {
+                gpu.acquire(unit, &mut slot)?;
+                Ok(Lease::DeviceSlot(unit, slot))
+            }
+            (Space::Host(region), None) => Ok(Lease::Slot(unit, region)),
+            _ => Err(Error::internal("a slot in the wrong memory")),
+        }
+    }
+
+    /// The unit lies where it is computed with.
+    fn is_here(&self, unit: UnitId) -> bool {
+        match &self.residents[unit.index()] {
+            Some(Resident::Device(_)) => true,
+            Some(Resident::Host(_)) => self.gpu.is_none(),
+            None => false,
+        }
     }
 
     /// The bytes of a leased unit, laid out as [`Pager::weights`] says.
-    pub fn bytes<'a>(&'a self, lease: &'a Lease) -> &'a [u8] {
+    pub fn bytes<'a>(&'a self, lease: &'a Lease) -> Bytes<'a> {
         match lease {
-            Lease::Slot(_, region) => region.bytes(),
-            Lease::Resident(unit) => self.residents[unit.index()]
-                .as_ref()
-                .map_or(&[], |region| region.bytes()),
+            Lease::Slot(_, region) => Bytes::Host(region.bytes()),
+            Lease::DeviceSlot(_, slot) => slot.bytes(),
+            Lease::Resident(unit) => match &self.residents[unit.index()] {
+                Some(Resident::Host(region)) => Bytes::Host(region.bytes()),
+                Some(Resident::Device(slot)) => slot.bytes(),
+                None => Bytes::Host(&[]),
+            },
         }
     }
 
     pub fn weights(&self, unit: UnitId) -> &[SlotWeight] {
-        &self.shared.layouts[unit.index()].weights
+        match self.gpu {
+            Some(_) => &self.shared.device[unit.index()].weights,
+            None => &self.shared.layouts[unit.index()].weights,
+        }
     }
 
     pub fn release(&mut self, lease: Lease) -> Result<()> {
-        let (Lease::Resident(unit) | Lease::Slot(unit, _)) = &lease;
+        let (Lease::Resident(unit) | Lease::Slot(unit, _) | Lease::DeviceSlot(unit, _)) = &lease;
         self.note(Happening::Compute, Some(*unit), self.handed_ns, 0);
-        match lease {
-            Lease::Resident(_) => Ok(()),
-            Lease::Slot(..) if planted::is(Bug::SlotFreedEarly) => Ok(()),
-            Lease::Slot(_, region) => self.send_free(region),
+        match (lease, &self.gpu) {
+            (Lease::Resident(unit), Some(gpu)) => gpu.leave(unit),
+            (Lease::Resident(_), None) => Ok(()),
+            (Lease::Slot(..), _) if planted::is(Bug::SlotFreedEarly) => Ok(()),
+            (Lease::Slot(_, region), _) => self.send_free(Space::Host(region)),
+            (Lease::DeviceSlot(unit, mut slot), Some(gpu)) => {
+                gpu.release(unit, &mut slot)?;
+                self.send_free(Space::Device(slot))
+            }
+            (Lease::DeviceSlot(..), None) => Err(Error::internal("a slot in the wrong memory")),
         }
     }
 
     /// The trace's clock; 0 without a trace.
-    fn now_ns(&self) -> u64 {
+    pub(super) fn now_ns(&self) -> u64 {
         self.trace.as_ref().map_or(0, |t| t.now_ns())
     }
 
     /// Something that began at `start_ns` ends now.
-    fn note(&self, what: Happening, unit: Option<UnitId>, start_ns: u64, bytes: u64) {
+    pub(super) fn note(&self, what: Happening, unit: Option<UnitId>, start_ns: u64, bytes: u64) {
         if let Some(trace) = &self.trace {
             trace.computing(TraceEvent {
                 what,
@@ -366,132 +449,8 @@ impl Pager {
         }
     }
 
-    /// Calls `row(i, bytes)` once for each of `tokens` with that row of the embedding, in any order. Rows of a resident
-    /// tied head are taken from there; others are gathered in whole verified blocks.
-    pub fn gather(
-        &mut self,
-        tokens: &[u32],
-        row: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let e = self.embed;
-        let row_bytes = e.cols * e.dtype.bytes();
-        self.order.clear();
-        for (i, &token) in tokens.iter().enumerate() {
-            if token as usize >= e.rows {
-                return Err(Error::internal("a token id outside the embedding"));
-            }
-            match self.resident_row(token as usize, row_bytes) {
-                Some(bytes) => row(i, bytes)?,
-                None => self.order.push(i as u32),
-            }
-        }
-        if self.order.is_empty() {
-            return Ok(());
-        }
-        let mut order = std::mem::take(&mut self.order);
-        order.sort_unstable_by_key(|i| tokens[*i as usize]);
-        let result = self.gather_from_disk(&order, tokens, row_bytes, row);
-        self.order = order;
-        result
-    }
-
-    fn resident_row(&self, token: usize, row_bytes: usize) -> Option<&[u8]> {
-        let (unit, index) = match self.residents[self.embed.unit.index()] {
-            Some(_) => (self.embed.unit, token),
-            None => {
-                let i = self
-                    .head_rows
-                    .partition_point(|(first, _, _)| *first <= token)
-                    .checked_sub(1)?;
-                let (first, rows, unit) = self.head_rows[i];
-                (token < first + rows).then_some((unit, token - first))?
-            }
-        };
-        let weight = self.shared.layouts[unit.index()].weights.first()?;
-        let at = weight.offset as usize + index * row_bytes;
-        self.residents[unit.index()]
-            .as_ref()?
-            .bytes()
-            .get(at..at + row_bytes)
-    }
-
-    fn gather_from_disk(
-        &mut self,
-        order: &[u32],
-        tokens: &[u32],
-        row_bytes: usize,
-        row: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let e = self.embed;
-        let start_of = |token: u32| e.offset + token as u64 * row_bytes as u64;
-        let mut next = 0;
-        while next < order.len() {
-            let mut g = self
-                .gather
-                .take()
-                .ok_or_else(|| Error::internal("no room was planned for embedding rows"))?;
-            g.blocks.clear();
-            g.region.rewind();
-            let room = g.blocks.capacity();
-            let first = next;
-            while next < order.len() {
-                let at = start_of(tokens[order[next] as usize]);
-                // Rows come in ascending order, so a block is either the last one taken or new.
-                let first_new = g.blocks.last().map_or(0, |last| last + 1);
-                let fresh =
-                    first_new.max(at / BLOCK_BYTES)..(at + row_bytes as u64).div_ceil(BLOCK_BYTES);
-                if g.blocks.len() + fresh.clone().count() > room {
-                    break;
-                }
-                g.blocks.extend(fresh);
-                next += 1;
-            }
-            let bytes = self.gathered_bytes(&g);
-            self.stats.used_bytes += bytes;
-            self.stats.gathered_bytes += bytes;
-            let from = self.now_ns();
-            let g = self.fetch(g)?;
-            self.note(Happening::Gather, None, from, bytes);
-            for &i in &order[first..next] {
-                let at = start_of(tokens[i as usize]);
-                let k = g.blocks.partition_point(|b| *b < at / BLOCK_BYTES);
-                let from = k * BLOCK_BYTES as usize + (at % BLOCK_BYTES) as usize;
-                row(i as usize, &g.region.bytes()[from..from + row_bytes])?;
-            }
-            self.gather = Some(g);
-        }
-        Ok(())
-    }
-
-    /// Bytes of the blocks asked for; a file's last one is shorter.
-    fn gathered_bytes(&self, g: &Gather) -> u64 {
-        let file = self.shared.file_bytes[g.file.index()];
-        g.blocks
-            .iter()
-            .map(|b| BLOCK_BYTES.min(file - b * BLOCK_BYTES))
-            .sum()
-    }
-
-    fn fetch(&mut self, g: Gather) -> Result<Gather> {
-        let started = Instant::now();
-        let gone = || Error::internal("the reading thread is gone");
-        let tx = self.gather_tx.as_ref().ok_or_else(gone)?;
-        if tx.send(g).is_err() {
-            return Err(self.reader_error());
-        }
-        let answer = loop {
-            match self.gathered.recv_timeout(Duration::from_millis(100)) {
-                Ok(g) => break Ok(g),
-                Err(RecvTimeoutError::Disconnected) => break Err(self.reader_error()),
-                Err(RecvTimeoutError::Timeout) => self.check_wait(started)?,
-            }
-        };
-        self.stats.stall_disk += started.elapsed();
-        answer
-    }
-
     /// The reading thread ended: its last word says why.
-    fn reader_error(&self) -> Error {
+    pub(super) fn reader_error(&self) -> Error {
         let last = || {
             std::iter::from_fn(|| self.ready.try_recv().ok())
                 .find_map(Result::err)
@@ -517,7 +476,7 @@ impl Pager {
     }
 
     /// The reading thread notices a stalled drive itself; twice its limit without a word means that it is stuck.
-    fn check_wait(&self, started: Instant) -> Result<()> {
+    pub(super) fn check_wait(&self, started: Instant) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(interrupted());
         }
@@ -535,9 +494,9 @@ impl Pager {
         Ok(())
     }
 
-    fn send_free(&self, region: Region) -> Result<()> {
+    fn send_free(&self, space: Space) -> Result<()> {
         match &self.free {
-            Some(tx) if tx.send(region).is_ok() => Ok(()),
+            Some(tx) if tx.send(space).is_ok() => Ok(()),
             _ => Err(self.reader_error()),
         }
     }
@@ -571,6 +530,11 @@ impl Pager {
     /// Whether every file is read with O_DIRECT.
     pub fn direct(&self) -> bool {
         self.direct
+    }
+
+    /// Why copies to the GPU do not go straight from where they lie, where that is so.
+    pub fn pin_note(&self) -> Option<&str> {
+        self.gpu.as_ref()?.unpinned.as_deref()
     }
 
     pub fn unit_name(&self, unit: UnitId) -> &str {
@@ -612,6 +576,7 @@ fn spawn(
     arena: &Arena,
     options: &PagerOptions,
     depth: usize,
+    copies: Option<Copies>,
 ) -> Result<(JoinHandle, String, &'static str, bool)> {
     let files = shared
         .paths
@@ -647,49 +612,13 @@ fn spawn(
         };
         let _ = told.send(Ok((reader.describe(), reader.name())));
         let flights = Flights::new(reader, paths, options.stall_limit);
-        Stream::new(shared, ports, flights, depth).run();
+        Stream::new(shared, ports, flights, depth, copies).run();
     })
     .map_err(|e| Error::io("the reading thread could not be started", &e))?;
     let (reader, name) = hears
         .recv()
         .map_err(|_| Error::internal("the reading thread ended before it began"))??;
     Ok((thread, reader, name, direct))
-}
-
-fn embed_at(store: &Store) -> Result<EmbedAt> {
-    let unit = store
-        .units
-        .iter()
-        .find(|u| u.kind == UnitKind::Embed)
-        .ok_or_else(|| Error::internal("a store without an embedding"))?;
-    let place = unit
-        .places
-        .first()
-        .ok_or_else(|| Error::internal("an embedding without its tensor"))?;
-    let extent = &unit.extents[place.extent];
-    Ok(EmbedAt {
-        file: extent.file,
-        offset: extent.offset + place.offset,
-        rows: place.rows,
-        cols: place.cols,
-        dtype: place.dtype,
-        unit: unit.id,
-    })
-}
-
-fn tied_head(store: &Store) -> Vec<(usize, usize, UnitId)> {
-    if !store.spec.tied_head {
-        return Vec::new();
-    }
-    let mut first = 0;
-    let mut rows = Vec::new();
-    for unit in &store.units {
-        if let (UnitKind::Head(_), Some(place)) = (unit.kind, unit.places.first()) {
-            rows.push((first, place.rows, unit.id));
-            first += place.rows;
-        }
-    }
-    rows
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::planner::Planner;
 use super::slot::SlotLayout;
 use super::strategy::{Budget, Problem, Strategy, TierRates, UnitSize};
+use crate::device::cuda::Slot;
 use crate::error::{Code, Error, Result};
 use crate::spec::UnitKind;
-use crate::units::{UnitId, flag_size, human_bytes};
+use crate::units::{ALIGN_BYTES, UnitId, flag_size, human_bytes};
 
 /// Where a unit rests between passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +81,45 @@ pub struct Plan {
     pub gather_bytes: u64,
     /// Which units its passes walk through.
     pub walk: Walk,
+    /// Where a GPU computes: slots lie there.
+    pub gpu: Option<GpuPart>,
+}
+
+/// What a plan for a GPU has besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuPart {
+    /// Weights that stay on the GPU.
+    pub resident_bytes: u64,
+    /// From host memory to the GPU each pass.
+    pub copied_bytes: u64,
+    pub ring: Ring,
+}
+
+/// Frames of host memory through which all that comes from disk goes to the GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ring {
+    pub frames: usize,
+    pub frame_bytes: u64,
+}
+
+/// What the ring may take, however large the units are.
+pub const RING_BYTES: u64 = 256 << 20;
+
+impl Ring {
+    /// For pages of `page_bytes`: no more frames than two of the largest units have pages.
+    pub fn new(units: &[UnitSize], page_bytes: u64) -> Ring {
+        let largest = units.iter().map(|u| u.room_bytes).max().unwrap_or(0);
+        let frame_bytes = page_bytes.min(largest).max(ALIGN_BYTES);
+        let of_use = 2 * largest.div_ceil(frame_bytes) + 2;
+        Ring {
+            frames: (RING_BYTES / frame_bytes).clamp(2, of_use) as usize,
+            frame_bytes,
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.frames as u64 * self.frame_bytes
+    }
 }
 
 /// What a pass is: through the decoder, or through the vision tower, which never meet in one pass.
@@ -112,12 +152,125 @@ impl Plan {
             streamed_bytes: tower().map(|u| u.read_bytes).sum(),
             gather_bytes: 0,
             walk: Walk::Vision,
+            gpu: None,
         }
     }
 
-    /// Host memory the pager takes: slots, residents, room for embedding rows.
+    /// Host memory the pager takes: slots (or the ring, where they lie on a GPU), residents, room for embedding rows.
     pub fn arena_bytes(&self) -> u64 {
-        self.slots as u64 * self.slot_bytes + self.resident_bytes + self.gather_bytes
+        let slots = match self.gpu {
+            None => self.slots as u64 * self.slot_bytes,
+            Some(gpu) => gpu.ring.bytes(),
+        };
+        slots + self.resident_bytes + self.gather_bytes
+    }
+
+    /// GPU memory the pager takes.
+    pub fn device_bytes(&self) -> u64 {
+        self.gpu.map_or(0, |gpu| {
+            self.slots as u64 * Slot::device_bytes(self.slot_bytes) + gpu.resident_bytes
+        })
+    }
+
+    pub fn ring(&self) -> Ring {
+        self.gpu.map(|g| g.ring).unwrap_or_default()
+    }
+
+    /// The unit goes through a slot in every pass.
+    pub fn passes_by(&self, unit: UnitId) -> bool {
+        match (self.tiers[unit.index()], self.gpu) {
+            (Tier::Disk, _) | (Tier::Cpu, Some(_)) => true,
+            (Tier::Cpu, None) | (Tier::Gpu, _) => false,
+        }
+    }
+
+    /// The same tower on a GPU.
+    pub fn vision_on_gpu(units: &[UnitSize], depth: usize, page_bytes: u64) -> Plan {
+        let plan = Plan::vision(units, depth);
+        let tower: Vec<UnitSize> = units
+            .iter()
+            .copied()
+            .filter(|u| is_vision(u.kind))
+            .collect();
+        Plan {
+            gpu: Some(GpuPart {
+                resident_bytes: 0,
+                copied_bytes: plan.streamed_bytes,
+                ring: Ring::new(&tower, page_bytes),
+            }),
+            ..plan
+        }
+    }
+
+    /// As [`Plan::of_sizes`], where a GPU computes. The ring is paid from the host's part of the budget.
+    pub fn on_gpu(
+        units: &[UnitSize],
+        budget: Budget,
+        depth: usize,
+        placement: &Placement,
+        tied_head: bool,
+        page_bytes: u64,
+    ) -> Result<Plan> {
+        let streamed: Vec<UnitSize> = units
+            .iter()
+            .copied()
+            .filter(|u| !is_vision(u.kind))
+            .collect();
+        let ring = Ring::new(&streamed, page_bytes);
+        let gpu_bytes = budget.gpu_bytes.unwrap_or(0);
+        let problem = Problem {
+            units,
+            budget: Budget {
+                cpu_bytes: budget.cpu_bytes.saturating_sub(ring.bytes()),
+                gpu_bytes: Some(gpu_bytes),
+            },
+            depth,
+            tied_head,
+            rates: TierRates::default(),
+        };
+        let mut tiers = match placement {
+            Placement::Auto => Planner.place(&problem)?,
+            Placement::Cpu => in_host_memory(units),
+            Placement::Disk => problem.all_on_disk(),
+            Placement::Units(tiers) => tiers.clone(),
+            Placement::By(strategy) => strategy.place(&problem)?,
+        };
+        if tiers.len() != units.len() {
+            return Err(Error::internal("a placement for another number of units"));
+        }
+        for (tier, unit) in tiers.iter_mut().zip(units) {
+            *tier = match unit.kind {
+                kind if is_vision(kind) => Tier::Disk,
+                // A few kilobytes, in every pass.
+                UnitKind::Norm => Tier::Gpu,
+                // Its rows are gathered by the host.
+                UnitKind::Embed if *tier == Tier::Gpu => Tier::Cpu,
+                _ => *tier,
+            };
+        }
+        let n = problem.needs(&tiers);
+        let plan = Plan {
+            tiers,
+            depth: n.slots.saturating_sub(1),
+            slots: n.slots,
+            slot_bytes: n.slot_bytes,
+            resident_bytes: n.cpu_resident_bytes,
+            streamed_bytes: n.streamed_bytes,
+            gather_bytes: n.gather_bytes,
+            walk: Walk::Decoder,
+            gpu: Some(GpuPart {
+                resident_bytes: n.gpu_resident_bytes,
+                copied_bytes: n.copied_bytes,
+                ring,
+            }),
+        };
+        if plan.device_bytes() > gpu_bytes {
+            return Err(gpu_refusal(&plan, gpu_bytes));
+        }
+        if plan.arena_bytes() > budget.cpu_bytes {
+            return Err(refusal(&plan, budget.cpu_bytes, placement));
+        }
+        Ok(plan)
     }
 
     /// `budget`: bytes the pager may take. `tied_head`: rows of a resident head serve as embedding rows.
@@ -180,6 +333,7 @@ impl Plan {
             streamed_bytes: n.streamed_bytes,
             gather_bytes: n.gather_bytes,
             walk: Walk::Decoder,
+            gpu: None,
         };
         if n.cpu_bytes > budget {
             return Err(refusal(&plan, budget, placement));
@@ -222,7 +376,7 @@ fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()
             Code::Usage,
             format!("the placement {placement:?} cannot be followed"),
             cause,
-            "give a tier of cpu or disk for every unit",
+            "give a tier of cpu or disk for every unit, or run with --device cuda",
         )
     };
     if tiers.len() != units {
@@ -237,6 +391,27 @@ fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()
         ))),
         None => Ok(()),
     }
+}
+
+/// All that passes walk through rests in host memory and is copied from there.
+fn in_host_memory(units: &[UnitSize]) -> Vec<Tier> {
+    units.iter().map(|_| Tier::Cpu).collect()
+}
+
+fn gpu_refusal(plan: &Plan, budget: u64) -> Error {
+    Error::new(
+        Code::Memory,
+        "the weights asked for do not fit in the GPU memory given",
+        format!(
+            "slots and residents take {}; the budget leaves {}",
+            human_bytes(plan.device_bytes()),
+            human_bytes(budget)
+        ),
+        format!(
+            "give --gpu-memory at least {} more",
+            flag_size(plan.device_bytes().saturating_sub(budget))
+        ),
+    )
 }
 
 fn refusal(plan: &Plan, budget: u64, placement: &Placement) -> Error {

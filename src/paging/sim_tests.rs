@@ -12,9 +12,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 use super::super::plan::Placement;
 use super::super::sync::{Scheduler, schedule_by};
 use super::*;
+use crate::device::Bytes;
 use crate::io::{FaultReader, Faults, RawDone, ReadOp, Reader};
-use crate::spec::Role;
-use crate::store::{Extent, Place, UnitLayout};
+use crate::spec::{Role, UnitKind};
+use crate::store::{Checksums, Extent, Place, UnitLayout};
+use crate::units::{Dtype, FileId};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 #[derive(Clone)]
@@ -424,6 +426,7 @@ impl World {
             self.layouts.clone(),
             self.plan.clone(),
             &options,
+            None,
             cancel,
             &mut |_, _| {},
         )?;
@@ -456,7 +459,10 @@ impl World {
         Ok(())
     }
 
-    fn assert_bytes(&self, layout: &SlotLayout, bytes: &[u8]) {
+    fn assert_bytes(&self, layout: &SlotLayout, bytes: Bytes<'_>) {
+        let Bytes::Host(bytes) = bytes else {
+            panic!("no GPU is simulated");
+        };
         let mut at = 0;
         for r in &layout.reads {
             let (from, want) = (r.offset as usize, r.want as usize);

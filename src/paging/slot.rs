@@ -99,19 +99,6 @@ fn off_by_one(dtype: Dtype) -> u64 {
     }
 }
 
-/// `layer 12`, `head block 0`: as reports and errors name a unit.
-pub fn unit_name(kind: UnitKind) -> String {
-    match kind {
-        UnitKind::Embed => "the embedding".into(),
-        UnitKind::Layer(i) => format!("layer {i}"),
-        UnitKind::Norm => "the final norm".into(),
-        UnitKind::Head(i) => format!("head block {i}"),
-        UnitKind::VisionEmbed => "the patch embedding".into(),
-        UnitKind::VisionBlock(i) => format!("vision block {i}"),
-        UnitKind::VisionMerger => "the vision merger".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,6 +13,11 @@ pub(super) struct Counters {
     pub verify_ns: AtomicU64,
     /// Blocks that did not match and were read once more.
     pub rereads: AtomicU64,
+    /// Bytes copied to the GPU, and the time its copy engine took for them.
+    pub h2d_bytes: AtomicU64,
+    pub h2d_ns: AtomicU64,
+    /// By unit: how long copying took from the moment its last byte was there, nanoseconds.
+    pub copy_tail_ns: Vec<AtomicU64>,
 }
 
 /// A snapshot; the difference of two is what happened between them.
@@ -33,6 +38,13 @@ pub struct PagingStats {
     pub verify: Duration,
     /// Time the computing side waited for a unit or for embedding rows.
     pub stall_disk: Duration,
+    /// Time the GPU waited for a unit whose bytes were in host memory already.
+    pub stall_copy: Duration,
+    /// Time the GPU computed; nothing where the CPU does.
+    pub gpu_compute: Duration,
+    pub h2d_bytes: u64,
+    /// Time with a copy to the GPU under way.
+    pub h2d: Duration,
     pub rereads: u64,
 }
 
@@ -43,6 +55,8 @@ impl PagingStats {
         self.disk_busy = Duration::from_nanos(c.busy_ns.load(Relaxed));
         self.verify = Duration::from_nanos(c.verify_ns.load(Relaxed));
         self.rereads = c.rereads.load(Relaxed);
+        self.h2d_bytes = c.h2d_bytes.load(Relaxed);
+        self.h2d = Duration::from_nanos(c.h2d_ns.load(Relaxed));
         self
     }
 
@@ -58,6 +72,10 @@ impl PagingStats {
             disk_busy: self.disk_busy + other.disk_busy,
             verify: self.verify + other.verify,
             stall_disk: self.stall_disk + other.stall_disk,
+            stall_copy: self.stall_copy + other.stall_copy,
+            gpu_compute: self.gpu_compute + other.gpu_compute,
+            h2d_bytes: self.h2d_bytes + other.h2d_bytes,
+            h2d: self.h2d + other.h2d,
             rereads: self.rereads + other.rereads,
         }
     }
@@ -74,6 +92,10 @@ impl PagingStats {
             disk_busy: self.disk_busy - earlier.disk_busy,
             verify: self.verify - earlier.verify,
             stall_disk: self.stall_disk - earlier.stall_disk,
+            stall_copy: self.stall_copy - earlier.stall_copy,
+            gpu_compute: self.gpu_compute - earlier.gpu_compute,
+            h2d_bytes: self.h2d_bytes - earlier.h2d_bytes,
+            h2d: self.h2d - earlier.h2d,
             rereads: self.rereads - earlier.rereads,
         }
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::device_layout::DeviceLayout;
 use super::plan::{GATHER_BLOCKS, Tier, is_streamed};
 use super::slot::SlotLayout;
 use crate::error::Result;
@@ -24,6 +25,16 @@ impl UnitSize {
             kind: layout.kind,
             room_bytes: align_up(layout.slot_bytes, ALIGN_BYTES),
             read_bytes: layout.read_bytes,
+        }
+    }
+
+    /// As it lies on a GPU, or in host memory to be copied from: the larger of the two.
+    pub fn on_gpu(layout: &SlotLayout) -> UnitSize {
+        let there = align_up(DeviceLayout::new(layout).bytes, ALIGN_BYTES);
+        let here = UnitSize::of(layout);
+        UnitSize {
+            room_bytes: here.room_bytes.max(there),
+            ..here
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The reading side: one thread that owns the reader and keeps the drive busy.
 //!
-//! Slots travel by value: a free [`Region`] comes in, is lent out piece by piece to reads, and leaves as a [`Filled`]
+//! Slots travel by value: a free [`Space`] comes in, is lent out piece by piece to reads, and leaves as a [`Filled`]
 //! once every byte has arrived and was verified. Who holds the region *is* the slot's state, so a slot in use cannot be
 //! refilled: there is nothing to refill it with.
 //!
@@ -9,10 +9,12 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::copies::{Copies, InMemory, Space};
+use super::device_layout::DeviceLayout;
 use super::slot::{PageRead, SlotLayout};
 use super::stats::Counters;
 use super::sync::{Receiver, Select, Sender, TryRecvError};
@@ -26,7 +28,7 @@ use crate::units::{BLOCK_BYTES, FileId, UnitId};
 /// A unit whose bytes are all there and verified.
 pub(super) struct Filled {
     pub unit: UnitId,
-    pub region: Region,
+    pub space: Space,
 }
 
 /// Embedding blocks wanted by the pass about to start. Travels there and back, so that nothing is allocated a pass.
@@ -40,7 +42,7 @@ pub(super) struct Gather {
 
 pub(super) struct Ports {
     pub schedule: Receiver<UnitId>,
-    pub free: Receiver<Region>,
+    pub free: Receiver<Space>,
     pub ready: Sender<Result<Filled>>,
     pub gather: Receiver<Gather>,
     pub gathered: Sender<Gather>,
@@ -64,6 +66,10 @@ pub(super) struct Shared {
     pub verify: VerifyWhen,
     pub trace: Option<Arc<Trace>>,
     pub counters: Counters,
+    /// Where a GPU computes: how each unit lies there.
+    pub device: Vec<DeviceLayout>,
+    /// Where a GPU computes: units that rest in host memory, once they are there.
+    pub memory: Vec<OnceLock<InMemory>>,
 }
 
 /// How long the thread sleeps at most before it looks at `stop` again.
@@ -74,13 +80,17 @@ const RETRY: u64 = 1 << 63;
 const GATHER: u64 = 1 << 62;
 const READ_BITS: u32 = 24;
 
-struct Fill {
-    number: u64,
-    unit: UnitId,
-    region: Region,
+pub(super) struct Fill {
+    pub number: u64,
+    pub unit: UnitId,
+    pub space: Space,
     issued: usize,
-    done: usize,
+    /// Reads that are in the slot, or whose copies into it are given.
+    pub done: usize,
     verify: bool,
+    /// On a GPU: copying has begun; every copy is given.
+    pub begun: bool,
+    pub given: bool,
     /// When its slot was taken, for the trace.
     begun_ns: u64,
 }
@@ -92,15 +102,23 @@ pub(super) struct Stream {
     fills: VecDeque<Fill>,
     next_number: u64,
     next_unit: Option<UnitId>,
-    spare: Option<Region>,
+    spare: Option<Space>,
     gather: Option<(Gather, usize, usize)>,
     finished: Vec<ReadOp>,
     /// Units verified once, for [`VerifyWhen::First`].
     seen: Vec<bool>,
+    /// Where a GPU computes.
+    copies: Option<Copies>,
 }
 
 impl Stream {
-    pub fn new(shared: Arc<Shared>, ports: Ports, flights: Flights, depth: usize) -> Stream {
+    pub fn new(
+        shared: Arc<Shared>,
+        ports: Ports,
+        flights: Flights,
+        depth: usize,
+        copies: Option<Copies>,
+    ) -> Stream {
         let units = shared.layouts.len();
         Stream {
             finished: Vec::with_capacity(flights.room().max(1)),
@@ -113,11 +131,16 @@ impl Stream {
             spare: None,
             gather: None,
             seen: vec![false; units],
+            copies,
         }
     }
 
     /// Runs until told to stop, the pager goes away, or a read fails for good.
     pub fn run(mut self) {
+        if let Some(Err(e)) = self.copies.as_ref().map(Copies::bind) {
+            let _ = self.ports.ready.send(Err(e));
+            return;
+        }
         while !self.ports.stop.load(Relaxed) {
             match self.turn() {
                 Ok(true) => {}
@@ -134,9 +157,14 @@ impl Stream {
 
     fn turn(&mut self) -> Result<bool> {
         self.take_work();
+        self.copy(false)?;
         self.issue();
         if self.flights.in_flight() == 0 {
-            return Ok(self.sleep());
+            if self.is_stuck() {
+                self.copy(true)?;
+                return Ok(self.deliver());
+            }
+            return Ok(self.deliver() && self.sleep());
         }
         let mut finished = std::mem::take(&mut self.finished);
         self.flights
@@ -146,11 +174,26 @@ impl Stream {
             self.land(op)?;
         }
         self.finished = finished;
+        self.copy(false)?;
         self.shared
             .counters
             .busy_ns
             .store(self.flights.busy().as_nanos() as u64, Relaxed);
         Ok(self.deliver())
+    }
+
+    /// Gives the GPU the copies whose turn it is, and takes back the frames of those that are done.
+    fn copy(&mut self, wait: bool) -> Result<()> {
+        let Some(copies) = &mut self.copies else {
+            return Ok(());
+        };
+        copies.reclaim(wait, &self.shared)?;
+        copies.advance(&mut self.fills, &self.shared)
+    }
+
+    fn is_stuck(&self) -> bool {
+        let copies = self.copies.as_ref();
+        copies.is_some_and(|c| c.is_stuck(&self.fills))
     }
 
     /// Pairs free slots with the units scheduled next.
@@ -170,8 +213,10 @@ impl Stream {
             if self.next_unit.is_none() || self.spare.is_none() {
                 return;
             }
-            if let (Some(unit), Some(mut region)) = (self.next_unit.take(), self.spare.take()) {
-                region.rewind();
+            if let (Some(unit), Some(mut space)) = (self.next_unit.take(), self.spare.take()) {
+                if let Space::Host(region) = &mut space {
+                    region.rewind();
+                }
                 let verify = match self.shared.verify {
                     VerifyWhen::Always => true,
                     VerifyWhen::First => !std::mem::replace(&mut self.seen[unit.index()], true),
@@ -180,10 +225,12 @@ impl Stream {
                 self.fills.push_back(Fill {
                     number: self.next_number,
                     unit,
-                    region,
+                    space,
                     issued: 0,
                     done: 0,
                     verify,
+                    begun: false,
+                    given: false,
                     begun_ns: self.shared.trace.as_ref().map_or(0, |t| t.now_ns()),
                 });
                 self.next_number += 1;
@@ -209,12 +256,24 @@ impl Stream {
         }
         for fill in &mut self.fills {
             let reads = &self.shared.layouts[fill.unit.index()].reads;
+            let to_device = matches!(fill.space, Space::Device(_));
+            if to_device && self.shared.memory[fill.unit.index()].get().is_some() {
+                continue;
+            }
             while fill.issued < reads.len() {
                 if self.flights.room() == 0 {
                     return;
                 }
                 let read = reads[fill.issued];
-                let frame = fill.region.lend(read.len as usize);
+                let len = read.len as usize;
+                let frame = match (&mut fill.space, &mut self.copies) {
+                    (Space::Host(region), _) => Some(region.lend(len)),
+                    (Space::Device(_), Some(copies)) => copies.frame(len),
+                    (Space::Device(_), None) => None,
+                };
+                let Some(frame) = frame else {
+                    return;
+                };
                 self.flights.submit(ReadOp {
                     file: read.file.0,
                     offset: read.offset,
@@ -262,7 +321,14 @@ impl Stream {
             }
             counters.verified_bytes.fetch_add(op.want as u64, Relaxed);
         }
-        drop(op);
+        let read = (op.tag & ((1 << READ_BITS) - 1)) as usize;
+        match (fill.map(|i| &self.fills[i].space), &mut self.copies) {
+            (Some(Space::Device(_)), Some(copies)) => {
+                copies.land(number, read, op.frame);
+                return Ok(());
+            }
+            _ => drop(op),
+        }
         match (fill, &mut self.gather) {
             (Some(i), _) => self.fills[i].done += 1,
             (None, Some((_, _, done))) => *done += 1,
@@ -307,7 +373,14 @@ impl Stream {
         }
         while let Some(front) = self.fills.front() {
             let early = usize::from(planted::is(Bug::UnitHandedOutEarly));
-            if front.done + early < self.shared.layouts[front.unit.index()].reads.len() {
+            let whole = match front.space {
+                Space::Host(_) => {
+                    front.done + early >= self.shared.layouts[front.unit.index()].reads.len()
+                }
+                // The copies are ordered before whatever will compute with them.
+                Space::Device(_) => front.given,
+            };
+            if !whole {
                 break;
             }
             if let Some(f) = self.fills.pop_front() {
@@ -322,7 +395,7 @@ impl Stream {
                 }
                 let filled = Filled {
                     unit: f.unit,
-                    region: f.region,
+                    space: f.space,
                 };
                 if self.ports.ready.send(Ok(filled)).is_err() {
                     return false;

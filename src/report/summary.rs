@@ -84,16 +84,23 @@ impl PagingReport {
         PagingReport {
             passes: p.passes,
             units: p.units,
-            bytes_per_pass: plan.resident_bytes + plan.streamed_bytes,
+            bytes_per_pass: plan.resident_bytes
+                + plan.gpu.map_or(0, |g| g.resident_bytes)
+                + plan.streamed_bytes,
             disk_bytes: p.disk_bytes,
             disk_bytes_per_pass: used_per_pass as u64,
             disk_s,
             disk_gb_per_s: rate(p.disk_bytes, disk_s),
-            stall_s: p.stall_disk.as_secs_f64(),
+            h2d_bytes: p.h2d_bytes,
+            h2d_s: p.h2d.as_secs_f64(),
+            h2d_gb_per_s: rate(p.h2d_bytes, p.h2d.as_secs_f64()),
+            stall_s: (p.stall_disk + p.stall_copy).as_secs_f64(),
             stall_disk_s: p.stall_disk.as_secs_f64(),
+            stall_copy_s: p.stall_copy.as_secs_f64(),
             compute_s,
             overlap: share.unwrap_or(0.0),
             resident_cpu_bytes: plan.resident_bytes,
+            resident_gpu_bytes: plan.gpu.map_or(0, |g| g.resident_bytes),
             prefetch_depth: plan.depth,
             page_size: settings.page_bytes,
             queue_depth: settings.queue_depth,
@@ -109,7 +116,6 @@ impl PagingReport {
             probed_disk_gb_per_s: settings.probed_disk_gb_per_s,
             percent_of_bound: share.map(|s| s * 100.0),
             peak_memory_bytes: crate::engine::peak_bytes(),
-            ..PagingReport::default()
         }
     }
 }
@@ -220,7 +226,20 @@ pub fn closing_lines(
         "{prompt_tokens} prompt tokens, first token after {:.2} s; {tokens} tokens at {:.2} tokens/s\n",
         t.time_to_first_token_s, t.output_tokens_per_s
     );
-    if plan.streamed_bytes == 0 {
+    if let Some(gpu) = plan.gpu {
+        text += &format!(
+            "{} on the GPU, {} in RAM, {} from disk a pass; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
+            human_bytes(gpu.resident_bytes),
+            human_bytes(plan.resident_bytes),
+            human_bytes(plan.streamed_bytes),
+            paging.h2d_gb_per_s,
+            paging.stall_disk_s,
+            paging.stall_copy_s,
+        );
+        if let Some(why) = engine.pager().pin_note() {
+            text += &format!("host memory is not pinned ({why}); ");
+        }
+    } else if plan.streamed_bytes == 0 {
         text += &format!(
             "all weights in RAM ({}); ",
             human_bytes(plan.resident_bytes)

@@ -127,7 +127,7 @@ impl Op for AddBias<'_> {
                 // SAFETY: `add_bias` checked that x holds rows × cols and the bias cols; each row is one task's.
                 unsafe {
                     let at = self.x.0.add(row * cols + c);
-                    let bias = self.bias.data.as_ptr().add(c * dtype.bytes());
+                    let bias = self.bias.host().as_ptr().add(c * dtype.bytes());
                     let y = s.add(s.load_upto(at, n), load_dtype(s, dtype, bias, n));
                     s.store_upto(at, y, n);
                 }

@@ -171,7 +171,7 @@ impl Task<'_> {
                                 acts: job.acts.at(k, r0),
                                 act_stride: job.acts.row_bytes,
                                 rows,
-                                weights: job.w.data.as_ptr().add(at),
+                                weights: job.w.host().as_ptr().add(at),
                                 weight_stride: job.w.row_stride,
                                 cols: (self.cols - n).min(panel),
                                 len: (k1 - k).min(K_BLOCK),

@@ -150,7 +150,7 @@ unsafe fn norm_piece<S: Simd>(s: S, job: &Job<'_>, row: usize, piece: usize) {
         let mut c = 0;
         while c < cols {
             let n = (cols - c).min(S::LANES);
-            let w = job.w.data.as_ptr().add(c * job.w.dtype.bytes());
+            let w = job.w.host().as_ptr().add(c * job.w.dtype.bytes());
             let w = load_dtype(s, job.w.dtype, w, n);
             let y = s.mul(s.mul(s.load_upto(x.add(c), n), scale), w);
             match job.to {

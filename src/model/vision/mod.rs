@@ -15,7 +15,9 @@ use layout::Order;
 pub use layout::Slice;
 
 use super::{UnitSource, UnitView};
-use crate::device::{Acts, DenseShape, Device, Into, Rows};
+use crate::device::{
+    Acts, Dense, DenseShape, Device, DeviceKind, Into, Mirror, PassRows, Room, Rows,
+};
 use crate::error::{Error, Result};
 use crate::spec::{Role, UnitKind, VisionSpec};
 use crate::units::UnitId;
@@ -65,6 +67,8 @@ struct Scratch {
     attended: Acts, // [group, hidden]
     wide: Acts,     // [tile, the widest of patch values, intermediate]
     merged: Acts,   // [tile / merge², merge² · hidden]
+    dense: Dense,   // of the group's attention
+    mirror: Mirror, // [tile / merge², out hidden] where the host reads embeddings
     cos: Vec<f32>,  // [group, head size / 2]
     sin: Vec<f32>,
     rows: Vec<f32>, // [one slice's cells, out hidden]
@@ -115,16 +119,16 @@ impl Tower {
                 .collect::<Result<_>>()?,
             merger: one(UnitKind::VisionMerger)?,
             inv_freq,
-            scratch: Scratch::new(device, spec, limits),
+            scratch: Scratch::new(device, spec, limits)?,
             spec: spec.clone(),
             limits,
             computed: Duration::ZERO,
         })
     }
 
-    /// Host memory [`Tower::new`] takes.
-    pub fn scratch_bytes(spec: &VisionSpec, limits: Limits) -> u64 {
-        Scratch::bytes(spec, limits)
+    /// Memory [`Tower::new`] takes.
+    pub fn room(device: DeviceKind, spec: &VisionSpec, limits: Limits) -> Room {
+        Scratch::room(device, spec, limits)
     }
 
     /// Units in the order a wave asks for them.
@@ -259,8 +263,8 @@ impl Tower {
                     patches(i, *cell as usize * unit_rows, rows);
                 }
                 device.reshape(&mut s.patches, w.cols);
-                device.write_rows(&mut s.patches, 0, values);
-                device.round(&s.patches, n, w.cols, &mut s.wide);
+                device.write_rows(&mut s.patches, 0, values)?;
+                device.round(&s.patches, n, w.cols, &mut s.wide)?;
                 device.linear(
                     &s.wide,
                     n,
@@ -269,7 +273,7 @@ impl Tower {
                     &mut s.x,
                     wave.starts[i] + first,
                     Into::Store,
-                );
+                )?;
             }
         }
         Ok(())
@@ -300,28 +304,26 @@ impl Tower {
         let norm = unit.need(Role::InputNorm)?;
         let (qkv, bias) = (unit.need(Role::QkvProj)?, unit.get(Role::QkvBias));
         s.normed.round_to(qkv.dtype);
-        device.rmsnorm(&s.x, first, rows, norm, RMS_EPS, &mut s.normed);
-        device.linear(&s.normed, rows, qkv, bias, &mut s.qkv, 0, Into::Store);
+        device.rmsnorm(&s.x, first, rows, norm, RMS_EPS, &mut s.normed)?;
+        device.linear(&s.normed, rows, qkv, bias, &mut s.qkv, 0, Into::Store)?;
         let half = rows * head_size / 2;
-        // Queries and keys lie side by side: one call turns both.
-        device.rope(
-            &mut s.qkv,
-            rows,
-            2 * heads,
-            head_size,
-            &s.cos[..half],
-            &s.sin[..half],
-        );
+        let pass = PassRows {
+            spans: &[],
+            cos: &s.cos[..half],
+            sin: &s.sin[..half],
+        };
         let (proj, bias) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
         s.attended.round_to(proj.dtype);
-        let shape = DenseShape {
-            heads,
-            head_size,
-            scale: 1.0 / (head_size as f32).sqrt(),
-        };
-        device.attention_dense(&s.qkv, &shape, &ends, &mut s.attended);
-        device.linear(&s.attended, rows, proj, bias, &mut s.x, first, Into::Add);
-        Ok(())
+        let shape = dense_shape(&self.spec);
+        device.attention_dense(
+            &mut s.qkv,
+            &shape,
+            &pass,
+            &ends,
+            &mut s.dense,
+            &mut s.attended,
+        )?;
+        device.linear(&s.attended, rows, proj, bias, &mut s.x, first, Into::Add)
     }
 
     /// cos and sin of the group's rows: the first half of the frequencies turns by the patch's row, the second by its column.
@@ -373,14 +375,14 @@ impl Tower {
                 if rounded_to != Some(w.dtype) {
                     rounded_to = Some(w.dtype);
                     s.normed.round_to(w.dtype);
-                    device.rmsnorm(&s.x, first, n, norm, RMS_EPS, &mut s.normed);
+                    device.rmsnorm(&s.x, first, n, norm, RMS_EPS, &mut s.normed)?;
                 }
-                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store);
+                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store)?;
             }
             s.wide.round_to(down.dtype);
-            device.swiglu_cols(&s.gate, &s.up, n, self.spec.intermediate, &mut s.wide);
+            device.swiglu(&s.gate, &s.up, n, self.spec.intermediate, &mut s.wide)?;
             let bias = unit.get(Role::DownBias);
-            device.linear(&s.wide, n, down, bias, &mut s.x, first, Into::Add);
+            device.linear(&s.wide, n, down, bias, &mut s.x, first, Into::Add)?;
         }
         Ok(())
     }
@@ -405,16 +407,24 @@ impl Tower {
         for first in (0..order.cells.len()).step_by(tile_cells) {
             let n = tile_cells.min(order.cells.len() - first);
             let from = wave.starts[slice] + first * unit_rows;
-            device.reshape(&mut s.cells, hidden);
-            device.rmsnorm_rows(&s.x, from, n * unit_rows, norm, RMS_EPS, &mut s.cells);
-            device.reshape(&mut s.cells, wide);
             s.merged.round_to(fc1.dtype);
-            device.round(&s.cells, n, wide, &mut s.merged);
-            device.linear(&s.merged, n, fc1, bias1, &mut s.cells, 0, Into::Store);
+            let (rows, cells) = (n * unit_rows, &mut s.cells);
+            device.rmsnorm_groups(
+                &s.x,
+                from,
+                rows,
+                unit_rows,
+                norm,
+                RMS_EPS,
+                cells,
+                &mut s.merged,
+            )?;
+            device.reshape(&mut s.cells, wide);
+            device.linear(&s.merged, n, fc1, bias1, &mut s.cells, 0, Into::Store)?;
             s.merged.round_to(fc2.dtype);
-            device.gelu(&s.cells, n, wide, &mut s.merged);
-            device.linear(&s.merged, n, fc2, bias2, &mut s.out, 0, Into::Store);
-            let made = device.read(&s.out, n * out_hidden);
+            device.gelu(&s.cells, n, wide, &mut s.merged)?;
+            device.linear(&s.merged, n, fc2, bias2, &mut s.out, 0, Into::Store)?;
+            let made = device.read(&s.out, n * out_hidden, &mut s.mirror)?;
             for (cell, row) in order.cells[first..]
                 .iter()
                 .zip(made.chunks_exact(out_hidden))
@@ -446,40 +456,65 @@ impl Scratch {
         }
     }
 
-    fn bytes(spec: &VisionSpec, limits: Limits) -> u64 {
+    fn room(device: DeviceKind, spec: &VisionSpec, limits: Limits) -> Room {
         let z = Scratch::shape(spec, limits);
-        let rows = limits.wave * spec.hidden
-            + z.group * (3 * spec.hidden + spec.hidden / spec.heads)
-            // Once more the patches: as they are gathered on the host.
-            + z.tile * (2 * z.patch + 2 * spec.intermediate)
-            + z.cells * (z.wide + spec.out_hidden)
+        // Angles, the patches of a tile as they are gathered, and a slice's embeddings.
+        let host = z.group * (spec.hidden / spec.heads)
+            + z.tile * z.patch
             + z.slice_cells * spec.out_hidden;
-        rows as u64 * 4
-            + 2 * Device::acts_bytes(z.group, spec.hidden)
-            + Device::acts_bytes(z.tile, z.patch.max(spec.intermediate))
-            + Device::acts_bytes(z.cells, z.wide)
+        let parts = [
+            device.rows_room(limits.wave, spec.hidden),
+            device.rows_room(z.group, 3 * spec.hidden),
+            device.rows_room(z.tile, z.patch),
+            device.rows_room(z.tile, spec.intermediate),
+            device.rows_room(z.tile, spec.intermediate),
+            device.rows_room(z.cells, z.wide),
+            device.rows_room(z.cells, spec.out_hidden),
+            device.acts_room(z.group, spec.hidden),
+            device.acts_room(z.group, spec.hidden),
+            device.acts_room(z.tile, z.patch.max(spec.intermediate)),
+            device.acts_room(z.cells, z.wide),
+            device.dense_room(z.group, &dense_shape(spec)),
+            device.mirror_room(z.cells * spec.out_hidden),
+            Room {
+                host: host as u64 * 4,
+                device: 0,
+            },
+        ];
+        parts.into_iter().sum()
     }
 
-    fn new(device: &Device, spec: &VisionSpec, limits: Limits) -> Scratch {
+    fn new(device: &Device, spec: &VisionSpec, limits: Limits) -> Result<Scratch> {
         use crate::units::Dtype::F32;
         let z = Scratch::shape(spec, limits);
         let half = spec.hidden / spec.heads / 2;
-        Scratch {
-            x: device.rows(limits.wave, spec.hidden),
-            qkv: device.rows(z.group, 3 * spec.hidden),
-            patches: device.rows(z.tile, z.patch),
-            gate: device.rows(z.tile, spec.intermediate),
-            up: device.rows(z.tile, spec.intermediate),
-            cells: device.rows(z.cells, z.wide),
-            out: device.rows(z.cells, spec.out_hidden),
-            normed: device.acts(z.group, spec.hidden, F32),
-            attended: device.acts(z.group, spec.hidden, F32),
-            wide: device.acts(z.tile, z.patch.max(spec.intermediate), F32),
-            merged: device.acts(z.cells, z.wide, F32),
+        Ok(Scratch {
+            x: device.rows(limits.wave, spec.hidden)?,
+            qkv: device.rows(z.group, 3 * spec.hidden)?,
+            patches: device.rows(z.tile, z.patch)?,
+            gate: device.rows(z.tile, spec.intermediate)?,
+            up: device.rows(z.tile, spec.intermediate)?,
+            cells: device.rows(z.cells, z.wide)?,
+            out: device.rows(z.cells, spec.out_hidden)?,
+            normed: device.acts(z.group, spec.hidden, F32)?,
+            attended: device.acts(z.group, spec.hidden, F32)?,
+            wide: device.acts(z.tile, z.patch.max(spec.intermediate), F32)?,
+            merged: device.acts(z.cells, z.wide, F32)?,
+            dense: device.dense(z.group, &dense_shape(spec))?,
+            mirror: device.mirror(z.cells * spec.out_hidden)?,
             cos: vec![0.0; z.group * half],
             sin: vec![0.0; z.group * half],
             rows: vec![0.0; z.slice_cells * spec.out_hidden],
-        }
+        })
+    }
+}
+
+fn dense_shape(spec: &VisionSpec) -> DenseShape {
+    let head_size = spec.hidden / spec.heads;
+    DenseShape {
+        heads: spec.heads,
+        head_size,
+        scale: 1.0 / (head_size as f32).sqrt(),
     }
 }
 

@@ -92,6 +92,36 @@ impl Sampler {
         Ok(pick(&self.candidates, draw.uniform()))
     }
 
+    /// Ids from here on are never chosen.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// As [`Sampler::sample`], from the [`SamplingParams::candidates`] best logits alone (or more): the best first, of equals the lowest id. The
+    /// same token, to the bit, except where more logits than were given are equal to the last that top-k keeps.
+    pub fn sample_best(
+        &mut self,
+        best: &[(u32, f32)],
+        params: &SamplingParams,
+        draw: Draw,
+    ) -> Result<u32> {
+        let Some(&(first, _)) = best.first() else {
+            return Err(Error::internal("no logits to sample from"));
+        };
+        if let Some((id, value)) = best.iter().find(|(_, v)| !v.is_finite()) {
+            return Err(not_a_number(*id as usize, *value));
+        }
+        if params.is_greedy() {
+            return Ok(first);
+        }
+        let floor = best[params.top_k.clamp(1, best.len()) - 1].1;
+        let mut kept: Vec<(u32, f32)> = best.iter().copied().filter(|b| b.1 >= floor).collect();
+        // In the order in which a whole row would be walked: sums are rounded in that order.
+        kept.sort_unstable_by_key(|b| b.0);
+        self.weigh(kept.into_iter(), best[0].1 + 0.0, params);
+        Ok(pick(&self.candidates, draw.uniform()))
+    }
+
     /// Repetition penalty over prompt and answer; frequency and presence penalties over the answer.
     fn penalise(&mut self, params: &SamplingParams, history: History<'_>) {
         self.counts.resize(self.scores.len(), 0);
@@ -126,13 +156,13 @@ impl Sampler {
 
     /// Fills `candidates` with what temperature, top-k, top-p and min-p leave. At least one stays.
     fn truncate(&mut self, params: &SamplingParams) {
-        let (scores, candidates) = (&self.scores, &mut self.candidates);
+        let scores = std::mem::take(&mut self.scores);
         // Adding zero turns −0 into +0, so that total_cmp below agrees with equality.
         let best = scores.iter().copied().fold(f32::MIN, f32::max) + 0.0;
         let floor = match params.top_k {
             k if k > 0 && k < scores.len() => {
                 self.order.clear();
-                self.order.extend_from_slice(scores);
+                self.order.extend_from_slice(&scores);
                 *self
                     .order
                     .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
@@ -140,20 +170,31 @@ impl Sampler {
             }
             _ => f32::MIN,
         };
+        let kept = scores.iter().enumerate().filter(|(_, s)| **s >= floor);
+        self.weigh(kept.map(|(id, s)| (id as u32, *s)), best, params);
+        self.scores = scores;
+    }
+
+    /// Fills `candidates` with those of `kept`, in order of ids, that temperature, top-p and min-p leave.
+    fn weigh(
+        &mut self,
+        kept: impl Iterator<Item = (u32, f32)>,
+        best: f32,
+        params: &SamplingParams,
+    ) {
+        let candidates = &mut self.candidates;
         // Scaling relative to the best keeps a tiny temperature from overflowing: the best weighs 1 whatever it is.
         let scale = 1.0 / f64::from(params.temperature);
         candidates.clear();
         let mut total = 0.0;
-        for (id, &score) in scores.iter().enumerate() {
-            if score >= floor {
-                let weight = ((f64::from(score) - f64::from(best)) * scale).exp();
-                total += weight;
-                candidates.push(Candidate {
-                    score: score + 0.0,
-                    id: id as u32,
-                    weight,
-                });
-            }
+        for (id, score) in kept {
+            let weight = ((f64::from(score) - f64::from(best)) * scale).exp();
+            total += weight;
+            candidates.push(Candidate {
+                score: score + 0.0,
+                id,
+                weight,
+            });
         }
         if params.top_p < 1.0 {
             let kept = nucleus(candidates, f64::from(params.top_p) * total);
@@ -233,12 +274,16 @@ fn usable(logits: &[f32], limit: usize) -> Result<&[f32]> {
         .enumerate()
         .find(|(_, x)| !x.is_finite())
         .unwrap_or((0, &f32::NAN));
-    Err(Error::new(
+    Err(not_a_number(id, *value))
+}
+
+fn not_a_number(id: usize, value: f32) -> Error {
+    Error::new(
         Code::Checkpoint,
         format!("the logit of token id {id} is {value}"),
         "the weights hold NaN or infinite values, or an activation overflowed the 16-bit type",
         "run `tensorpager verify`; for float16 weights try --dtype bfloat16 or float32",
-    ))
+    )
 }
 
 /// Index of the largest value, the lowest one among equals.

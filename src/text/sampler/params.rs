@@ -56,6 +56,17 @@ impl SamplingParams {
         self.logit_bias.is_empty() && !self.penalises()
     }
 
+    /// How many of the best logits decide the token; `None` where it takes all of them. More than one is always the most there can be, so that
+    /// logits equal to the last that top-k keeps are among them.
+    pub fn candidates(&self) -> Option<usize> {
+        const MOST: usize = 64;
+        match self.leaves_logits_alone() {
+            true if self.is_greedy() => Some(1),
+            true if (1..=MOST).contains(&self.top_k) => Some(MOST),
+            _ => None,
+        }
+    }
+
     pub(super) fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0

@@ -6,7 +6,7 @@ mod ops;
 mod product;
 
 use super::{ActBuf, CpuDevice};
-use crate::device::WeightView;
+use crate::device::{Bytes, WeightView};
 use crate::units::Dtype;
 
 pub(super) const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
@@ -125,7 +125,7 @@ impl Weights {
             rows: self.rows,
             cols: self.cols,
             row_stride: self.row_stride,
-            data: &self.bytes[self.shift..],
+            data: Bytes::Host(&self.bytes[self.shift..]),
         }
     }
 }

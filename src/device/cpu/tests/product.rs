@@ -202,7 +202,7 @@ impl Op for PackedTile<'_> {
         }
         let w = self.w.view();
         for first in (0..k).step_by(K_BLOCK) {
-            let at = |i: usize| w.data[i * w.row_stride + 2 * first..].as_ptr();
+            let at = |i: usize| w.host()[i * w.row_stride + 2 * first..].as_ptr();
             let acts = [0, 1, 2].map(|r| a.operand().at(first, r));
             // SAFETY: four rows of k weights, three of activations with zeros up to a whole step.
             unsafe {

@@ -1,0 +1,196 @@
+//! Memory the GPU works with: its own, and the host's pinned.
+
+use std::sync::Arc;
+
+use super::context::{Context, Doing};
+use super::ffi;
+use crate::error::Result;
+
+/// An address on the device, as a kernel takes it. 0 stands for none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Address(pub u64);
+
+impl Address {
+    pub const NONE: Address = Address(0);
+
+    pub fn plus(self, bytes: usize) -> Address {
+        Address(self.0 + bytes as u64)
+    }
+}
+
+/// A piece of device memory. Its content is undefined until something is written.
+pub struct DeviceBuffer {
+    context: Arc<Context>,
+    address: u64,
+    bytes: u64,
+}
+
+impl DeviceBuffer {
+    /// `what` names it in errors. Counted against the context's limit.
+    pub fn new(context: &Arc<Context>, bytes: u64, what: &str) -> Result<DeviceBuffer> {
+        let bytes = DeviceBuffer::rounded(bytes);
+        context.bind()?;
+        context.take(bytes, what)?;
+        let address = ffi::device_alloc(bytes).doing(&format!("allocating {what}"));
+        if address.is_err() {
+            context.give_back(bytes);
+        }
+        Ok(DeviceBuffer {
+            address: address?,
+            context: context.clone(),
+            bytes,
+        })
+    }
+
+    /// What [`DeviceBuffer::new`] takes for so many bytes. The driver hands out multiples of 512.
+    pub fn rounded(bytes: u64) -> u64 {
+        bytes.max(1).next_multiple_of(512)
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn address(&self) -> Address {
+        Address(self.address)
+    }
+
+    /// The address of `bytes` bytes from `offset` on.
+    ///
+    /// # Panics
+    /// Past the end: a kernel would write into somebody else's memory.
+    pub fn at(&self, offset: usize, bytes: usize) -> Address {
+        assert!(
+            (offset + bytes) as u64 <= self.bytes,
+            "{bytes} bytes at {offset} of a device buffer of {}",
+            self.bytes
+        );
+        Address(self.address + offset as u64)
+    }
+}
+
+impl Drop for DeviceBuffer {
+    /// Waits for the GPU first: what it was given may still use the memory.
+    fn drop(&mut self) {
+        // After a lost device nothing can be freed; the process's end frees it.
+        if self.context.synchronize().is_ok() {
+            let _ = ffi::device_free(self.address);
+        }
+        self.context.give_back(self.bytes);
+    }
+}
+
+/// Pinned host memory, zeroed: the GPU copies from and to it without the CPU.
+pub struct HostBuffer {
+    context: Arc<Context>,
+    address: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: owned memory like a Vec's; reached through `&` and `&mut` alone.
+unsafe impl Send for HostBuffer {}
+// SAFETY: as above.
+unsafe impl Sync for HostBuffer {}
+
+impl HostBuffer {
+    pub fn new(context: &Arc<Context>, bytes: usize, what: &str) -> Result<HostBuffer> {
+        let bytes = bytes.max(1).next_multiple_of(64);
+        context.bind()?;
+        let address =
+            ffi::host_alloc(bytes as u64).doing(&format!("allocating pinned memory for {what}"))?;
+        // SAFETY: the driver just gave `bytes` writable bytes at `address` to us alone.
+        unsafe { address.write_bytes(0, bytes) };
+        Ok(HostBuffer {
+            context: context.clone(),
+            address,
+            bytes,
+        })
+    }
+
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Part of it, which the GPU does not write meanwhile.
+    pub fn piece(&self, first: usize, len: usize) -> &[u8] {
+        assert!(first + len <= self.bytes);
+        // SAFETY: in bounds (asserted), initialised, our own. Whoever lets the GPU write here waits for it before looking.
+        unsafe { std::slice::from_raw_parts(self.address.add(first), len) }
+    }
+
+    /// Part of it, which the GPU neither reads nor writes meanwhile.
+    pub fn piece_mut(&mut self, first: usize, len: usize) -> &mut [u8] {
+        assert!(first + len <= self.bytes);
+        // SAFETY: as in `piece`, borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.address.add(first), len) }
+    }
+
+    pub fn pointer(&self) -> *mut u8 {
+        self.address
+    }
+
+    /// The first `count` elements of a plain type.
+    pub fn elements<T: Plain>(&self, count: usize) -> &[T] {
+        assert!(count * size_of::<T>() <= self.bytes);
+        // SAFETY: in bounds (asserted), aligned (pages), and any bits are a value of a plain type.
+        unsafe { std::slice::from_raw_parts(self.address.cast(), count) }
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        // A lost GPU may still read or write it.
+        if self.context.synchronize().is_ok() {
+            let _ = ffi::host_free(self.address);
+        }
+    }
+}
+
+/// Types of 32 bits any of whose bits are a value.
+pub trait Plain: Copy {}
+impl Plain for f32 {}
+impl Plain for i32 {}
+impl Plain for u32 {}
+
+/// The bytes of plain values, as the GPU reads them: both sides are little-endian.
+pub fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: plain values have no padding, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// Host memory of somebody else that is pinned as long as this lives.
+pub struct Pin {
+    context: Arc<Context>,
+    address: *const u8,
+    /// Keeps the memory where it is.
+    owner: Option<Box<dyn Send + Sync>>,
+}
+
+// SAFETY: the address is only handed back to the driver.
+unsafe impl Send for Pin {}
+// SAFETY: as above.
+unsafe impl Sync for Pin {}
+
+impl Pin {
+    /// Pins whole pages. `owner` keeps them mapped.
+    pub fn new(context: &Arc<Context>, memory: &[u8], owner: Box<dyn Send + Sync>) -> Result<Pin> {
+        context.bind()?;
+        ffi::host_register(memory.as_ptr(), memory.len()).doing("pinning host memory")?;
+        Ok(Pin {
+            context: context.clone(),
+            address: memory.as_ptr(),
+            owner: Some(owner),
+        })
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        match self.context.synchronize() {
+            Ok(()) => drop(ffi::host_unregister(self.address)),
+            // A lost GPU may still read it: it stays where it is.
+            Err(_) => std::mem::forget(self.owner.take()),
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The ops of the forward pass on an NVIDIA GPU, through the driver alone: kernels of `kernels/`, two streams, memory within a bound.
+//!
+//! - `ffi` names the driver; `context`, `stream`, `memory`, `kernels` own what it hands out.
+//! - The *compute stream* runs the kernels in order, with what the host sends each pass (`staging`). The *copy stream* fills slots with
+//!   weights (`slots`). Fences order the two; the host waits only where it needs a result.
+//! - Ops return before the GPU has run them: what goes wrong there is told by a later call, at the latest by the pass's last.
+
+mod attention;
+mod buffers;
+mod context;
+mod ffi;
+mod kernels;
+mod lists;
+mod memory;
+mod ops;
+mod slots;
+mod staging;
+mod stream;
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+pub use buffers::{Best, CudaActs, CudaDense, CudaKv, CudaLists, CudaRows, Mirror};
+pub use context::{Context, available};
+pub use lists::ListShape;
+pub use memory::{DeviceBuffer, Pin};
+pub use slots::{Compute, Copier, Piece, Slot, Ticks};
+
+use crate::error::{Code, Error, Result};
+use crate::units::{Dtype, flag_size, human_bytes};
+use kernels::{
+    Argmax, AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, Gelu, Kernel,
+    Linear, Modules, Rmsnorm, RmsnormHeads, RopeAppend, RopeDense, Round, Swiglu, Topk, head_sizes,
+    no_head_size,
+};
+use staging::Staging;
+use stream::Stream;
+
+/// Kept aside in every GPU budget for what the driver takes by itself while running: local memory, its own buffers, pages not filled.
+const SLACK_BYTES: u64 = 64 << 20;
+
+/// What a GPU is opened for.
+#[derive(Clone, Debug)]
+pub struct CudaOptions {
+    pub ordinal: usize,
+    /// The 16-bit type of all weights.
+    pub half: Dtype,
+    pub head_size: usize,
+    /// Of the vision tower, where pictures are to be looked at.
+    pub vision_head_size: Option<usize>,
+    /// Bound on all device memory of this process; by default 90 % of what is free.
+    pub memory: Option<u64>,
+}
+
+/// Whether there is a GPU, and kernels for such a model: what `--device auto` asks.
+pub fn can_run(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
+    available()?;
+    check_model(half, head_size, vision_head_size)
+}
+
+fn check_model(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
+    if half == Dtype::F32 {
+        return Err(Error::new(
+            Code::Unsupported,
+            "float32 weights do not run on the GPU",
+            "its matrix units multiply 16-bit numbers",
+            "run with --dtype bfloat16, or with --device cpu",
+        ));
+    }
+    let known = head_sizes("attention_prefill")?;
+    if !known.contains(&head_size) {
+        return Err(no_head_size("attention", head_size, &known));
+    }
+    let known = head_sizes("attention_dense")?;
+    match vision_head_size.filter(|s| !known.contains(s)) {
+        Some(size) => Err(no_head_size("the vision tower's attention", size, &known)),
+        None => Ok(()),
+    }
+}
+
+/// Tiles of a product: names, columns and rows of a block, and how well it fills the tensor cores (a first guess, to be measured).
+const TILES: [(&str, usize, usize, f64); 7] = [
+    ("linear_t8", 32, 8, 0.0),
+    ("linear_t16", 32, 16, 0.0),
+    ("linear_t32", 64, 32, 0.0),
+    ("linear_t64", 64, 64, 0.55),
+    ("linear_t128", 128, 128, 0.8),
+    ("linear_t256", 256, 128, 1.0),
+    ("linear_any", 64, 32, 0.0),
+];
+/// Shared memory of a block of the largest tile.
+const LARGEST_TILE_SHARED: u32 = 147_456;
+
+struct Kernels {
+    /// As [`TILES`]; the largest only where blocks may have its shared memory.
+    linear: Vec<Option<Kernel<Linear>>>,
+    rmsnorm: Kernel<Rmsnorm>,
+    rmsnorm_heads: Kernel<RmsnormHeads>,
+    rope_append: Kernel<RopeAppend>,
+    prefill: Kernel<AttentionPrefill>,
+    decode: Kernel<AttentionDecode>,
+    merge: Kernel<AttentionMerge>,
+    swiglu: Kernel<Swiglu>,
+    round: Kernel<Round>,
+    argmax: Kernel<Argmax>,
+    topk: Kernel<Topk>,
+    vision: Option<VisionKernels>,
+}
+
+struct VisionKernels {
+    rope: Kernel<RopeDense>,
+    attention: Kernel<AttentionDense>,
+    gelu: Kernel<Gelu>,
+}
+
+/// A GPU with its kernels loaded.
+pub struct CudaDevice {
+    // Fields go in this order: kernels before their modules, everything before the context.
+    kernels: Kernels,
+    staging: RefCell<Staging>,
+    compute: Arc<Stream>,
+    modules: Modules,
+    context: Arc<Context>,
+    half: Dtype,
+    head_size: usize,
+    limit: u64,
+    /// What this process had of the card before anything of the model.
+    base: u64,
+}
+
+impl CudaDevice {
+    pub fn new(options: &CudaOptions) -> Result<CudaDevice> {
+        check_model(options.half, options.head_size, options.vision_head_size)?;
+        let context = Context::new(options.ordinal)?;
+        let mut modules = Modules::new(&context, options.half)?;
+        let kernels = Kernels::load(&mut modules, &context, options)?;
+        let (free, _) = context.memory()?;
+        context.charge(context.free_bytes.saturating_sub(free));
+        let base = context.used() + SLACK_BYTES;
+        let limit = options.memory.unwrap_or((base + free) / 10 * 9);
+        if limit > context.total_bytes {
+            return Err(too_much(&context, limit));
+        }
+        context.charge(SLACK_BYTES);
+        context.set_limit(limit);
+        Ok(CudaDevice {
+            staging: RefCell::new(Staging::new(&context)?),
+            compute: Arc::new(Stream::new(&context, 0)?),
+            kernels,
+            modules,
+            half: options.half,
+            head_size: options.head_size,
+            context,
+            limit,
+            base,
+        })
+    }
+
+    /// `NVIDIA H100 80GB HBM3 (compute capability 9.0, driver 12.4)`
+    pub fn describe(&self) -> String {
+        let c = &self.context;
+        format!(
+            "{} (compute capability {}.{}, driver CUDA {}.{}{})",
+            c.name,
+            c.compute / 10,
+            c.compute % 10,
+            c.driver / 1000,
+            c.driver % 1000 / 10,
+            match self.modules.machine_code {
+                true => "",
+                false => ", kernels compiled by the driver",
+            }
+        )
+    }
+
+    /// `cuda:0`
+    pub fn label(&self) -> &str {
+        &self.context.label
+    }
+
+    pub fn half(&self) -> Dtype {
+        self.half
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Bound on the device memory of this process.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// What context, kernels and slack take of it.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// The host waits until the GPU has run everything it was given. What went wrong there is said here.
+    pub fn synchronize(&self) -> Result<()> {
+        self.compute.synchronize()
+    }
+}
+
+impl Kernels {
+    fn load(modules: &mut Modules, context: &Context, options: &CudaOptions) -> Result<Kernels> {
+        let head = options.head_size;
+        let mut linear = Vec::with_capacity(TILES.len());
+        for (name, ..) in TILES {
+            let fits = name != "linear_t256" || context.shared_bytes >= LARGEST_TILE_SHARED;
+            linear.push(fits.then(|| modules.load(name)).transpose()?);
+        }
+        let vision = match options.vision_head_size {
+            None => None,
+            Some(size) => Some(VisionKernels {
+                rope: modules.load("rope_dense")?,
+                attention: modules.load(&format!("attention_dense_h{size}"))?,
+                gelu: modules.load("gelu")?,
+            }),
+        };
+        Ok(Kernels {
+            linear,
+            rmsnorm: modules.load("rmsnorm")?,
+            rmsnorm_heads: modules.load("rmsnorm_heads")?,
+            rope_append: modules.load("rope_append")?,
+            prefill: modules.load(&format!("attention_prefill_h{head}"))?,
+            decode: modules.load(&format!("attention_decode_h{head}"))?,
+            merge: modules.load("attention_merge")?,
+            swiglu: modules.load("swiglu")?,
+            round: modules.load("round")?,
+            argmax: modules.load("argmax")?,
+            topk: modules.load("topk")?,
+            vision,
+        })
+    }
+}
+
+fn too_much(context: &Context, limit: u64) -> Error {
+    Error::new(
+        Code::Memory,
+        format!("the GPU does not have {}", human_bytes(limit)),
+        format!(
+            "the {} has {}",
+            context.name,
+            human_bytes(context.total_bytes)
+        ),
+        format!(
+            "give --gpu-memory {} or less, or leave it out",
+            flag_size((context.total_bytes >> 20) << 20)
+        ),
+    )
+}

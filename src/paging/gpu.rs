@@ -1,0 +1,131 @@
+//! What the pager keeps where a GPU computes: pinned memory, and the GPU's own clock.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::copies::Copies;
+use super::plan::Plan;
+use super::stats::PagingStats;
+use crate::device::cuda::{Compute, Pin, Slot, Ticks};
+use crate::error::{Error, Result};
+use crate::io::{Arena, Frame, Region};
+use crate::units::UnitId;
+
+pub(super) struct GpuSide {
+    compute: Compute,
+    /// By unit: when the GPU reached and left it.
+    ticks: Vec<Ticks>,
+    /// Units of the pass under way that the GPU has left.
+    walked: Vec<UnitId>,
+    /// For the reading thread, until it takes them.
+    pub copies: Option<Copies>,
+    pins: Vec<Pin>,
+    /// Why some copies go through memory that is not pinned.
+    pub unpinned: Option<String>,
+}
+
+impl GpuSide {
+    /// Takes the ring of frames from the arena and pins it.
+    pub fn new(compute: Compute, plan: &Plan, arena: &Arena, units: usize) -> Result<GpuSide> {
+        let ring = plan.ring();
+        let exhausted = || Error::internal("the arena is smaller than its plan");
+        let region = arena.take(ring.bytes()).ok_or_else(exhausted)?;
+        let context = compute.context().clone();
+        let ticks = (0..units).map(|_| Ticks::new(&context));
+        let mut side = GpuSide {
+            ticks: ticks.collect::<Result<_>>()?,
+            walked: Vec::with_capacity(units),
+            copies: None,
+            pins: Vec::new(),
+            unpinned: None,
+            compute,
+        };
+        let region = Arc::new(region);
+        side.pin(&region, arena);
+        let mut region = Arc::into_inner(region).ok_or_else(exhausted)?;
+        let frames: Vec<Frame> = (0..ring.frames)
+            .map(|_| region.lend(ring.frame_bytes as usize))
+            .collect();
+        side.copies = Some(Copies::new(&context, frames, units)?);
+        Ok(side)
+    }
+
+    /// Pins a region, so that the GPU copies from it by itself. Where the system refuses, copies still work, through the driver's own memory:
+    /// the first reason is kept.
+    pub fn pin(&mut self, region: &Arc<Region>, arena: &Arena) -> bool {
+        if region.is_empty() || self.unpinned.is_some() {
+            return false;
+        }
+        let context = self.compute.context();
+        match Pin::new(context, region.bytes(), Box::new(arena.clone())) {
+            Ok(pin) => {
+                self.pins.push(pin);
+                true
+            }
+            Err(e) => {
+                self.unpinned = Some(e.cause().to_string());
+                false
+            }
+        }
+    }
+
+    /// A slot on the GPU.
+    pub fn slot(&self, bytes: u64) -> Result<Slot> {
+        Slot::new(self.compute.context(), bytes, "a slot for weights")
+    }
+
+    /// A filled slot that stays: what is computed from now on comes after its copies.
+    pub fn keep(&self, mut slot: Slot) -> Result<Slot> {
+        self.compute.await_slot(&mut slot)?;
+        Ok(slot)
+    }
+
+    /// Before the host waits for a unit.
+    pub fn reach(&mut self, unit: UnitId) -> Result<()> {
+        self.compute.reach(&self.ticks[unit.index()])
+    }
+
+    pub fn acquire(&mut self, unit: UnitId, slot: &mut Slot) -> Result<()> {
+        self.walked.push(unit);
+        self.compute.acquire(slot, &self.ticks[unit.index()])
+    }
+
+    /// A unit that lies there already.
+    pub fn enter(&mut self, unit: UnitId) -> Result<()> {
+        self.walked.push(unit);
+        let ticks = &self.ticks[unit.index()];
+        self.compute.reach(ticks)?;
+        self.compute.enter(ticks)
+    }
+
+    pub fn leave(&self, unit: UnitId) -> Result<()> {
+        self.compute.leave(&self.ticks[unit.index()])
+    }
+
+    pub fn release(&self, unit: UnitId, slot: &mut Slot) -> Result<()> {
+        self.compute.release(slot, &self.ticks[unit.index()])
+    }
+
+    /// Waits for the pass and adds up its times. `tail`: how long the unit's copies took once its last byte was in host memory; that part
+    /// of a wait is the copy's, the rest the disk's.
+    pub fn end_pass(
+        &mut self,
+        stats: &mut PagingStats,
+        tail: impl Fn(UnitId) -> Duration,
+    ) -> Result<()> {
+        self.compute.synchronize()?;
+        for unit in self.walked.drain(..) {
+            let (waited, computed) = self.ticks[unit.index()].spent()?;
+            let copy = waited.min(tail(unit));
+            stats.gpu_compute += computed;
+            stats.stall_copy += copy;
+            stats.stall_disk += waited - copy;
+        }
+        Ok(())
+    }
+
+    /// Forgets the pass under way: it failed.
+    pub fn forget_pass(&mut self) {
+        self.walked.clear();
+    }
+}

@@ -1,0 +1,447 @@
+//! The whole program on an emulated CUDA driver: streams in a seeded legal order, copies as late as that allows, kernels compiled from
+//! `kernels/`. A missing wait, a slot or a frame refilled too soon, or a wrong argument ends in wrong logits or in the driver's own abort.
+//!
+//! Skipped, with a printed reason, where the driver cannot be built. It says nothing of a GPU's speed or rounding.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use common::{Golden, fixtures, golden, nmse, read_safetensors};
+use serde_json::{Value, json};
+
+const MODELS: [&str; 3] = ["gpu-qwen2-bf16", "gpu-qwen3-f16-tied", "gpu-mistral-bf16"];
+
+/// The fixtures' tokenizer has so many ids; the models' padding above is never sampled.
+const TOKENIZER_IDS: usize = 283;
+
+/// The folder with the emulated libcuda.so.1, built once.
+fn driver() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated-driver");
+        let script = root.join("kernels/emu/driver/build.sh");
+        let done = Command::new("bash").arg(script).arg(&out).output();
+        match done {
+            Ok(done) if done.status.success() => Some(out),
+            Ok(done) if done.status.code() == Some(77) => {
+                println!("skipped: {}", String::from_utf8_lossy(&done.stderr).trim());
+                None
+            }
+            Ok(done) => panic!("{}", String::from_utf8_lossy(&done.stderr)),
+            Err(e) => {
+                println!("skipped: bash cannot be started: {e}");
+                None
+            }
+        }
+    });
+    built.as_deref()
+}
+
+/// One run of the program beside the emulated driver.
+struct Run {
+    command: Command,
+    folder: tempfile::TempDir,
+}
+
+impl Run {
+    fn new(driver: &Path, command: &str, model: &str) -> Run {
+        Run::on("cuda", driver, command, model)
+    }
+
+    fn on(device: &str, driver: &Path, command: &str, model: &str) -> Run {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
+        run.arg(command)
+            .arg(fixtures().join(model))
+            .args(["--device", device, "--threads", "2", "--context", "512"])
+            .arg("--offload-folder")
+            .arg(folder.path().join("offload"))
+            .env("LD_LIBRARY_PATH", driver)
+            .env("XDG_CACHE_HOME", folder.path());
+        Run {
+            command: run,
+            folder,
+        }
+    }
+
+    fn args<const N: usize>(mut self, args: [&str; N]) -> Run {
+        self.command.args(args);
+        self
+    }
+
+    fn env(mut self, name: &str, value: &str) -> Run {
+        self.command.env(name, value);
+        self
+    }
+
+    fn output(mut self) -> Output {
+        self.command.output().unwrap()
+    }
+
+    fn fails(self) -> String {
+        let done = self.output();
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(1), "{text}");
+        text
+    }
+
+    /// The logits of every input, `[tokens, vocab]`.
+    fn score(self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
+        let lines = inputs.iter().map(|ids| json!({ "input_ids": ids }));
+        self.score_lines(lines.collect())
+    }
+
+    fn score_lines(mut self, inputs: Vec<Value>) -> Vec<Vec<f32>> {
+        let (from, to) = (
+            self.folder.path().join("in.jsonl"),
+            self.folder.path().join("out.safetensors"),
+        );
+        let lines: Vec<String> = inputs.iter().map(Value::to_string).collect();
+        std::fs::write(&from, lines.join("\n")).unwrap();
+        self.command
+            .arg("--input")
+            .arg(&from)
+            .arg("--output")
+            .arg(&to);
+        let done = self.command.output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let tensors = read_safetensors(&to);
+        (0..inputs.len())
+            .map(|i| tensors[&format!("logits.{i}")].f32s())
+            .collect()
+    }
+
+    /// The closing object of a run.
+    fn json(self) -> Value {
+        let done = self.args(["--json"]).output();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let text = String::from_utf8(done.stdout).unwrap();
+        let line = text.lines().rfind(|l| l.starts_with('{')).unwrap_or(&text);
+        serde_json::from_str(line)
+            .or_else(|_| serde_json::from_str(&text))
+            .unwrap()
+    }
+}
+
+fn inputs(all: &[Golden]) -> Vec<Vec<u32>> {
+    all.iter().map(|g| g.ids.clone()).collect()
+}
+
+#[test]
+fn logits_are_nearer_to_float32_than_transformers_own_16_bit_run() {
+    let Some(driver) = driver() else { return };
+    for model in MODELS {
+        let all = golden(&fixtures().join(model));
+        let got = Run::new(driver, "score", model).score(&inputs(&all));
+        for (g, got) in all.iter().zip(&got) {
+            let vocab = got.len() / g.ids.len();
+            let rows = g.positions.iter().flat_map(|p| &got[p * vocab..][..vocab]);
+            let rows: Vec<f32> = rows.copied().collect();
+            let (error, half) = (nmse(&rows, &g.logits), g.half_nmse.unwrap());
+            println!(
+                "{model}: {} tokens, nmse {error:.2e}, half {half:.2e}",
+                g.ids.len()
+            );
+            assert!(error < half, "{model}: {error} against {half}");
+        }
+    }
+}
+
+#[test]
+fn tiers_readers_depths_pages_and_orders_change_no_bit() {
+    let Some(driver) = driver() else { return };
+    let model = "gpu-qwen2-bf16";
+    let inputs = inputs(&golden(&fixtures().join(model)));
+    let reference = Run::new(driver, "score", model).score(&inputs);
+    let same = |what: &str, run: Run| {
+        assert!(run.score(&inputs) == reference, "{what}");
+    };
+    let new = || Run::new(driver, "score", model);
+    for map in ["disk", "cpu", "gpu"] {
+        same(map, new().args(["--device-map", map]));
+    }
+    same(
+        "threads",
+        new().args(["--device-map", "disk", "--io", "threads"]),
+    );
+    same(
+        "in place",
+        new().args(["--device-map", "disk", "--in-place"]),
+    );
+    for depth in ["0", "2"] {
+        same(
+            depth,
+            new().args(["--device-map", "disk", "--prefetch-depth", depth]),
+        );
+    }
+    same(
+        "pages",
+        new().args(["--device-map", "disk", "--page-size", "64KiB"]),
+    );
+    for seed in ["2", "3", "4"] {
+        for order in ["drawn", "lazy", "eager"] {
+            same(
+                &format!("seed {seed}, {order}"),
+                new()
+                    .args(["--device-map", "disk", "--page-size", "64KiB"])
+                    .env("EMUCUDA_SEED", seed)
+                    .env("EMUCUDA_ORDER", order),
+            );
+        }
+    }
+    same(
+        "unpinned",
+        new()
+            .args(["--device-map", "cpu"])
+            .env("EMUCUDA_FAIL", "cuMemHostRegister:*:801"),
+    );
+    same("small blocks", new().env("EMUCUDA_SHARED_OPTIN", "101376"));
+}
+
+/// The tower and the decoder behind it, the pictures of a prompt together and alone.
+#[test]
+fn pictures_are_nearer_to_float32_than_transformers_own_16_bit_run() {
+    let Some(driver) = driver() else { return };
+    let folder = fixtures().join("gpu-vl-bf16");
+    let text = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+    // The fixture names its pictures relative to itself.
+    let text = text.replace(
+        "\"url\": \"image",
+        &format!("\"url\": \"{}/image", folder.display()),
+    );
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let tensors = read_safetensors(&folder.join("golden.safetensors"));
+    let cases = golden["cases"].as_array().unwrap();
+    let lines = || cases.iter().map(|c| json!({ "messages": c["messages"] }));
+    let score = |lines: Vec<Value>| Run::new(driver, "score", "gpu-vl-bf16").score_lines(lines);
+    let together = score(lines().collect());
+    for ((case, got), line) in cases.iter().zip(&together).zip(lines()) {
+        let name = case["case"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["input_ids"].clone()).unwrap();
+        let at: Vec<usize> = serde_json::from_value(case["positions"].clone()).unwrap();
+        let vocab = got.len() / ids.len();
+        let rows: Vec<f32> = at
+            .iter()
+            .flat_map(|p| &got[p * vocab..][..vocab])
+            .copied()
+            .collect();
+        let error = nmse(&rows, &tensors[&format!("{name}.logits")].f32s());
+        let half = case["half_error"]["nmse"].as_f64().unwrap();
+        println!("{name}: nmse {error:.2e}, half {half:.2e}");
+        assert!(error < half, "{name}: {error} against {half}");
+        assert!(score(vec![line])[0] == *got, "{name} alone");
+    }
+}
+
+#[test]
+fn a_batch_changes_no_bit() {
+    let Some(driver) = driver() else { return };
+    for model in ["gpu-mistral-bf16", "gpu-qwen3-f16-tied"] {
+        let inputs = inputs(&golden(&fixtures().join(model)));
+        let together = Run::new(driver, "score", model).score(&inputs);
+        for (i, input) in inputs.iter().enumerate() {
+            let alone = Run::new(driver, "score", model).score(std::slice::from_ref(input));
+            assert!(alone[0] == together[i], "{model}, input {i}");
+        }
+    }
+}
+
+/// Decode steps, through slots filled from disk: the reference's tokens while its own 16-bit run could tell them apart, and at every step
+/// exactly those that the logits of the whole text at once say.
+#[test]
+fn greedy_tokens_are_the_references() {
+    let Some(driver) = driver() else { return };
+    for model in MODELS {
+        for g in golden(&fixtures().join(model)).iter().take(3) {
+            let run = Run::new(driver, "run", model)
+                .args(["--raw", "--greedy", "--ignore-eos", "--max-tokens", "12"])
+                .args(["--device-map", "disk", "--prompt", &g.text]);
+            let out = run.json();
+            let ids: Vec<u32> = serde_json::from_value(out["token_ids"].clone()).unwrap();
+            let mut steps = g.margins.iter().zip(&g.greedy);
+            let clear = steps.position(|(margin, id)| {
+                *margin < g.half_max.unwrap() || *id as usize >= TOKENIZER_IDS
+            });
+            let clear = clear.unwrap_or(12).min(12);
+            assert_eq!(ids[..clear], g.greedy[..clear], "{model}: {}", g.text);
+            let whole = [&g.ids[..], &ids].concat();
+            let logits = Run::new(driver, "score", model).score(&[whole]).remove(0);
+            let vocab = logits.len() / (g.ids.len() + 12);
+            for (i, id) in ids.iter().enumerate() {
+                let row = &logits[(g.ids.len() - 1 + i) * vocab..][..vocab.min(TOKENIZER_IDS)];
+                let best = (0..row.len())
+                    .rev()
+                    .max_by(|a, b| row[*a].total_cmp(&row[*b]));
+                assert_eq!(best, Some(*id as usize), "{model}: {}, step {i}", g.text);
+            }
+            assert_eq!(out["device"], "cuda:0");
+            let paging = &out["paging"];
+            assert!(paging["h2d_bytes"].as_u64().unwrap() > 0, "{paging}");
+            assert!(paging["h2d_gb_per_s"].as_f64().unwrap() > 0.0, "{paging}");
+        }
+    }
+}
+
+/// Top-k is drawn from candidates selected on the device; a repetition penalty that changes next to nothing makes the sampler want all logits.
+#[test]
+fn candidates_and_whole_rows_give_the_same_draws() {
+    let Some(driver) = driver() else { return };
+    let run = |extra: Vec<&str>| {
+        let mut run = Run::new(driver, "run", "gpu-mistral-bf16")
+            .args([
+                "--raw",
+                "--ignore-eos",
+                "--max-tokens",
+                "16",
+                "--prompt",
+                "Layer 7",
+                "--seed",
+                "5",
+            ])
+            .args(["--temperature", "1.3", "--top-p", "0.9"]);
+        run.command.args(extra);
+        run.json()["token_ids"].clone()
+    };
+    for k in ["2", "20", "64"] {
+        let all = run([&["--top-k", k][..], &["--repetition-penalty", "1.0000001"]].concat());
+        assert_eq!(run(["--top-k", k].to_vec()), all, "top-k {k}");
+    }
+    assert_ne!(
+        run(["--top-k", "64"].to_vec()),
+        run(["--top-k", "2"].to_vec())
+    );
+}
+
+#[test]
+fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
+    let Some(driver) = driver() else { return };
+    let run = |memory: &str| {
+        Run::new(driver, "run", "gpu-qwen2-bf16")
+            .args([
+                "--raw",
+                "--greedy",
+                "--max-tokens",
+                "2",
+                "--prompt",
+                "T",
+                "--gpu-memory",
+                memory,
+            ])
+            .env("EMUCUDA_CONTEXT", "100000000")
+    };
+    let refused = run("32MiB").fails();
+    assert!(refused.contains("GPU memory"), "{refused}");
+    let smallest = refused
+        .split_whitespace()
+        .skip_while(|w| *w != "--gpu-memory")
+        .nth(1)
+        .unwrap();
+    run(smallest).json();
+    let mib: u64 = smallest.trim_end_matches("MiB").parse().unwrap();
+    run(&format!("{}MiB", mib - 3)).fails();
+}
+
+#[test]
+fn what_is_missing_is_said_in_plain_words() {
+    let Some(driver) = driver() else { return };
+    let run = || Run::new(driver, "run", "gpu-mistral-bf16").args(["--raw", "--prompt", "T"]);
+    let none = tempfile::tempdir().unwrap();
+    let said = |run: Run, words: &str| {
+        let text = run.fails();
+        assert!(text.contains(words), "{text}");
+        assert!(
+            text.contains("error:") && text.contains("cause:") && text.contains("fix:"),
+            "{text}"
+        );
+    };
+    // Where the machine has a driver of its own it would be found.
+    if ![
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib/wsl/lib",
+    ]
+    .iter()
+    .any(|d| Path::new(d).join("libcuda.so.1").exists())
+    {
+        said(
+            run().env("LD_LIBRARY_PATH", none.path().to_str().unwrap()),
+            "no NVIDIA driver was found",
+        );
+    }
+    said(run().env("EMUCUDA_DEVICES", "0"), "GPU");
+    said(run().env("EMUCUDA_VERSION", "12010"), "driver is too old");
+    said(
+        run().env("EMUCUDA_CAPABILITY", "75"),
+        "too old for these kernels",
+    );
+    for (code, name) in [
+        (209, "NO_BINARY_FOR_GPU"),
+        (218, "INVALID_PTX"),
+        (222, "UNSUPPORTED_PTX_VERSION"),
+    ] {
+        said(
+            run().env("EMUCUDA_FAIL", &format!("cuModuleLoadData:*:{code}")),
+            name,
+        );
+    }
+    said(
+        run().env("EMUCUDA_FAIL", "cuMemAlloc:2:2"),
+        "CUDA_ERROR_OUT_OF_MEMORY (2)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "cuLaunchKernel:7:719"),
+        "CUDA_ERROR_LAUNCH_FAILED (719)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "kernel:20:700"),
+        "CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+    );
+    said(
+        run().env("EMUCUDA_FAIL", "copy:9:700"),
+        "CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+    );
+    let f32 = Run::new(driver, "run", "llama-f32").args(["--raw", "--prompt", "T"]);
+    said(f32, "--dtype bfloat16");
+    let small = Run::new(driver, "run", "qwen2-bf16").args(["--raw", "--prompt", "T"]);
+    said(small, "head size 16");
+    let auto = |devices: &str| {
+        let run = Run::on("auto", driver, "run", "gpu-mistral-bf16");
+        let run = run.args(["--raw", "--prompt", "T", "--max-tokens", "1"]);
+        run.env("EMUCUDA_DEVICES", devices).json()["device"].clone()
+    };
+    assert_eq!((auto("1"), auto("0")), ("cuda:0".into(), "cpu".into()));
+}
+
+/// What makes the tests above able to fail: without the waits between the streams the driver notices.
+#[test]
+fn without_its_waits_the_run_does_not_pass() {
+    let Some(driver) = driver() else { return };
+    for ignored in ["cuStreamWaitEvent", "cuEventSynchronize,cuEventQuery"] {
+        let run = Run::new(driver, "run", "gpu-qwen2-bf16")
+            .args([
+                "--raw",
+                "--greedy",
+                "--max-tokens",
+                "8",
+                "--prompt",
+                "Layer 7",
+            ])
+            .args(["--device-map", "disk", "--page-size", "64KiB"])
+            .env("EMUCUDA_ORDER", "lazy")
+            .env("EMUCUDA_IGNORE", ignored);
+        let done = run.output();
+        assert!(!done.status.success(), "{ignored} was not missed");
+    }
+}

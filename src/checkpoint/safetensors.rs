@@ -98,7 +98,7 @@ pub(super) fn shard_names(bytes: &[u8]) -> std::result::Result<Vec<String>, Stri
 }
 
 /// Shard → the sorted names of its tensors.
-fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
+pub(super) fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut reader = Reader::new(bytes)?;
     let mut maps = 0;

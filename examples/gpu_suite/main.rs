@@ -53,11 +53,12 @@ const SECTIONS: [Section; 8] = [
     ("machine", machine::section),
     ("ops", ops_section),
     ("fixtures", fixtures::section),
-    ("sanitizer", tools::sanitizer),
     ("copies", copies::section),
     ("kernels", kernels::section),
     ("decode", decode::section),
     ("throughput", decode::throughput),
+    // Last: slow, and nothing waits for it.
+    ("sanitizer", tools::sanitizer),
 ];
 
 fn ops_section(suite: &mut Suite) -> Outcome<()> {

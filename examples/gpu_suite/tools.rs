@@ -98,8 +98,7 @@ pub fn sanitizer(suite: &mut Suite) -> Outcome<()> {
         .report
         .table("compute-sanitizer", &["tool", "seconds", ""]);
     for tool in ["memcheck", "racecheck", "synccheck", "initcheck"] {
-        // The rest of the suite needs its time, too.
-        let limit = Duration::from_secs(60).min(suite.left() / 4);
+        let limit = Duration::from_secs(60).min(suite.left());
         let ran = run(
             Command::new(&sanitizer)
                 .args(["--tool", tool, "--error-exitcode", "9"])

@@ -30,6 +30,7 @@ fn open() -> Option<Bed> {
         head_size: 128,
         vision_head_size: None,
         memory: None,
+        gemm: tensorpager::device::cuda::Gemm::Own,
     };
     match Context::new(0).and_then(|_| Device::cuda(&options)) {
         Ok(device) => Some(Bed {

@@ -200,6 +200,7 @@ fn beside_kernels(suite: &mut Suite, enough: Duration) -> Outcome<()> {
         head_size: 128,
         vision_head_size: None,
         memory: None,
+        gemm: tensorpager::device::cuda::Gemm::Own,
     };
     let bed = Bed {
         device: Device::cuda(&options)?,

@@ -64,6 +64,7 @@ pub fn open(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> R
         head_size,
         vision_head_size,
         memory: None,
+        gemm: tensorpager::device::cuda::Gemm::Own,
     };
     Ok(Bed {
         device: Device::cuda(&options)?,

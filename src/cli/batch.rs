@@ -420,9 +420,14 @@ fn open_engine(
 }
 
 pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
-    Ok(machine
+    let host = machine
         .cpu_budget()?
-        .unwrap_or_else(|| HostMemory::read().default_budget()))
+        .unwrap_or_else(|| HostMemory::read().default_budget());
+    // KV lies where the computing is.
+    Ok(match machine.gpu_budget()? {
+        Some(gpu) if machine.device != "cpu" => host.min(gpu),
+        _ => host,
+    })
 }
 
 /// An engine with as much KV room as the rows want, up to half of the budget; less where the model would not fit beside it.

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::advice::{self, Advisor};
-use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
+use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::cuda;
 use crate::engine::{
@@ -262,6 +262,7 @@ impl Model {
             placement: placement(&machine.device_map, &kinds)?,
             device,
             gpu_memory: machine.gpu_budget()?,
+            gemm: gemm(machine.gemm, device)?,
             prefetch_depth: Some(reading.prefetch_depth),
             page_bytes: Some(reading.page_bytes),
             pager: PagerOptions {
@@ -468,6 +469,24 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
+fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
+    match (arg, device) {
+        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
+        (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
+            eprintln!(
+                "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
+            );
+            Ok(cuda::Gemm::CublasLt)
+        }
+        (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
+            Code::Usage,
+            "--gemm cublaslt makes no sense here",
+            "the CPU computes",
+            "leave it out, or run with --device cuda",
+        )),
+    }
+}
+
 /// `--device`, before anything is looked at.
 pub(super) fn check_device(device: &str) -> Result<()> {
     let number = |d: &str| d.parse::<usize>().is_ok();
@@ -582,6 +601,7 @@ impl MachineOptions {
             device_map: "disk".into(),
             cpu_memory,
             gpu_memory: None,
+            gemm: GemmArg::Own,
             max_memory: None,
             prefetch_depth: OrAuto::Auto,
             page_size: OrAuto::Auto,

@@ -94,6 +94,13 @@ pub enum VerifyArg {
     Never,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GemmArg {
+    Own,
+    #[value(name = "cublaslt")]
+    CublasLt,
+}
+
 /// Where the weights come from and where they are kept.
 #[derive(Args, Clone, Debug)]
 pub struct SourceOptions {
@@ -165,6 +172,15 @@ pub struct MachineOptions {
     /// Bound on this process's GPU memory, the driver's context included [default: 90 % of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_GPU_MEMORY", help_heading = "Machine")]
     pub gpu_memory: Option<u64>,
+    /// Whose matrix products on a GPU; cublaslt is there to compare with, and its results depend on what else is in the pass
+    #[arg(
+        long,
+        value_enum,
+        default_value = "own",
+        env = "TENSORPAGER_GEMM",
+        help_heading = "Machine"
+    )]
+    pub gemm: GemmArg,
     /// 0=8GiB,cpu=16GiB: the same as --gpu-memory and --cpu-memory
     #[arg(
         long,

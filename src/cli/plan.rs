@@ -160,6 +160,14 @@ struct Planned {
 
 pub fn run(args: PlanArgs) -> Result<u8> {
     check_device(&args.machine.device)?;
+    if args.machine.device.starts_with("cuda") {
+        return Err(Error::new(
+            Code::Unsupported,
+            "plan does not know GPUs yet",
+            "it predicts what the CPU would do",
+            "leave --device out; `run --device cuda` refuses a --gpu-memory that is too small, with the smallest that would do",
+        ));
+    }
     for n in &args.sequences {
         if *n == 0 || *n > 65_536 {
             return Err(usage(

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The curve over budgets: seconds a token of this engine's plan and of its mmap reader under the same memory limit.
 #
-#   benches/budget_curve.sh MODEL [TOKENS] [RUNS] > curve.tsv
+#   benches/budget_curve.sh MODEL [TOKENS] [RUNS] > curve.tsv        (BUDGETS="20 50 110" for some of them)
 #
 # Budgets run from 20 % to 110 % of the weights. Each pair runs one after the other, RUNS times, alternating who is first, so that a
 # drifting disk fools nobody. With cgroup v1 (or v2) writable the limit is the kernel's as well as the flag's: mmap pays for its page
@@ -50,7 +50,7 @@ run() { # reader budget file; prints seconds a token, peak, GB/s, percent of bou
 }
 
 printf 'budget_percent\tbudget_bytes\treader\trun\ts_per_token\tdisk_gb_per_s\tdisk_bytes_per_pass\tpeak_bytes\tpercent_of_bound\n'
-for percent in 20 30 40 50 60 70 80 90 100 110; do
+for percent in ${BUDGETS:-20 30 40 50 60 70 80 90 100 110}; do
     budget=$((weights / 100 * percent))
     # The kernel's limit counts page tables and the page cache in use besides the process's resident set.
     set_limit $((budget + 67108864))

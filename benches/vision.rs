@@ -123,8 +123,9 @@ fn pixels(c: &mut Criterion, spec: &VisionSpec) {
     group.finish();
 }
 
-fn block(c: &mut Criterion, spec: &VisionSpec, units: Vec<UnitSpec>, full: bool) {
-    let slice = Slice { h: 32, w: 32 };
+fn block(c: &mut Criterion, spec: &VisionSpec, units: Vec<UnitSpec>, full: bool, side: usize) {
+    let slice = Slice { h: side, w: side };
+    let pixels = side * spec.patch;
     let mut spec = spec.clone();
     spec.full_attention_blocks = if full { vec![0] } else { vec![] };
     let kinds: Vec<_> = units.iter().map(|u| (u.id, u.kind)).collect();
@@ -139,7 +140,7 @@ fn block(c: &mut Criterion, spec: &VisionSpec, units: Vec<UnitSpec>, full: bool)
     group.sample_size(10);
     group.throughput(Throughput::Elements(slice.patches() as u64));
     let name = if full { "full attention" } else { "windows" };
-    group.bench_function(format!("7B geometry, 448x448, {name}"), |b| {
+    group.bench_function(format!("7B geometry, {pixels}x{pixels}, {name}"), |b| {
         b.iter_custom(|n| {
             memory.block = Duration::ZERO;
             for _ in 0..n {
@@ -172,8 +173,8 @@ fn vision(c: &mut Criterion) {
         .filter(tower)
         .collect();
     pixels(c, &spec);
-    for full in [false, true] {
-        block(c, &spec, units.clone(), full);
+    for (full, side) in [(false, 32), (true, 32), (false, 72), (true, 72)] {
+        block(c, &spec, units.clone(), full, side);
     }
 }
 

@@ -17,6 +17,8 @@ pub enum Code {
     Store,
     /// Somebody else holds the lock.
     Locked,
+    /// The model hub refuses, or cannot be reached.
+    Hub,
     /// Not enough disk space.
     Space,
     /// A memory budget cannot be kept.
@@ -50,6 +52,7 @@ impl Code {
             Code::Checkpoint => "checkpoint",
             Code::Store => "store",
             Code::Locked => "locked",
+            Code::Hub => "hub",
             Code::Space => "space",
             Code::Memory => "memory",
             Code::Io => "io",

@@ -2,8 +2,28 @@
 //!
 //! The modules stand in the order of the way of a byte.
 
+#[macro_use]
+mod say {
+    //! Lines for people on stderr. One that is closed or full is no reason to panic, which std's own macros do.
+
+    macro_rules! eprint {
+        ($($text:tt)*) => {{
+            use std::io::Write as _;
+            let _ = write!(std::io::stderr(), $($text)*);
+        }};
+    }
+
+    macro_rules! eprintln {
+        ($($text:tt)*) => {{
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), $($text)*);
+        }};
+    }
+}
 // The one error type: what, cause, fix.
 pub mod error;
+// Test only: bugs that the suites must catch. Nothing in a build without the feature `testing`.
+pub mod planted;
 // Sizes, ids, alignment.
 pub mod units;
 // `config.json` → geometry, units, expected tensors.
@@ -30,3 +50,5 @@ pub mod engine;
 pub mod report;
 // The command line, one file a command.
 pub mod cli;
+// Test only: what the fuzzers call.
+pub mod fuzzing;

@@ -4,42 +4,19 @@
 //! Skipped, with a printed reason, where the driver cannot be built. It says nothing of a GPU's speed or rounding.
 
 mod common;
+mod emulated;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::OnceLock;
 
 use common::{Golden, fixtures, golden, nmse, read_safetensors};
+use emulated::driver;
 use serde_json::{Value, json};
 
 const MODELS: [&str; 3] = ["gpu-qwen2-bf16", "gpu-qwen3-f16-tied", "gpu-mistral-bf16"];
 
 /// The fixtures' tokenizer has so many ids; the models' padding above is never sampled.
 const TOKENIZER_IDS: usize = 283;
-
-/// The folder with the emulated libcuda.so.1, built once.
-fn driver() -> Option<&'static Path> {
-    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated-driver");
-        let script = root.join("kernels/emu/driver/build.sh");
-        let done = Command::new("bash").arg(script).arg(&out).output();
-        match done {
-            Ok(done) if done.status.success() => Some(out),
-            Ok(done) if done.status.code() == Some(77) => {
-                println!("skipped: {}", String::from_utf8_lossy(&done.stderr).trim());
-                None
-            }
-            Ok(done) => panic!("{}", String::from_utf8_lossy(&done.stderr)),
-            Err(e) => {
-                println!("skipped: bash cannot be started: {e}");
-                None
-            }
-        }
-    });
-    built.as_deref()
-}
 
 /// One run of the program beside the emulated driver.
 struct Run {

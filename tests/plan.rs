@@ -94,6 +94,7 @@ fn bytes_a_pass_are_those_predicted() {
         .collect();
     let rates = MachineRates {
         disk_gb_per_s: 1.0,
+        h2d_gb_per_s: None,
         compute: ComputeRates {
             memory_gb_per_s: 10.0,
             gflops: 100.0,

@@ -204,7 +204,7 @@ fn positions_are_those_of_the_reference() {
                     start,
                     cells: [v.grid.t, v.grid.h / 2, v.grid.w / 2],
                     step: match v.kind {
-                        tensorpager::media::Kind::Image => 1,
+                        tensorpager::media::Kind::Image => 1.0,
                         tensorpager::media::Kind::Video { seconds_per_grid } => {
                             time_step(spec.tokens_per_second, seconds_per_grid)
                         }

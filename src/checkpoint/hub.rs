@@ -1,5 +1,5 @@
 //! What MODEL means: a folder, or a hub id in the local Hugging Face cache
-//! (<https://huggingface.co/docs/huggingface_hub/guides/manage-cache>). Looks, never downloads.
+//! (<https://huggingface.co/docs/huggingface_hub/guides/manage-cache>). Looks; `download` fetches.
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,6 +8,12 @@ use std::path::{Path, PathBuf};
 use super::SourceKind;
 use super::files::{self, Folder, base_name, clip};
 use crate::error::{Code, Error, Result};
+
+/// The command that fetches a model.
+const DOWNLOAD: &str = match cfg!(feature = "hub") {
+    true => "tensorpager pull",
+    false => "hf download",
+};
 
 /// A model folder that was found.
 #[derive(Clone, Debug)]
@@ -65,7 +71,14 @@ pub(super) fn cache_dir(env: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBu
 pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath> {
     match fs::metadata(model) {
         Ok(m) if m.is_dir() => return folder(Path::new(model)),
-        Ok(_) => {
+        Ok(m) => {
+            // What people give instead of a folder is best named by what it is.
+            if m.is_file()
+                && let Ok(path) = fs::canonicalize(model)
+                && let Some(start) = files::read_start(&path)
+            {
+                files::refuse_foreign(&start, Path::new(model))?;
+            }
             return Err(Error::new(
                 Code::Usage,
                 format!("{} is not a folder", clip(model)),
@@ -76,6 +89,14 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
         Err(_) => {}
     }
     let Some(id) = HubId::parse(model) else {
+        if let Some(id) = id_of_address(model) {
+            return Err(Error::new(
+                Code::Usage,
+                format!("`{}` is an address, not a model", clip(model)),
+                "models are named as the hub names them, or by a folder",
+                format!("give the id alone: {id}"),
+            ));
+        }
         return Err(Error::new(
             Code::Usage,
             format!("there is no model at `{}`", clip(model)),
@@ -88,7 +109,7 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
             Code::Usage,
             format!("model `{}` was not found", clip(model)),
             cause,
-            format!("download it (`hf download {}`), or give a folder", id.repo),
+            format!("download it (`{} {}`), or give a folder", DOWNLOAD, id.repo),
         )
     };
     let Some(cache) = cache else {
@@ -96,7 +117,7 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
             "there is no such folder, and HOME is not set to find the hub cache".to_string(),
         ));
     };
-    let store = cache.join(format!("models--{}", id.label()));
+    let store = cache.join(id.folder());
     if !store.is_dir() {
         return Err(absent(format!(
             "there is no such folder, and the hub cache {} does not have it",
@@ -104,6 +125,28 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
         )));
     }
     snapshot(&store, &id, &absent)
+}
+
+/// `org/name` of `https://huggingface.co/org/name…`, as people copy it from a browser.
+fn id_of_address(model: &str) -> Option<String> {
+    let rest = model
+        .split_once("://")
+        .filter(|(s, _)| matches!(*s, "https" | "http"))?
+        .1;
+    let mut parts = rest.split(['/', '?', '#']).skip(1);
+    let id = format!("{}/{}", parts.next()?, parts.next()?);
+    HubId::parse(&id).map(|_| id)
+}
+
+/// The folder of a revision's snapshot, as it is; `None` where there is none. For looking only: [`resolve_in`] checks.
+#[cfg(feature = "hub")]
+pub(super) fn snapshot_dir(store: &Path, id: &HubId) -> Option<PathBuf> {
+    let commit = match files::read_small(&store.join("refs").join(&id.revision), 256) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).trim().to_string(),
+        Err(_) => id.revision.clone(),
+    };
+    let dir = store.join("snapshots").join(&commit);
+    (is_commit(&commit) && dir.is_dir()).then_some(dir)
 }
 
 /// The snapshot of a revision below `store`, the model's own directory in the cache.
@@ -124,7 +167,7 @@ fn snapshot(store: &Path, id: &HubId, absent: &dyn Fn(String) -> Error) -> Resul
                 Code::Checkpoint,
                 format!("{} does not name a commit", reference.display()),
                 "the hub cache is damaged",
-                format!("download the model again (`hf download {}`)", id.repo),
+                format!("download the model again (`{} {}`)", DOWNLOAD, id.repo),
             ));
         }
         text
@@ -202,18 +245,18 @@ fn cache_of(dir: &Path) -> Option<(PathBuf, String)> {
     (is_commit(&base_name(dir)) && !label.is_empty()).then(|| (store.to_path_buf(), label))
 }
 
-fn is_commit(text: &str) -> bool {
+pub(super) fn is_commit(text: &str) -> bool {
     (40..=64).contains(&text.len()) && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// `org/name@revision`, checked: it becomes a path.
-struct HubId {
-    repo: String,
-    revision: String,
+pub(super) struct HubId {
+    pub(super) repo: String,
+    pub(super) revision: String,
 }
 
 impl HubId {
-    fn parse(text: &str) -> Option<HubId> {
+    pub(super) fn parse(text: &str) -> Option<HubId> {
         let (repo, revision) = text.split_once('@').unwrap_or((text, "main"));
         let part = |p: &str| {
             let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
@@ -234,7 +277,8 @@ impl HubId {
         })
     }
 
-    fn label(&self) -> String {
-        self.repo.replace('/', "--")
+    /// Its directory in the cache.
+    pub(super) fn folder(&self) -> String {
+        format!("models--{}", self.repo.replace('/', "--"))
     }
 }

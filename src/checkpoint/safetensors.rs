@@ -90,8 +90,15 @@ fn keep_listed(header: &mut Header, names: &[String], path: &Path) -> Result<()>
     ))
 }
 
+/// The shards an index names, sorted; else what is wrong with it.
+#[cfg(feature = "hub")]
+pub(super) fn shard_names(bytes: &[u8]) -> std::result::Result<Vec<String>, String> {
+    let shards = parse_index(bytes).map_err(|flaw| format!("{} (byte {})", flaw.why, flaw.at))?;
+    Ok(shards.into_keys().collect())
+}
+
 /// Shard → the sorted names of its tensors.
-fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
+pub(super) fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut reader = Reader::new(bytes)?;
     let mut maps = 0;

@@ -19,7 +19,7 @@ use crate::engine::{Engine, HostMemory};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
-use crate::report::summary::Timings;
+use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
@@ -234,7 +234,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let shard = args.input.shard()?;
     let quiet = args.quiet || args.progress == ProgressArg::None;
     let budget = args.machine.cpu_budget()?;
-    let model = Model::open_within(budget, &args.source, &signals.cancel, quiet)?;
+    let model = Model::open_with_text(budget, &args.source, &signals.cancel, quiet)?;
     let texts = Texts {
         tokenizer: model.tokenizer()?,
         template: model.chat_template()?,
@@ -285,18 +285,29 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         total_s: started.elapsed().as_secs_f64(),
         ..Timings::default()
     };
-    if args.json {
-        batch_report::print_json(
-            &model,
-            &args.machine,
-            &job,
-            &summary,
-            opened.as_ref(),
-            timings,
-        )?;
+    let during = &summary.progress.stats;
+    let paging = opened.as_ref().map(|(engine, _)| {
+        let settings = model.read_settings(&args.machine, during);
+        PagingReport::new(engine, during, &settings)
+    });
+    if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+        model.write_records(&args.machine, engine, &timings, paging)?;
     }
     if !quiet {
         eprintln!("{}", batch_report::last_words(&job, &summary));
+        if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+            eprintln!("{}", paging_line(paging, during, engine));
+        }
+    }
+    if args.json {
+        batch_report::print_json(
+            &model,
+            &job,
+            &summary,
+            opened.as_ref(),
+            paging.unwrap_or_default(),
+            timings,
+        )?;
     }
     Ok(match (summary.remaining, summary.failed) {
         (0, 0) => 0,
@@ -409,9 +420,14 @@ fn open_engine(
 }
 
 pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
-    Ok(machine
+    let host = machine
         .cpu_budget()?
-        .unwrap_or_else(|| HostMemory::read().default_budget()))
+        .unwrap_or_else(|| HostMemory::read().default_budget());
+    // KV lies where the computing is.
+    Ok(match machine.gpu_budget()? {
+        Some(gpu) if machine.device != "cpu" => host.min(gpu),
+        _ => host,
+    })
 }
 
 /// An engine with as much KV room as the rows want, up to half of the budget; less where the model would not fit beside it.

@@ -9,6 +9,7 @@ use super::batch::{InputOptions, Texts};
 use super::model::open_checkpoint;
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::run::print;
+use super::signals;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, Into, WeightView};
 use crate::engine::jobs::{CheckReport, check};
@@ -85,7 +86,7 @@ struct Output<'a> {
 }
 
 pub fn run(args: BatchCheckArgs) -> Result<u8> {
-    let ckpt = open_checkpoint(&args.source)?;
+    let ckpt = open_checkpoint(&args.source, &signals::cancel_flag()?, args.quiet)?;
     let spec = parse_config(&ckpt.config)?;
     let texts = Texts {
         tokenizer: Tokenizer::load(&ckpt.config_dir)?,

@@ -3,7 +3,6 @@
 use serde::Serialize;
 
 use super::model::Model;
-use super::options::MachineOptions;
 use super::run::print;
 use crate::engine::Engine;
 use crate::engine::jobs::{BatchJob, JobSummary, Sizing};
@@ -39,20 +38,14 @@ struct BatchReport<'a> {
 
 pub fn print_json(
     model: &Model,
-    machine: &MachineOptions,
     job: &BatchJob,
     summary: &JobSummary,
     opened: Option<&(Engine, Sizing)>,
+    paging: PagingReport,
     timings: Timings,
 ) -> Result<()> {
     let p = &summary.progress;
-    let (paging, sizing) = match opened {
-        Some((engine, sizing)) => {
-            let settings = model.read_settings(machine, &p.stats);
-            (PagingReport::new(engine, &p.stats, &settings), *sizing)
-        }
-        None => (PagingReport::default(), Sizing::default()),
-    };
+    let sizing = opened.map_or_else(Sizing::default, |(_, sizing)| *sizing);
     let report = BatchReport {
         model: &job.rules().model,
         device: opened.map_or("cpu", |(e, _)| e.device().name()),
@@ -80,14 +73,13 @@ pub fn print_json(
 
 pub fn last_words(job: &BatchJob, s: &JobSummary) -> String {
     let f = Figures::new(&s.progress);
-    let mut text = format!(
-        "{} of {} rows answered; {} tokens out in {:.1} s: {:.1} tokens/s",
-        job.done(),
-        job.rows(),
-        f.output_tokens,
-        f.elapsed_s,
-        f.output_tokens_per_s
-    );
+    let mut text = format!("{} of {} rows answered", job.done(), job.rows());
+    if f.output_tokens > 0 {
+        text += &format!(
+            "; {} tokens out in {:.1} s: {:.1} tokens/s",
+            f.output_tokens, f.elapsed_s, f.output_tokens_per_s
+        );
+    }
     if f.shared_prompt_tokens > 0 {
         text += &format!("; {} prompt tokens shared", f.shared_prompt_tokens);
     }

@@ -1,5 +1,6 @@
 //! `bench MODEL`, and `bench io`: what the readers alone get out of a model's own files.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -13,23 +14,33 @@ use crate::io::{IoRow, MAX_QUEUE_DEPTH, ReaderKind, Sweep, sweep};
 use crate::units::{flag_size, human_bytes};
 
 #[derive(Args)]
-#[command(
-    args_conflicts_with_subcommands = true,
-    after_help = "Examples:
+#[command(after_help = "Examples:
   tensorpager bench ./Qwen2.5-7B-Instruct -p 512 -n 16 -b 1,8,64
-  tensorpager bench io ./Qwen2.5-7B-Instruct --block 256KiB,4MiB --depth 1,8,32"
-)]
+  tensorpager bench io ./Qwen2.5-7B-Instruct --block 256KiB,4MiB --depth 1,8,32
+  tensorpager bench compare before.json after.json")]
 pub struct BenchArgs {
-    #[command(flatten)]
-    model: Option<super::bench_model::ModelArgs>,
     #[command(subcommand)]
-    what: Option<Bench>,
+    what: Bench,
 }
 
 #[derive(Subcommand)]
 enum Bench {
+    /// Rows as llama-bench prints them; the word `model` may be left out
+    Model(Box<super::bench_model::ModelArgs>),
     /// Each reader × block size × queue depth on the model's own files
     Io(IoArgs),
+    /// Two records of `bench MODEL`, row by row
+    Compare(super::bench_compare::CompareArgs),
+}
+
+/// `bench MODEL …` as `bench model MODEL …`, what the parser knows.
+pub fn name_the_model(mut args: Vec<OsString>) -> Vec<OsString> {
+    let known = ["model", "io", "compare", "help", "-h", "--help"];
+    let bench = args.get(1).is_some_and(|a| a == "bench");
+    if bench && args.get(2).is_some_and(|a| !known.iter().any(|k| a == k)) {
+        args.insert(2, "model".into());
+    }
+    args
 }
 
 #[derive(Args)]
@@ -61,15 +72,10 @@ struct IoArgs {
 }
 
 pub fn run(args: BenchArgs) -> Result<u8> {
-    match (args.what, args.model) {
-        (Some(Bench::Io(args)), _) => io(args),
-        (None, Some(args)) => super::bench_model::run(args),
-        (None, None) => Err(Error::new(
-            Code::Usage,
-            "there is nothing to measure",
-            "no model is named",
-            "run `tensorpager bench MODEL` or `tensorpager bench io MODEL`",
-        )),
+    match args.what {
+        Bench::Model(args) => super::bench_model::run(*args),
+        Bench::Io(args) => io(args),
+        Bench::Compare(args) => super::bench_compare::run(args),
     }
 }
 

@@ -38,6 +38,7 @@ pub struct ModelArgs {
     /// Repetitions
     #[arg(short = 'r', long, value_name = "N", default_value_t = 3)]
     repetitions: usize,
+    /// How the rows are printed
     #[arg(short = 'o', long, value_enum, default_value = "md")]
     output: Format,
 }

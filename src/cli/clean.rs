@@ -12,6 +12,7 @@ use crate::units::human_bytes;
 pub struct CleanArgs {
     /// One pack by name; all of them when left out
     pack: Option<String>,
+    /// Where packed weights are kept
     #[arg(
         long,
         value_name = "DIR",

@@ -13,6 +13,7 @@ use crate::units::human_bytes;
 pub struct InspectArgs {
     /// A model; the offload folder's packs are listed when left out
     model: Option<String>,
+    /// Where packed weights are kept
     #[arg(
         long,
         value_name = "DIR",

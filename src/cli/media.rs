@@ -8,13 +8,14 @@ use serde_json::{Value, json};
 
 use super::model::Model;
 use super::prompt::{Prompt, PromptOptions, render};
-use crate::engine::expand_pictures;
+use crate::engine::{HostMemory, SLACK_BYTES, expand_pictures};
 use crate::error::{Code, Error, Result};
 use crate::media::{
-    MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests, without_media,
+    Clock, Look, Measure, MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests,
+    without_media,
 };
 use crate::text::{ChatTemplate, Message, Tokenizer};
-use crate::units::parse_size;
+use crate::units::{flag_size, human_bytes, parse_size};
 
 /// Pictures that come with a prompt.
 #[derive(Args, Clone, Debug, Default)]
@@ -45,6 +46,17 @@ pub struct LookOptions {
     /// Which frames: spread as transformers (arange) or as qwen-vl-utils (linspace) does
     #[arg(long, value_enum, default_value = "arange", help_heading = "Pictures")]
     pub frame_sampling: SamplingArg,
+    /// Seconds between frame pairs, as positions count them: whole ones as transformers 5.17 does, or exact as releases before and after it and
+    /// vLLM do; equal at 2 frames a second
+    #[arg(long, value_enum, default_value = "whole", help_heading = "Pictures")]
+    pub video_clock: ClockArg,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ClockArg {
+    #[default]
+    Whole,
+    Exact,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -101,6 +113,10 @@ impl LookOptions {
                 SamplingArg::Arange => Sampling::Arange,
                 SamplingArg::Linspace => Sampling::Linspace,
             },
+            clock: match self.video_clock {
+                ClockArg::Whole => Clock::Whole,
+                ClockArg::Exact => Clock::Exact,
+            },
         }
     }
 }
@@ -121,6 +137,8 @@ pub struct Renderer<'m> {
     pub look: LookOptions,
     processor: Option<Processor>,
     tools: VideoTools,
+    /// Memory this process may take in all.
+    budget: u64,
 }
 
 impl<'m> Renderer<'m> {
@@ -129,6 +147,7 @@ impl<'m> Renderer<'m> {
         tokenizer: &'m Tokenizer,
         template: Option<&'m ChatTemplate>,
         look: LookOptions,
+        budget: Option<u64>,
     ) -> Renderer<'m> {
         Renderer {
             model,
@@ -137,6 +156,7 @@ impl<'m> Renderer<'m> {
             look,
             processor: None,
             tools: VideoTools::default(),
+            budget: budget.unwrap_or_else(|| HostMemory::read().default_budget()),
         }
     }
 
@@ -230,11 +250,10 @@ impl<'m> Renderer<'m> {
                 Some(p) => p,
                 none => none.insert(Processor::load(&self.model.store.text_dir, spec)?),
             };
-            media.push(Arc::new(processor.load_request(
-                request,
-                base,
-                &self.tools,
-            )?));
+            let measure = processor.measure(request, base, &self.tools, Look::Header)?;
+            fits(request, &measure, self.budget)?;
+            let visual = processor.load_request(request, base, &self.tools)?;
+            media.push(Arc::new(visual));
         }
         let ids = match spec {
             Some(_) => expand_pictures(&ids, &media, spec)?,
@@ -242,6 +261,33 @@ impl<'m> Renderer<'m> {
         };
         Ok(Rendered { ids, media })
     }
+}
+
+/// Refuses a picture whose pixels would not fit, before they are made. What the tower takes for it the engine knows.
+fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
+    let taken = HostMemory::read().resident + SLACK_BYTES;
+    let needed = taken + m.pixel_bytes + m.decode_bytes;
+    if needed <= budget {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::Memory,
+        format!(
+            "the picture {} does not fit in {}",
+            request.name(),
+            human_bytes(budget)
+        ),
+        format!(
+            "its pixels take {}, decoding takes {}, and the process itself {}",
+            human_bytes(m.pixel_bytes),
+            human_bytes(m.decode_bytes),
+            human_bytes(taken)
+        ),
+        format!(
+            "give --cpu-memory {} or more, a smaller --max-pixels, or fewer --max-frames",
+            flag_size(needed)
+        ),
+    ))
 }
 
 fn no_tower() -> Error {

@@ -1,14 +1,18 @@
 //! The command line: one file a command. One client of `engine` among others.
 
+mod advice;
 mod batch;
 mod batch_bench;
 mod batch_check;
 mod batch_merge;
 mod batch_report;
 mod bench;
+mod bench_compare;
 mod bench_model;
 mod clean;
+mod completions;
 mod demo;
+mod doctor;
 mod generate;
 mod inspect;
 mod media;
@@ -17,17 +21,20 @@ mod options;
 mod pack;
 mod plan;
 mod prompt;
+mod pull;
 mod repl;
 mod run;
 mod score;
 mod signals;
+mod surface;
 mod synthetic;
+mod tune;
 mod verify;
 
 use std::ffi::OsString;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Code, Error, Result};
 
@@ -62,10 +69,23 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// What goes where under a budget, and how fast that will be, without loading anything
     Plan(plan::PlanArgs),
+    /// Find the best way to read a model on this machine, and keep it for `run` and `batch`
+    Tune(tune::TuneArgs),
     /// Measure
     Bench(bench::BenchArgs),
     /// See it work: no model, no GPU, no network needed
     Demo(demo::DemoArgs),
+    /// Can this machine do it? What holds it back, and the fix for each
+    Doctor(doctor::DoctorArgs),
+    /// Download a model from the Hugging Face hub into its local cache
+    Pull(pull::PullArgs),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+/// The command line as clap sees it, options from the environment included.
+fn command() -> clap::Command {
+    surface::with_first_page(surface::with_environment(Cli::command()))
 }
 
 /// clap's words in this program's three lines.
@@ -73,25 +93,63 @@ fn usage(e: &clap::Error) -> Error {
     let text = e.render().to_string();
     let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
     let first = lines.next().unwrap_or_default();
-    let what = first.strip_prefix("error: ").unwrap_or(first).to_string();
-    let (mut cause, mut fix) = (Vec::new(), "see `tensorpager --help`".to_string());
+    let mut what = first.strip_prefix("error: ").unwrap_or(first).to_string();
+    let (mut cause, mut fix) = (Vec::new(), String::new());
     for line in lines {
         match line.split_once(':') {
             Some(("Usage", usage)) => fix = format!("write it as{usage}, or see --help"),
             _ if line.starts_with("For more information") => {}
+            Some(("tip", tip)) => cause.push(tip.trim()),
             _ => cause.push(line.trim_start_matches(['[']).trim_end_matches([']'])),
         }
     }
-    let cause = match cause.is_empty() {
-        true => "the command line does not say what to do".to_string(),
-        false => cause.join("; "),
-    };
+    let mut cause = cause.join("; ");
+    match e.kind() {
+        // `invalid value 'x' for '--flag <N>': why`
+        ErrorKind::ValueValidation | ErrorKind::InvalidValue if cause.is_empty() => {
+            if let Some((before, why)) = what.clone().split_once("': ") {
+                what = format!("{before}'");
+                cause = why.to_string();
+            }
+        }
+        ErrorKind::MissingRequiredArgument => {
+            what = format!("{cause} is missing");
+            cause = "the command cannot do without it".to_string();
+        }
+        ErrorKind::ArgumentConflict if cause.is_empty() => {
+            cause = "one excludes the other".to_string();
+        }
+        ErrorKind::InvalidValue if cause.is_empty() => {
+            cause = "the option stands without its value".to_string();
+        }
+        _ => {}
+    }
+    if cause.is_empty() {
+        cause = "the command line cannot be understood as it is".to_string();
+    }
+    if fix.is_empty() {
+        fix = "see --help of the command, which shows what each option takes".to_string();
+    }
+    // An option that was not typed: say where it comes from.
+    let set = surface::variables_set(&what);
+    if !set.is_empty() {
+        cause = format!("{cause} ({} set in the environment)", set.join(", "));
+    }
     Error::new(Code::Usage, what, cause, fix)
 }
 
 /// Runs one command line. The number is the process's exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
-    let cli = match Cli::try_parse_from(args) {
+    // RUST_LOG, to stderr; the second run in one process keeps the first one's logger.
+    let _ = env_logger::Builder::from_default_env()
+        .format_timestamp(None)
+        .try_init();
+    let args = bench::name_the_model(args.into_iter().collect());
+    let mut command = command();
+    let parsed = command
+        .try_get_matches_from_mut(args)
+        .and_then(|found| Cli::from_arg_matches(&found).map_err(|e| e.format(&mut command)));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             // --help and --version are errors to clap, and so is a bare `tensorpager`, which gets the help.
@@ -113,7 +171,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Clean(args) => clean::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Pull(args) => pull::run(args),
+        Command::Completions(args) => completions::run(args),
     }
 }

@@ -5,19 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use super::options::{MachineOptions, OrAuto, SourceOptions, VerifyArg};
+use super::advice::{self, Advisor};
+use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::cuda;
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, kv_dtype,
+    DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, Engine, EngineOptions, EngineStats, HostMemory,
+    SLACK_BYTES, kv_dtype,
 };
 use crate::engine::{DeviceChoice, VisionRoom};
 use crate::error::{Code, Error, Result};
+use crate::io::ReaderKind;
 use crate::paging::{
-    DiskRates, PagerOptions, Placement, Tier, Trace, VerifyWhen, parse_device_map,
+    DiskRates, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier, Trace,
+    VerifyWhen, parse_device_map, unit_name,
 };
+use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
-use crate::report::summary::ReadSettings;
+use crate::report::summary::{PagingReport, ReadSettings, Timings};
 use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
@@ -45,7 +50,6 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
-    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for OpenFor {
@@ -59,7 +63,6 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
-            trace: None,
         }
     }
 }
@@ -77,7 +80,29 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Model> {
-        let ckpt = open_checkpoint(source)?;
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    /// [`Model::open_within`] for what cannot do without a tokenizer: one that is missing is told before hours of packing.
+    pub fn open_with_text(
+        budget: Option<u64>,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        Tokenizer::expect_in(&ckpt.config_dir)?;
+        Model::prepared(budget, &ckpt, source, cancel, quiet)
+    }
+
+    fn prepared(
+        budget: Option<u64>,
+        ckpt: &Checkpoint,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
         let started = Instant::now();
         let mut options = pack_options(source, cancel)?;
         if let Some(budget) = budget {
@@ -92,7 +117,23 @@ impl Model {
             in_place,
             ..options
         };
-        let prepared = prepare(&ckpt, &options, quiet, Store::prepare)?;
+        log::info!(
+            "{} at {}: {:?}, {} files",
+            ckpt.label,
+            ckpt.dir.display(),
+            ckpt.kind,
+            ckpt.files.len()
+        );
+        let prepared = prepare(ckpt, &options, quiet, Store::prepare)?;
+        log::info!(
+            "weights at {}{}",
+            prepared.store.dir.display(),
+            if prepared.store.in_place {
+                ", in place"
+            } else {
+                ""
+            }
+        );
         Ok(Model {
             label: prepared.store.label.clone(),
             pack_s: match prepared.packed {
@@ -185,15 +226,28 @@ impl Model {
     ) -> Result<Engine> {
         let options = self.engine_options(machine, want, quiet)?;
         self.probe_before(&options)?;
+        log::debug!(
+            "engine: {options:?}, best disk rate {:?} GB/s",
+            self.rates().best()
+        );
+        let host = HostMemory::read();
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
         });
         bar.finish();
-        engine
+        engine.map_err(|e| match Advisor::new(self, &options, host) {
+            Ok(advisor) => advisor.too_little(e),
+            Err(_) => e,
+        })
     }
 
-    fn engine_options(
+    /// How its units are read: as the user says, else as `tune` found on this machine, else the defaults.
+    pub fn reading(&self, machine: &MachineOptions) -> Setting {
+        reading(machine, &self.store.dir, !self.store.in_place)
+    }
+
+    pub(super) fn engine_options(
         &self,
         machine: &MachineOptions,
         want: &OpenFor,
@@ -201,22 +255,23 @@ impl Model {
     ) -> Result<EngineOptions> {
         let device = device_choice(&machine.device, &self.store, quiet)?;
         let defaults = EngineOptions::default();
+        let reading = self.reading(machine);
         let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
             placement: placement(&machine.device_map, &kinds)?,
             device,
             gpu_memory: machine.gpu_budget()?,
-            prefetch_depth: match machine.prefetch_depth {
-                OrAuto::Auto => None,
-                OrAuto::Is(n) => Some(n),
-            },
-            page_bytes: Some(machine.page_size.or(DEFAULT_PAGE_BYTES)),
+            gemm: gemm(machine.gemm, device)?,
+            prefetch_depth: Some(reading.prefetch_depth),
+            page_bytes: Some(reading.page_bytes),
             pager: PagerOptions {
-                reader: super::bench::kind(machine.io),
-                queue_depth: queue_depth(machine),
+                reader: reading.reader,
+                queue_depth: reading.queue_depth,
                 verify: verify_when(machine.verify),
-                trace: want.trace.clone(),
+                // Allocated before the budget is divided, so that it is charged like everything else the process holds.
+                trace: (machine.trace.is_some() || machine.report.is_some())
+                    .then(|| Arc::new(Trace::new(TRACE_EVENTS))),
                 ..PagerOptions::default()
             },
             threads: machine.threads,
@@ -232,15 +287,54 @@ impl Model {
         })
     }
 
+    /// Writes what `--trace` and `--report` ask for. To be called while the engine rests.
+    pub fn write_records(
+        &self,
+        machine: &MachineOptions,
+        engine: &Engine,
+        timings: &Timings,
+        paging: &PagingReport,
+    ) -> Result<()> {
+        let Some(trace) = engine.pager().trace() else {
+            return Ok(());
+        };
+        if let Some(path) = &machine.trace {
+            crate::report::trace::write(path, trace, engine.pager())?;
+        }
+        let Some(path) = &machine.report else {
+            return Ok(());
+        };
+        let units = self.store.units.iter();
+        let page = Page {
+            model: &self.label,
+            device: &engine.device().describe(),
+            dtype: &self.dtype(),
+            timings,
+            paging,
+            plan: engine.plan(),
+            units: units
+                .map(|u| (u.kind, unit_name(u.kind), u.bytes))
+                .collect(),
+            events: trace.events(),
+            curve: KeptSetting::of(&self.store.dir, !self.store.in_place).curve(),
+        };
+        crate::report::html::write(path, &page)
+    }
+
     /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
     pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
         let p = &during.paging;
         if p.disk_bytes >= MEASURABLE_BYTES {
-            self.record_disk_rate(p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9);
+            let rate = p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9;
+            match p.disk_busy.as_secs_f64() > 0.8 * during.pass.as_secs_f64() {
+                true => self.rates().ran_at(rate),
+                false => self.record_disk_rate(rate),
+            }
         }
+        let reading = self.reading(machine);
         ReadSettings {
-            page_bytes: machine.page_size.or(DEFAULT_PAGE_BYTES),
-            queue_depth: queue_depth(machine),
+            page_bytes: reading.page_bytes,
+            queue_depth: reading.queue_depth,
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
@@ -271,7 +365,13 @@ pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
     }
 }
 
-pub(super) fn open_checkpoint(source: &SourceOptions) -> Result<Checkpoint> {
+/// Opens the source, downloaded first where it is a hub id that the local cache lacks.
+pub(super) fn open_checkpoint(
+    source: &SourceOptions,
+    cancel: &Arc<AtomicBool>,
+    quiet: bool,
+) -> Result<Checkpoint> {
+    super::pull::ensure(&source.model, cancel, quiet)?;
     Checkpoint::open(
         &source.model,
         &OpenOptions {
@@ -320,7 +420,7 @@ pub(super) fn prepare(
         PackProgress::Finishing => {}
     });
     bar.finish();
-    let prepared = prepared?;
+    let prepared = prepared.map_err(|e| advice::no_space(e, &options.offload_folder))?;
     if !quiet {
         for note in &prepared.notes {
             eprintln!("{note}");
@@ -338,11 +438,27 @@ pub(super) fn prepare(
     Ok(prepared)
 }
 
-fn queue_depth(machine: &MachineOptions) -> usize {
-    machine
-        .queue_depth
-        .or(PagerOptions::default().queue_depth)
-        .max(1)
+/// [`Model::reading`] of the pack in `dir`, or the source streamed in place (`ours` false).
+pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
+    let tuned = match machine.no_tune {
+        true => None,
+        false => KeptSetting::of(dir, ours).best(),
+    };
+    let usual = tuned.unwrap_or(Setting {
+        reader: ReaderKind::Auto,
+        page_bytes: DEFAULT_PAGE_BYTES,
+        queue_depth: PagerOptions::default().queue_depth,
+        prefetch_depth: DEFAULT_PREFETCH_DEPTH,
+    });
+    Setting {
+        reader: match machine.io {
+            IoArg::Auto => usual.reader,
+            io => super::bench::kind(io),
+        },
+        page_bytes: machine.page_size.or(usual.page_bytes),
+        queue_depth: machine.queue_depth.or(usual.queue_depth).max(1),
+        prefetch_depth: machine.prefetch_depth.or(usual.prefetch_depth),
+    }
 }
 
 fn verify_when(arg: VerifyArg) -> VerifyWhen {
@@ -350,6 +466,24 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
         VerifyArg::Always => VerifyWhen::Always,
         VerifyArg::First => VerifyWhen::First,
         VerifyArg::Never => VerifyWhen::Never,
+    }
+}
+
+fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
+    match (arg, device) {
+        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
+        (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
+            eprintln!(
+                "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
+            );
+            Ok(cuda::Gemm::CublasLt)
+        }
+        (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
+            Code::Usage,
+            "--gemm cublaslt makes no sense here",
+            "the CPU computes",
+            "leave it out, or run with --device cuda",
+        )),
     }
 }
 
@@ -467,14 +601,19 @@ impl MachineOptions {
             device_map: "disk".into(),
             cpu_memory,
             gpu_memory: None,
+            gemm: GemmArg::Own,
             max_memory: None,
             prefetch_depth: OrAuto::Auto,
             page_size: OrAuto::Auto,
             queue_depth: OrAuto::Auto,
-            io: super::options::IoArg::Auto,
+            io: IoArg::Auto,
+            // The same figures on every machine the demonstration runs on.
+            no_tune: true,
             verify: VerifyArg::Always,
             threads,
             context: None,
+            trace: None,
+            report: None,
         }
     }
 }

@@ -94,10 +94,17 @@ pub enum VerifyArg {
     Never,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GemmArg {
+    Own,
+    #[value(name = "cublaslt")]
+    CublasLt,
+}
+
 /// Where the weights come from and where they are kept.
 #[derive(Args, Clone, Debug)]
 pub struct SourceOptions {
-    /// A folder as the hub delivers it, a packed folder, accelerate's offload folder, or a hub id in the local cache
+    /// A folder as the hub delivers it, a packed folder, accelerate's offload folder, or a hub id (org/name, downloaded if need be)
     pub model: String,
     /// Where packed weights are kept
     #[arg(
@@ -165,6 +172,15 @@ pub struct MachineOptions {
     /// Bound on this process's GPU memory, the driver's context included [default: 90 % of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_GPU_MEMORY", help_heading = "Machine")]
     pub gpu_memory: Option<u64>,
+    /// Whose matrix products on a GPU; cublaslt is there to compare with, and its results depend on what else is in the pass
+    #[arg(
+        long,
+        value_enum,
+        default_value = "own",
+        env = "TENSORPAGER_GEMM",
+        help_heading = "Machine"
+    )]
+    pub gemm: GemmArg,
     /// 0=8GiB,cpu=16GiB: the same as --gpu-memory and --cpu-memory
     #[arg(
         long,
@@ -191,6 +207,9 @@ pub struct MachineOptions {
         help_heading = "Machine"
     )]
     pub io: IoArg,
+    /// Read with the defaults, whatever `tune` found on this machine
+    #[arg(long, env = "TENSORPAGER_NO_TUNE", value_parser = BoolishValueParser::new(), help_heading = "Machine")]
+    pub no_tune: bool,
     /// Compare every byte read with its checksum: always, on first read, never
     #[arg(
         long,
@@ -206,6 +225,12 @@ pub struct MachineOptions {
     /// Longest sequence, prompt and answer together
     #[arg(long, value_name = "N", value_parser = at_least_one, env = "TENSORPAGER_CONTEXT", help_heading = "Machine")]
     pub context: Option<usize>,
+    /// Write what happened when, unit by unit, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE.json", help_heading = "Machine")]
+    pub trace: Option<PathBuf>,
+    /// Write one page about the run, readable offline: passes over time, waits by unit, tiers, the tuning curve
+    #[arg(long, value_name = "FILE.html", help_heading = "Machine")]
+    pub report: Option<PathBuf>,
 }
 
 /// How tokens are chosen and when to stop. What is not given comes from the model's generation_config.json.
@@ -217,6 +242,7 @@ pub struct SamplingOptions {
     /// Always take the likeliest token
     #[arg(long, env = "TENSORPAGER_GREEDY", value_parser = BoolishValueParser::new(), help_heading = "Sampling")]
     pub greedy: bool,
+    /// 0 is greedy; higher is more random
     #[arg(
         long,
         value_name = "T",
@@ -224,6 +250,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub temperature: Option<f32>,
+    /// Sample among the K likeliest tokens
     #[arg(
         long,
         value_name = "K",
@@ -231,6 +258,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub top_k: Option<usize>,
+    /// Sample among the likeliest tokens that make up P of the probability
     #[arg(
         long,
         value_name = "P",
@@ -238,6 +266,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub top_p: Option<f32>,
+    /// Leave out tokens less likely than P times the likeliest
     #[arg(
         long,
         value_name = "P",
@@ -245,6 +274,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub min_p: Option<f32>,
+    /// Above 1: tokens that were there before become less likely
     #[arg(
         long,
         value_name = "X",

@@ -29,6 +29,7 @@ pub struct PackArgs {
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
+    /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
 }
@@ -43,7 +44,7 @@ pub fn run(args: PackArgs) -> Result<u8> {
         ));
     }
     let cancel = signals::cancel_flag()?;
-    let ckpt = open_checkpoint(&args.source)?;
+    let ckpt = open_checkpoint(&args.source, &cancel, args.quiet || args.json)?;
     let mut options = PackOptions {
         repack: args.repack,
         refuse_nonfinite: args.refuse_nonfinite,

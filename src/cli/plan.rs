@@ -1,22 +1,20 @@
 //! `plan`: what goes where under a budget, and how fast that will be, without loading anything.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement};
-use super::options::{MachineOptions, OrAuto, SourceOptions};
+use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, HostMemory, fit, kv_dtype,
+    DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, PictureCost, fit_on, kv_dtype,
+    picture_costs,
 };
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{
     ComputeRates, DiskRates, KeptCompute, MachineRates, PassCost, PassWork, SlotLayout, Tier,
-    UnitSize, best_concurrency, is_streamed, predict, rows_that_hide_the_disk,
+    UnitSize, best_concurrency, is_streamed, is_vision, predict, rows_that_hide_the_disk,
 };
 use crate::spec::UnitKind;
 use crate::store::{Outline, free_for_pack, outline};
@@ -50,10 +48,24 @@ pub struct PlanArgs {
     /// 10^9 floating point operations a second of a product of many rows [default: measured, and kept]
     #[arg(long, value_name = "RATE", help_heading = "Rates")]
     cpu_gflops: Option<f64>,
+    /// Host memory to the GPU, 10^9 bytes a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    h2d_gb_per_s: Option<f64>,
+    /// Weights the GPU reads from its own memory, 10^9 bytes a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    gpu_gb_per_s: Option<f64>,
+    /// The GPU's 10^9 floating point operations a second (with --gpu-memory)
+    #[arg(long, value_name = "RATE", help_heading = "Rates")]
+    gpu_gflops: Option<f64>,
     /// One JSON object instead of the table
     #[arg(long)]
     json: bool,
 }
+
+/// More than any machine has: what needs more than this needs something else.
+const MOST_MEMORY: u64 = 1 << 46;
+/// What a driver's context, kernels and slack take of a GPU's memory.
+const GPU_BASE_BYTES: u64 = 700 << 20;
 
 /// One queue length.
 #[derive(Serialize)]
@@ -65,6 +77,8 @@ struct Row {
     kv_tokens: usize,
     cpu_bytes_per_pass: u64,
     disk_bytes_per_pass: u64,
+    /// To the GPU.
+    copied_bytes_per_pass: u64,
     pass_s: f64,
     bound_s: f64,
     compute_s: f64,
@@ -92,6 +106,7 @@ struct Report {
     model: String,
     dtype: String,
     cpu_memory: u64,
+    gpu_memory: Option<u64>,
     context: usize,
     rates: MachineRates,
     prefetch_depth: usize,
@@ -110,11 +125,26 @@ struct Report {
     tokens_that_hide_the_disk: Option<usize>,
     /// For one sequence.
     smallest_cpu_memory: u64,
-    cpu_memory_for_everything: u64,
+    /// None where the placement asked for leaves some on disk whatever it is given.
+    cpu_memory_for_everything: Option<u64>,
     more_memory: Vec<Gain>,
     /// What packing would still write, and what is free there.
     pack_bytes: u64,
     disk_free_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pictures: Option<Pictures>,
+}
+
+/// What looking at pictures costs, where the model can.
+#[derive(Serialize)]
+struct Pictures {
+    /// The vision tower, streamed once for all pictures that are looked at together; decoder passes never touch it.
+    tower_bytes: u64,
+    tower_s: f64,
+    /// What one more of each takes.
+    each: Vec<PictureCost>,
+    /// Seconds of computing, at the rate of a product of many rows.
+    each_s: Vec<f64>,
 }
 
 /// A model under a machine's rates, ready to be asked.
@@ -124,11 +154,20 @@ struct Planned {
     dtype: Dtype,
     rates: MachineRates,
     host: HostMemory,
+    gpu: Option<GpuRoom>,
     options: EngineOptions,
 }
 
 pub fn run(args: PlanArgs) -> Result<u8> {
     check_device(&args.machine.device)?;
+    if args.machine.device.starts_with("cuda") {
+        return Err(Error::new(
+            Code::Unsupported,
+            "plan does not know GPUs yet",
+            "it predicts what the CPU would do",
+            "leave --device out; `run --device cuda` refuses a --gpu-memory that is too small, with the smallest that would do",
+        ));
+    }
     for n in &args.sequences {
         if *n == 0 || *n > 65_536 {
             return Err(usage(
@@ -160,8 +199,8 @@ fn usage(flag: &str, value: f64, why: &str) -> Error {
 
 impl Planned {
     fn new(args: &PlanArgs) -> Result<Planned> {
-        let ckpt = open_checkpoint(&args.source)?;
-        let cancel = Arc::new(AtomicBool::new(false));
+        let cancel = super::signals::cancel_flag()?;
+        let ckpt = open_checkpoint(&args.source, &cancel, args.json)?;
         let policy = pack_options(&args.source, &cancel)?.dtype;
         let outline = outline(
             &ckpt,
@@ -169,11 +208,24 @@ impl Planned {
             &args.source.offload_folder,
             args.source.in_place,
         )?;
-        let page_bytes = args.machine.page_size.or(DEFAULT_PAGE_BYTES);
+        let reading = reading(
+            &args.machine,
+            &outline.dir,
+            outline.ready && !outline.in_place,
+        );
+        let page_bytes = reading.page_bytes;
+        let gpu = args.machine.gpu_budget()?.map(|limit| GpuRoom {
+            limit,
+            base: GPU_BASE_BYTES,
+        });
+        let size: fn(&SlotLayout) -> UnitSize = match gpu {
+            Some(_) => UnitSize::on_gpu,
+            None => UnitSize::of,
+        };
         let sizes = outline
             .units
             .iter()
-            .map(|u| UnitSize::of(&SlotLayout::new(u, &outline.file_bytes, page_bytes)))
+            .map(|u| size(&SlotLayout::new(u, &outline.file_bytes, page_bytes)))
             .collect();
         // What a run holds before it plans: the tokenizer and the checksums.
         let tokenizer = Tokenizer::load(&outline.text_dir).ok();
@@ -198,10 +250,7 @@ impl Planned {
                         .unwrap_or_else(|| host.default_budget()),
                 ),
                 placement: placement(&args.machine.device_map, &kinds)?,
-                prefetch_depth: match args.machine.prefetch_depth {
-                    OrAuto::Auto => None,
-                    OrAuto::Is(n) => Some(n),
-                },
+                prefetch_depth: Some(reading.prefetch_depth),
                 page_bytes: Some(page_bytes),
                 threads: args.machine.threads,
                 context: args.machine.context.unwrap_or(2048),
@@ -212,6 +261,7 @@ impl Planned {
             dtype,
             rates,
             host,
+            gpu,
         })
     }
 
@@ -224,12 +274,13 @@ impl Planned {
             pass_tokens: DEFAULT_PASS_TOKENS.max(n),
             ..self.options.clone()
         };
-        fit(
+        fit_on(
             &self.outline.spec,
             self.dtype,
             &self.sizes,
             &options,
             &self.host,
+            self.gpu,
         )
     }
 
@@ -259,10 +310,11 @@ impl Planned {
         Some(Row {
             sequences,
             at_once,
-            kv_bytes: fitted.charges.kv,
+            kv_bytes: fitted.kv_blocks as u64 * self.kv_block(),
             kv_tokens: fitted.kv_blocks * BLOCK_TOKENS,
             cpu_bytes_per_pass: fitted.plan.resident_bytes,
             disk_bytes_per_pass: cost.disk_bytes,
+            copied_bytes_per_pass: cost.copied_bytes,
             pass_s: cost.pass_s,
             bound_s: cost.bound_s,
             compute_s: cost.compute_s,
@@ -273,7 +325,7 @@ impl Planned {
     /// The smallest budget, to a MiB, for which `good` holds, given that more is never worse.
     fn smallest(&self, good: impl Fn(&Fitted) -> bool) -> u64 {
         let holds = |budget: u64| self.fitted(1, budget).is_ok_and(|f| good(&f));
-        let (mut low, mut high) = (0u64, 1u64 << 46);
+        let (mut low, mut high) = (0u64, MOST_MEMORY);
         while high - low > 1 << 20 {
             let middle = low + (high - low) / 2;
             match holds(middle) {
@@ -282,6 +334,21 @@ impl Planned {
             }
         }
         high
+    }
+
+    fn pictures(&self) -> Option<Pictures> {
+        let each = picture_costs(&self.outline.spec, self.dtype.bytes())?;
+        let tower = self.sizes.iter().filter(|u| is_vision(u.kind));
+        let tower_bytes = tower.map(|u| u.read_bytes).sum();
+        Some(Pictures {
+            tower_bytes,
+            tower_s: tower_bytes as f64 / (self.rates.disk_gb_per_s * 1e9),
+            each_s: each
+                .iter()
+                .map(|c| c.flops / (self.rates.compute.gflops * 1e9))
+                .collect(),
+            each: each.to_vec(),
+        })
     }
 
     fn report(&self, args: &PlanArgs) -> Result<Report> {
@@ -298,11 +365,15 @@ impl Planned {
                 tokens_per_s: 1.0 / cost.pass_s,
             })
         };
-        let more = [1u64, 2, 4, 8, 16, 32, 64]
+        let steps: &[u64] = match everything < MOST_MEMORY {
+            true => &[1, 2, 4, 8, 16, 32, 64],
+            false => &[],
+        };
+        let more = steps
             .iter()
             .map(|gib| budget + (gib << 30))
             .take_while(|b| *b < everything)
-            .chain((budget < everything).then_some(everything));
+            .chain((budget < everything && everything < MOST_MEMORY).then_some(everything));
         let units = self
             .outline
             .units
@@ -313,13 +384,14 @@ impl Planned {
             model: self.outline.label.clone(),
             dtype: self.outline.dtype.to_string(),
             cpu_memory: budget,
+            gpu_memory: self.gpu.map(|g| g.limit),
             context: one.context,
             rates: self.rates.clone(),
             prefetch_depth: one.plan.depth,
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,
             resident_cpu_bytes: one.plan.resident_bytes,
-            resident_gpu_bytes: 0,
+            resident_gpu_bytes: one.plan.gpu.map_or(0, |g| g.resident_bytes),
             disk_bytes_per_pass: one.plan.streamed_bytes,
             process_bytes: one.charges.base,
             activation_bytes: one.charges.scratch + one.charges.logits,
@@ -347,10 +419,11 @@ impl Planned {
                 1 << 20,
             ),
             smallest_cpu_memory: self.smallest(|_| true),
-            cpu_memory_for_everything: everything,
+            cpu_memory_for_everything: (everything < MOST_MEMORY).then_some(everything),
             more_memory: more.filter_map(gain).collect(),
             pack_bytes: self.outline.pack_bytes,
             disk_free_bytes: free_for_pack(&args.source.offload_folder),
+            pictures: self.pictures(),
         })
     }
 }
@@ -361,6 +434,9 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         ("--disk-gb-per-s", args.disk_gb_per_s),
         ("--memory-gb-per-s", args.memory_gb_per_s),
         ("--cpu-gflops", args.cpu_gflops),
+        ("--h2d-gb-per-s", args.h2d_gb_per_s),
+        ("--gpu-gb-per-s", args.gpu_gb_per_s),
+        ("--gpu-gflops", args.gpu_gflops),
     ] {
         if let Some(v) = value.filter(|v| !(*v > 0.0 && *v < 1e9)) {
             return Err(usage(flag, v, "a rate is above 0"));
@@ -368,16 +444,14 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     }
     let disk_gb_per_s = match args.disk_gb_per_s {
         Some(rate) => rate,
-        None => DiskRates::of(&outline.dir, outline.ready && !outline.in_place)
-            .best_or_probe(&outline.files, u64::MAX)?
-            .ok_or_else(|| {
-                Error::new(
-                    Code::Unsupported,
-                    "the disk's rate cannot be measured",
-                    "its file system does not read past the page cache",
-                    "give --disk-gb-per-s",
-                )
-            })?,
+        None => known_disk_rate(outline)?.ok_or_else(|| {
+            Error::new(
+                Code::Unsupported,
+                "the disk's rate cannot be measured",
+                "its file system does not read past the page cache",
+                "give --disk-gb-per-s",
+            )
+        })?,
     };
     let by_hand = |memory_gb_per_s, gflops| ComputeRates {
         memory_gb_per_s,
@@ -385,6 +459,23 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         element_bytes: dtype.bytes() as f64,
         points: Vec::new(),
     };
+    if args.machine.gpu_budget()?.is_some() {
+        let (Some(h2d), Some(memory), Some(gflops)) =
+            (args.h2d_gb_per_s, args.gpu_gb_per_s, args.gpu_gflops)
+        else {
+            return Err(Error::new(
+                Code::Usage,
+                "a GPU cannot be planned for without its rates",
+                "--gpu-memory is given and what the GPU does a second is not",
+                "give --h2d-gb-per-s, --gpu-gb-per-s and --gpu-gflops too",
+            ));
+        };
+        return Ok(MachineRates {
+            disk_gb_per_s,
+            h2d_gb_per_s: Some(h2d),
+            compute: by_hand(memory, gflops),
+        });
+    }
     let compute = match (args.memory_gb_per_s, args.cpu_gflops) {
         (Some(memory), Some(gflops)) => by_hand(memory, gflops),
         (memory, gflops) => {
@@ -401,8 +492,18 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
     };
     Ok(MachineRates {
         disk_gb_per_s,
+        h2d_gb_per_s: None,
         compute,
     })
+}
+
+/// What runs of this model read at, else the best the disk is known to give, else that measured now.
+fn known_disk_rate(outline: &Outline) -> Result<Option<f64>> {
+    let rates = DiskRates::of(&outline.dir, outline.ready && !outline.in_place);
+    match rates.streamed() {
+        Some(rate) => Ok(Some(rate)),
+        None => rates.best_or_probe(&outline.files, u64::MAX),
+    }
 }
 
 fn table(r: &Report) -> String {
@@ -433,6 +534,15 @@ fn table(r: &Report) -> String {
         human_bytes(r.activation_bytes),
         r.pass_tokens,
     );
+    if let Some(limit) = r.gpu_memory {
+        t += &format!(
+            "on the GPU {:>10}  {} units of the {} given; {} copied to it a pass\n\n",
+            human_bytes(r.resident_gpu_bytes),
+            placed("gpu"),
+            flag_size(limit),
+            human_bytes(r.rows.first().map_or(0, |row| row.copied_bytes_per_pass)),
+        );
+    }
     t += "sequences  at once    KV room    from RAM   from disk  s a pass  tokens/s\n";
     for row in &r.rows {
         t += &format!(
@@ -452,9 +562,12 @@ fn table(r: &Report) -> String {
         (_, None) => "\nno number of tokens hides the disk\n".to_string(),
     };
     t += &format!(
-        "smallest --cpu-memory {}; everything in RAM from {}\n",
+        "smallest --cpu-memory {}; {}\n",
         flag_size(r.smallest_cpu_memory),
-        flag_size(r.cpu_memory_for_everything)
+        match r.cpu_memory_for_everything {
+            Some(bytes) => format!("nothing from disk from {} on", flag_size(bytes)),
+            None => "the placement asked for leaves some on disk".into(),
+        }
     );
     if let Some(now) = r.rows.first().filter(|row| row.sequences == 1) {
         for g in &r.more_memory {
@@ -465,6 +578,23 @@ fn table(r: &Report) -> String {
                 g.pass_s,
                 g.tokens_per_s,
                 100.0 * (g.tokens_per_s / now.tokens_per_s - 1.0)
+            );
+        }
+    }
+    if let Some(p) = &r.pictures {
+        t += &format!(
+            "pictures: the tower's {} once for all that are looked at together ({:.2} s), never by a pass over text\n",
+            human_bytes(p.tower_bytes),
+            p.tower_s
+        );
+        for (c, s) in p.each.iter().zip(&p.each_s) {
+            t += &format!(
+                "{:>22} more ({} pixels): {} tokens, {} of KV, {} while it is looked at, {s:.1} s of computing\n",
+                c.what,
+                c.pixels,
+                c.tokens,
+                human_bytes(c.kv_bytes),
+                human_bytes(c.memory_bytes)
             );
         }
     }

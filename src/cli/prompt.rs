@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::error::{Code, Error, Result};
 use crate::text::{ChatTemplate, Message, RenderOptions, Tokenizer};
+use crate::units::human_bytes;
 
 /// Most bytes a prompt file or standard input may have: more than any context holds.
 const MAX_PROMPT_BYTES: u64 = 256 << 20;
@@ -66,7 +67,16 @@ impl PromptOptions {
         if std::io::stdin().is_terminal() {
             return Ok(Prompt::Chat);
         }
-        Ok(Prompt::Text(read_text(Path::new("-"))?))
+        let text = read_text(Path::new("-"))?;
+        if text.trim().is_empty() {
+            return Err(Error::new(
+                Code::Usage,
+                "there is no prompt",
+                "none was given, and standard input holds none and is no terminal to chat at",
+                "give --prompt, --prompt-file or --messages, or text on standard input",
+            ));
+        }
+        Ok(Prompt::Text(text))
     }
 }
 
@@ -75,12 +85,28 @@ fn read_text(path: &Path) -> Result<String> {
     let read = if path == Path::new("-") {
         std::io::stdin()
             .lock()
-            .take(MAX_PROMPT_BYTES)
+            .take(MAX_PROMPT_BYTES + 1)
             .read_to_end(&mut bytes)
     } else {
-        std::fs::File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES).read_to_end(&mut bytes))
+        std::fs::File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
     };
-    read.map_err(|e| Error::io(format!("{} cannot be read", path.display()), &e))?;
+    read.map_err(|e| {
+        let error = Error::io(format!("{} cannot be read", path.display()), &e);
+        match path.to_string_lossy().trim_start().starts_with(['[', '{']) {
+            true => error.with_fix(
+                "put the JSON into a file and give its name, or - and the JSON on standard input",
+            ),
+            false => error,
+        }
+    })?;
+    if bytes.len() as u64 > MAX_PROMPT_BYTES {
+        return Err(Error::new(
+            Code::Usage,
+            format!("{} is too large for a prompt", path.display()),
+            format!("a prompt has at most {}", human_bytes(MAX_PROMPT_BYTES)),
+            "give a shorter one",
+        ));
+    }
     String::from_utf8(bytes).map_err(|e| {
         Error::new(
             Code::Usage,

@@ -8,15 +8,15 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use super::advice::Advisor;
 use super::generate::{Answer, generate};
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
-use crate::engine::{Engine, Job, VisionRoom};
+use crate::engine::{Engine, HostMemory, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
-use crate::paging::{TRACE_EVENTS, Trace};
 use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
 use crate::text::{GenerationConfig, StopStrings};
 
@@ -44,9 +44,6 @@ pub struct RunArgs {
     /// Print one JSON object on stdout instead of the text
     #[arg(long)]
     json: bool,
-    /// Write what happened when, unit by unit, for Perfetto or chrome://tracing
-    #[arg(long, value_name = "FILE.json")]
-    trace: Option<std::path::PathBuf>,
     /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
@@ -85,7 +82,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open_within(
+    let model = Model::open_with_text(
         args.machine.cpu_budget()?,
         &args.source,
         &cancel,
@@ -97,7 +94,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     } else {
         model.chat_template()?
     };
-    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look).prompt(
+    let budget = args.machine.cpu_budget()?;
+    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look, budget).prompt(
         &prompt,
         &args.prompt,
         &args.pictures,
@@ -127,11 +125,6 @@ pub fn run(args: RunArgs) -> Result<u8> {
         (None, _) => job.prompt.len().saturating_add(max_tokens),
     };
     let load = Instant::now();
-    // Allocated before the budget is divided, so that it is charged like everything else the process holds.
-    let trace = args
-        .trace
-        .as_ref()
-        .map(|_| Arc::new(Trace::new(TRACE_EVENTS)));
     let open_for = OpenFor {
         context,
         prompt_tokens: match prompt {
@@ -141,27 +134,32 @@ pub fn run(args: RunArgs) -> Result<u8> {
         },
         sample_limit: Some(tokenizer.id_limit()),
         vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
-        trace: trace.clone(),
         ..OpenFor::default()
     };
+    let advisor = Advisor::new(
+        &model,
+        &model.engine_options(&args.machine, &open_for, true)?,
+        HostMemory::read(),
+    )?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {
         let system = args.prompt.system.as_deref();
-        return repl::chat(
+        let code = repl::chat(
             &mut engine,
             &tokenizer,
             template.as_ref(),
             job,
             stops,
             system,
-        );
+        )?;
+        let settings = model.read_settings(&args.machine, &engine.stats());
+        let paging = PagingReport::new(&engine, &engine.stats(), &settings);
+        model.write_records(&args.machine, &engine, &Timings::default(), &paging)?;
+        return Ok(code);
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    if let (Some(path), Some(trace)) = (&args.trace, &trace) {
-        crate::report::trace::write(path, trace, engine.pager())?;
-    }
     let settings = model.read_settings(&args.machine, &answer.during_decode);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
@@ -172,6 +170,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         output_tokens_per_s: tokens_per_s(answer.tokens.len(), answer.decode),
         total_s: started.elapsed().as_secs_f64(),
     };
+    model.write_records(&args.machine, &engine, &timings, &paging)?;
     if args.json {
         let report = RunReport {
             model: &model.label,
@@ -191,6 +190,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
         print(&format!("{text}\n"))?;
     } else if !args.quiet {
         let n = answer.tokens.len();
+        if let Some(vision) = VisionReport::new(&engine.vision_stats()) {
+            eprintln!("{}", vision.line());
+        }
         eprintln!(
             "{}",
             closing_lines(
@@ -202,6 +204,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
                 &engine
             )
         );
+        if let Some(advice) = advisor.faster(&paging, &answer.during_decode, engine.device()) {
+            eprintln!("{advice}");
+        }
     }
     Ok(0)
 }
@@ -264,6 +269,9 @@ pub(super) fn print(text: &str) -> Result<()> {
         .map_err(|e| {
             let error = Error::io("standard output cannot be written", &e);
             match e.kind() {
+                std::io::ErrorKind::StorageFull => {
+                    error.with_fix("free some space where the output goes")
+                }
                 std::io::ErrorKind::BrokenPipe => {
                     error.with_fix("keep whatever reads the output open until the end")
                 }

@@ -37,6 +37,7 @@ pub struct ScoreArgs {
     look: LookOptions,
     #[command(flatten)]
     machine: MachineOptions,
+    /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
 }
@@ -151,6 +152,7 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
             .map_err(|e| Error::io(format!("{} cannot be opened", path.display()), &e))?;
         Box::new(BufReader::new(file))
     };
+    let budget = args.machine.cpu_budget()?;
     let mut inputs = Vec::new();
     let text = OnceCell::new();
     let mut renderer: Option<Renderer<'_>> = None;
@@ -192,7 +194,7 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
                     return Err(bad("this model comes without a chat template".into()));
                 };
                 let renderer = renderer.get_or_insert_with(|| {
-                    Renderer::new(model, tokenizer, Some(template), args.look)
+                    Renderer::new(model, tokenizer, Some(template), args.look, budget)
                 });
                 let rendered = renderer
                     .messages(&messages, Path::new(""))

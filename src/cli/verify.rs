@@ -14,6 +14,7 @@ use crate::units::human_bytes;
 pub struct VerifyArgs {
     /// A packed folder, or the name of one in the offload folder; all of them when left out
     pack: Option<String>,
+    /// Where packed weights are kept
     #[arg(
         long,
         value_name = "DIR",
@@ -24,6 +25,7 @@ pub struct VerifyArgs {
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
+    /// Nothing on stderr but errors
     #[arg(long, short)]
     quiet: bool,
 }

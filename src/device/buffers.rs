@@ -1,6 +1,6 @@
 //! What ops work on: activations, KV and the rest, each in the memory of the device that made it, and what they take of it.
 
-use super::cpu::{ActBuf, AttnSegment, KvLayout};
+use super::cpu::{ActBuf, AttnSegment, KvLayout, dense_scratch_bytes};
 use super::cuda::{self, CudaDevice, ListShape};
 use super::{Device, DeviceKind, KV_BLOCK_TOKENS};
 use crate::error::Result;
@@ -304,7 +304,8 @@ impl DeviceKind {
     /// What [`Device::dense`] takes.
     pub fn dense_room(self, rows: usize, shape: &DenseShape) -> Room {
         match self {
-            DeviceKind::Cpu => Room::default(),
+            // Taken for as long as an op runs.
+            DeviceKind::Cpu => host(dense_scratch_bytes(rows, shape.head_size)),
             DeviceKind::Cuda => device(cuda::CudaDense::bytes(rows, shape)),
         }
     }

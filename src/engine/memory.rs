@@ -50,8 +50,18 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Room left under the tightest cgroup (v1 or v2) this process lies in.
+/// The tightest limit of the cgroups (v1 or v2) this process lies in; `None` where there is none.
+pub fn cgroup_limit() -> Option<u64> {
+    over_cgroups(&|root, group, limit, _| tightest(root, group, limit, "-"))
+}
+
+/// Room left under the tightest cgroup this process lies in.
 fn cgroup_room() -> Option<u64> {
+    over_cgroups(&tightest)
+}
+
+/// The least of what `ask(root, group, limit file, usage file)` gives over the groups of this process.
+fn over_cgroups(ask: &dyn Fn(&Path, &str, &str, &str) -> Option<u64>) -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     groups
         .lines()
@@ -59,7 +69,7 @@ fn cgroup_room() -> Option<u64> {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
             if controllers.is_empty() {
-                tightest(
+                ask(
                     Path::new("/sys/fs/cgroup"),
                     path,
                     "memory.max",
@@ -67,7 +77,7 @@ fn cgroup_room() -> Option<u64> {
                 )
             } else if controllers.split(',').any(|c| c == "memory") {
                 let root = Path::new("/sys/fs/cgroup/memory");
-                tightest(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+                ask(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
             } else {
                 None
             }
@@ -76,7 +86,7 @@ fn cgroup_room() -> Option<u64> {
 }
 
 /// Walks from the process's group up to the root: any ancestor may be the tight one. Page cache counts as used here but
-/// gives way under pressure, so it is added back.
+/// gives way under pressure, so it is added back. Without a file of that name nothing is used.
 fn tightest(root: &Path, group: &str, limit: &str, used: &str) -> Option<u64> {
     let mut dir = root.join(group.trim_start_matches('/'));
     let mut room: Option<u64> = None;
@@ -170,6 +180,7 @@ mod tests {
         assert!(m.default_budget() < m.available + m.resident);
     }
 
+    // hazard: cgroup: the smallest limit of the group and its ancestors counts
     #[test]
     fn a_group_and_its_ancestors_are_read_and_cache_is_added_back() {
         let dir = tempfile::tempdir().unwrap();

@@ -14,20 +14,22 @@ mod score;
 mod sequence;
 mod source;
 mod vision;
+mod vision_cost;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-pub use memory::{Charges, HostMemory, SLACK_BYTES, peak_bytes};
+pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
-    Fitted, OpenProgress, fit, kv_dtype,
+    Fitted, GpuRoom, OpenProgress, fit, fit_on, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 pub use vision::{VisionNeed, VisionRoom, VisionStats};
+pub use vision_cost::{PictureCost, picture_costs};
 
 use crate::device::{Device, DeviceKind, Kv};
 use crate::error::{Code, Error, Result};

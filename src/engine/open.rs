@@ -10,6 +10,7 @@ use super::sample::Samplers;
 use super::schedule::{Limits, Scheduler};
 use super::vision::{Vision, VisionNeed, VisionRoom};
 use super::{Engine, no_kv_room};
+use crate::device::cuda::Gemm;
 use crate::device::{CudaDevice, CudaOptions, Device, DeviceKind, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
@@ -62,6 +63,7 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Bound on the GPU memory of this process; by default 90 % of what is free.
     pub gpu_memory: Option<u64>,
+    pub gemm: Gemm,
     /// Forces an instruction set (tests): `portable`, `avx2`, `avx512`, `avx512bf16`.
     pub isa: Option<String>,
 }
@@ -85,6 +87,7 @@ impl Default for EngineOptions {
             vision: None,
             device: DeviceChoice::Cpu,
             gpu_memory: None,
+            gemm: Gemm::Own,
             isa: None,
         }
     }
@@ -409,6 +412,7 @@ fn open_device(store: &Store, options: &EngineOptions) -> Result<Device> {
         head_size: store.spec.head_size,
         vision_head_size: vision.map(|v| v.hidden / v.heads),
         memory: options.gpu_memory,
+        gemm: options.gemm,
     })
 }
 

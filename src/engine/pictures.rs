@@ -216,7 +216,7 @@ fn span(run: &Run, spec: &VisionSpec) -> PictureSpan {
         start: run.start,
         cells: [grid.t, grid.h / spec.merge, grid.w / spec.merge],
         step: match run.visual.kind {
-            Kind::Image => 1,
+            Kind::Image => 1.0,
             Kind::Video { seconds_per_grid } => {
                 mrope::time_step(spec.tokens_per_second, seconds_per_grid)
             }

@@ -171,7 +171,11 @@ impl Vision {
             out_hidden: need.spec.out_hidden,
             origin: Origin::of(store)?,
             layouts: layouts.to_vec(),
-            options: options.clone(),
+            options: PagerOptions {
+                // A trace has one writer a side: those of the decoder's pager.
+                trace: None,
+                ..options.clone()
+            },
             units: store.units.iter().map(|u| (u.id, u.kind)).collect(),
             tokens: need.tokens,
             cache: Vec::new(),

@@ -64,7 +64,12 @@ impl Processor {
                 let first = clip.decode(&[0])?.next().ok_or_else(no_frames)??;
                 let from = (first.height, first.width);
                 let to = self.frame_target(from, chosen.indices.len(), options)?;
-                Ok(self.measured(self.video_kind(chosen.fps)?, chosen.indices.len(), from, to))
+                Ok(self.measured(
+                    self.video_kind(chosen.fps, options)?,
+                    chosen.indices.len(),
+                    from,
+                    to,
+                ))
             }
         }
     }
@@ -85,7 +90,12 @@ impl Processor {
             }
         }
         let to = self.frame_target(from, chosen.indices.len(), options)?;
-        Ok(self.measured(self.video_kind(chosen.fps)?, chosen.indices.len(), from, to))
+        Ok(self.measured(
+            self.video_kind(chosen.fps, options)?,
+            chosen.indices.len(),
+            from,
+            to,
+        ))
     }
 
     /// (height, width) before and after.
@@ -124,5 +134,111 @@ fn file_size(path: &Path, look: Look) -> Result<(usize, usize)> {
     match look {
         Look::Header => read_size(path),
         Look::Whole => read_image(path).map(|rgb| (rgb.height, rgb.width)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::media::Visual;
+    use crate::spec::VisionSpec;
+    use serde_json::json;
+
+    fn processor() -> Processor {
+        let spec = VisionSpec {
+            depth: 1,
+            hidden: 8,
+            heads: 2,
+            intermediate: 8,
+            out_hidden: 8,
+            channels: 3,
+            patch: 14,
+            temporal_patch: 2,
+            merge: 2,
+            window: 112,
+            full_attention_blocks: vec![],
+            tokens_per_second: 2.0,
+            image_token: 0,
+            video_token: 1,
+            vision_start_token: 2,
+        };
+        let config = json!({"min_pixels": 3136, "max_pixels": 100_000});
+        Processor::from_config(config.as_object().unwrap(), None, &spec).unwrap()
+    }
+
+    fn write(path: &Path, width: u32, height: u32) {
+        image::RgbImage::from_pixel(width, height, image::Rgb([9, 8, 7]))
+            .save(path)
+            .unwrap();
+    }
+
+    fn agree(measure: &Measure, visual: &Visual) {
+        assert_eq!((measure.kind, measure.grid), (visual.kind, visual.grid));
+        assert_eq!(measure.tokens, visual.tokens());
+        assert_eq!(measure.pixel_bytes, visual.bytes());
+    }
+
+    #[test]
+    fn what_is_measured_is_what_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = processor();
+        let tools = VideoTools::default();
+        std::fs::create_dir(dir.path().join("frames")).unwrap();
+        for i in 0..5 {
+            write(&dir.path().join(format!("frames/{i}.png")), 70, 45);
+        }
+        let at = |name: &str| name.to_string();
+        let options = Options::default();
+        let mut wanted = vec![
+            MediaRequest::Video {
+                at: at("frames"),
+                options: Options {
+                    fps: Some(3.0),
+                    ..options
+                },
+            },
+            MediaRequest::Frames {
+                at: (0..5).map(|i| format!("frames/{i}.png")).collect(),
+                options: Options {
+                    max_frames: Some(3),
+                    ..options
+                },
+            },
+        ];
+        for (i, (width, height)) in [(5, 5), (640, 480), (31, 900), (1200, 40)]
+            .iter()
+            .enumerate()
+        {
+            write(&dir.path().join(format!("{i}.jpg")), *width, *height);
+            wanted.push(MediaRequest::Image {
+                at: format!("{i}.jpg"),
+                options,
+            });
+        }
+        for request in &wanted {
+            let visual = p.load_request(request, dir.path(), &tools).unwrap();
+            for look in [Look::Header, Look::Whole] {
+                let measure = p.measure(request, dir.path(), &tools, look).unwrap();
+                agree(&measure, &visual);
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_whole_look_finds_what_the_header_hides() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.png");
+        write(&path, 64, 64);
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 30]).unwrap();
+        let request = MediaRequest::Image {
+            at: "a.png".into(),
+            options: Options::default(),
+        };
+        let p = processor();
+        let look = |look| p.measure(&request, dir.path(), &VideoTools::default(), look);
+        assert!(look(Look::Header).is_ok() && look(Look::Whole).is_err());
+        std::fs::write(&path, b"no picture").unwrap();
+        assert!(look(Look::Header).is_err());
     }
 }

@@ -8,6 +8,7 @@
 //!   same for colour, but clips 16-bit grey to white at 255, which is never what the picture shows.
 //! - EXIF orientation is applied, as transformers' `load_image` does.
 //! - Frames are sampled as transformers does ([`Sampling::Arange`]); qwen-vl-utils' way is [`Sampling::Linspace`].
+//! - Seconds between frame pairs count as transformers 5.17 counts them ([`Clock::Whole`]); [`Clock::Exact`] is what other releases do.
 //! - A video's frames keep within an even share of the total budget, as qwen-vl-utils does (transformers' `cap_pixels_per_frame`).
 //! - Video frames are resized by the same arithmetic as images; torchvision's differs from it by one level on 0.1 % of samples.
 
@@ -27,7 +28,7 @@ pub use identity::FileIds;
 pub use locate::{Located, locate};
 pub use measure::{Look, Measure};
 pub use processor::{Processor, VideoLimits, smart_resize};
-pub use request::{MediaRequest, Options, requests, without_media};
+pub use request::{Clock, MediaRequest, Options, requests, without_media};
 pub use resize::resize;
 pub use sample::{Sampling, sample_frames};
 pub use video::VideoTools;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::locate::{Located, locate};
-use super::request::{MediaRequest, Options};
+use super::request::{Clock, MediaRequest, Options};
 use super::video::{Clip, VideoTools};
 use super::visual::{Collector, Shape};
 use super::{Kind, Rgb, Visual, decode, read_image, sample_frames};
@@ -255,7 +255,7 @@ impl Processor {
         fps: f64,
         options: &Options,
     ) -> Result<Visual> {
-        let kind = self.video_kind(fps)?;
+        let kind = self.video_kind(fps, options)?;
         let mut collector: Option<Collector> = None;
         for frame in frames {
             let frame = frame?;
@@ -272,7 +272,7 @@ impl Processor {
         Ok(collector.finish(kind, self.shape, self.normalize.clone()))
     }
 
-    pub(super) fn video_kind(&self, fps: f64) -> Result<Kind> {
+    pub(super) fn video_kind(&self, fps: f64, options: &Options) -> Result<Kind> {
         if !fps.is_finite() || fps <= 0.0 {
             return Err(Error::new(
                 Code::Usage,
@@ -281,8 +281,12 @@ impl Processor {
                 "give an fps above 0",
             ));
         }
+        let seconds = self.shape.temporal as f64 / fps;
         Ok(Kind::Video {
-            seconds_per_grid: self.shape.temporal as f64 / fps,
+            seconds_per_grid: match options.clock {
+                Clock::Whole => seconds.trunc(),
+                Clock::Exact => seconds,
+            },
         })
     }
 

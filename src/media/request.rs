@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Sampling;
+use super::processor::at_name;
 use crate::error::{Code, Error, Result};
 
 /// What a person may say about how a picture is looked at; `None` is the model's own way.
@@ -14,6 +15,17 @@ pub struct Options {
     pub fps: Option<f64>,
     pub max_frames: Option<usize>,
     pub sampling: Sampling,
+    pub clock: Clock,
+}
+
+/// How the seconds between a video's frame pairs count in positions. Equal at 2 frames a second, the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// Rounded down to whole seconds, as transformers 5.17 does: at 4 frames a second all frames are at one time.
+    #[default]
+    Whole,
+    /// As they are: transformers before and after that (5.24), and vLLM.
+    Exact,
 }
 
 /// A picture somebody wants looked at. `at` is a path, a `file:` or a `data:` URL.
@@ -33,6 +45,22 @@ pub enum MediaRequest {
         at: Vec<String>,
         options: Options,
     },
+}
+
+impl MediaRequest {
+    /// As errors name it: a data: URL is not repeated whole.
+    pub fn name(&self) -> String {
+        match self {
+            MediaRequest::Image { at, .. } | MediaRequest::Video { at, .. } => at_name(at),
+            MediaRequest::Frames { at, .. } => {
+                let first = at.first().map(|at| at_name(at)).unwrap_or_default();
+                format!(
+                    "{first} and the {} frames behind it",
+                    at.len().saturating_sub(1)
+                )
+            }
+        }
+    }
 }
 
 /// The pictures of a message's parts, in order; `defaults` holds where a part says nothing. Errors (Code::Usage) name the part.

@@ -27,7 +27,7 @@ impl Grid {
 pub enum Kind {
     Image,
     Video {
-        /// Seconds that one temporal patch spans.
+        /// Seconds that one temporal patch spans, as positions count them: see [`Clock`](super::Clock).
         seconds_per_grid: f64,
     },
 }

@@ -1,20 +1,19 @@
 //! Positions of multimodal sequences (M-RoPE): time, height and width of every token.
 //!
-//! Follows `get_rope_index` of transformers 5.17. One choice is named there and here: a video's temporal patches lie
-//! `tokens_per_second · ⌊seconds per patch⌋` positions apart (5.17 truncates first; older releases and vLLM multiply first, which is equal
-//! at 2 frames a second and different at 4).
+//! Follows `get_rope_index` of transformers 5: temporal patch t of a video lies ⌊t · tokens_per_second · seconds per patch⌋ positions after
+//! the first. Release 5.17 rounds the seconds down to whole ones before; whoever makes the spans decides that.
 
 use crate::error::{Code, Error, Result};
 
 /// A run of picture tokens in a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PictureSpan {
     /// Index of its first token.
     pub start: usize,
     /// Tokens along time, height and width: the patch grid divided by the merge.
     pub cells: [usize; 3],
-    /// Positions from one temporal patch to the next; see [`time_step`].
-    pub step: u32,
+    /// Positions from one temporal patch to the next; see [`time_step`]. Fractions add up before they are dropped.
+    pub step: f32,
 }
 
 impl PictureSpan {
@@ -28,8 +27,8 @@ impl PictureSpan {
 }
 
 /// Positions between two temporal patches of a video that each span `seconds`.
-pub fn time_step(tokens_per_second: f64, seconds: f64) -> u32 {
-    (tokens_per_second * seconds.trunc()) as u32
+pub fn time_step(tokens_per_second: f64, seconds: f64) -> f32 {
+    tokens_per_second as f32 * seconds as f32
 }
 
 /// (t, h, w) of each of `len` tokens, and what is added to a later token's index to get its position (on all axes).
@@ -54,7 +53,8 @@ pub fn positions(len: usize, spans: &[PictureSpan]) -> Result<(Vec<[u32; 3]>, i6
         text(&mut out, span.start, &mut current);
         let [frames, rows, cols] = span.cells;
         for t in 0..frames as u64 {
-            let t = current + t * u64::from(span.step);
+            // In float32, as the reference counts; the cast stops at its ends.
+            let t = current.saturating_add((t as f32 * span.step) as u64);
             for (r, c) in (0..rows as u64).flat_map(|r| (0..cols as u64).map(move |c| (r, c))) {
                 let p = [t, current + r, current + c];
                 highest = highest.max(p[0]).max(p[1]).max(p[2]);
@@ -97,7 +97,7 @@ mod tests {
         let image = PictureSpan {
             start: 2,
             cells: [1, 2, 3],
-            step: 1,
+            step: 1.0,
         };
         let (p, delta) = positions(10, &[image]).unwrap();
         let want = [
@@ -118,7 +118,7 @@ mod tests {
         let video = PictureSpan {
             start: 0,
             cells: [3, 1, 2],
-            step: 4,
+            step: 4.0,
         };
         let (p, delta) = positions(7, &[video]).unwrap();
         assert_eq!(p[4..6], [[8, 0, 0], [8, 0, 1]]);
@@ -130,10 +130,21 @@ mod tests {
     }
 
     #[test]
-    fn the_step_truncates_before_it_multiplies() {
-        assert_eq!(time_step(2.0, 1.0), 2);
-        assert_eq!(time_step(2.0, 0.5), 0, "older releases say 1");
-        assert_eq!(time_step(2.0, 2.7), 4, "older releases say 5");
+    fn fractions_of_a_step_add_up() {
+        assert_eq!(time_step(2.0, 1.0), 2.0);
+        let times = |seconds| {
+            let video = PictureSpan {
+                start: 0,
+                cells: [5, 1, 1],
+                step: time_step(2.0, seconds),
+            };
+            let (p, _) = positions(5, &[video]).unwrap();
+            p.iter().map(|p| p[0]).collect::<Vec<_>>()
+        };
+        assert_eq!(times(0.5), [0, 1, 2, 3, 4]);
+        assert_eq!(times(2.0 / 3.3), [0, 1, 2, 3, 4]);
+        assert_eq!(times(0.7), [0, 1, 2, 4, 5]);
+        assert_eq!(times(0.0), [0; 5]);
     }
 
     #[test]
@@ -141,14 +152,14 @@ mod tests {
         let span = |start, cells| PictureSpan {
             start,
             cells,
-            step: 1,
+            step: 1.0,
         };
         assert!(positions(3, &[span(0, [1, 2, 2])]).is_err());
         assert!(positions(9, &[span(0, [1, 2, 2]), span(3, [1, 1, 1])]).is_err());
         let far = PictureSpan {
             start: 0,
             cells: [9, 1, 1],
-            step: u32::MAX / 4,
+            step: (u32::MAX / 4) as f32,
         };
         assert!(positions(9, &[far]).is_err());
     }

@@ -16,7 +16,9 @@ mod slot;
 mod stats;
 mod strategy;
 mod stream;
+mod sync;
 mod trace;
+mod tune;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
@@ -24,7 +26,7 @@ pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
 pub use pager::{Lease, Pager, PagerOptions, WrapReader};
 pub use plan::{
-    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,
+    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed, is_vision,
 };
 pub use planner::Planner;
 pub use predict::{
@@ -37,3 +39,4 @@ pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;
 pub use trace::{Happening, TRACE_EVENTS, Trace, TraceEvent};
+pub use tune::{KeptSetting, Score, Setting, Space, TUNE_FILE, Tuned, most_runs, tune};

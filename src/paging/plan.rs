@@ -351,7 +351,7 @@ pub fn is_streamed(kind: UnitKind) -> bool {
     matches!(kind, UnitKind::Layer(_) | UnitKind::Head(_))
 }
 
-pub(super) fn is_vision(kind: UnitKind) -> bool {
+pub fn is_vision(kind: UnitKind) -> bool {
     matches!(
         kind,
         UnitKind::VisionEmbed | UnitKind::VisionBlock(_) | UnitKind::VisionMerger

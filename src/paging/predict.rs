@@ -54,6 +54,9 @@ impl ComputeRates {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MachineRates {
     pub disk_gb_per_s: f64,
+    /// Host memory to the GPU that computes; `None` where the CPU does.
+    #[serde(default)]
+    pub h2d_gb_per_s: Option<f64>,
     pub compute: ComputeRates,
 }
 
@@ -74,21 +77,44 @@ pub struct PassWork {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PassCost {
     pub pass_s: f64,
-    /// max(disk, compute): what no schedule can beat.
+    /// max(disk, copy, compute): what no schedule can beat.
     pub bound_s: f64,
     /// The disk's part alone.
     pub disk_s: f64,
+    /// That of copying to the GPU.
+    pub copy_s: f64,
     pub compute_s: f64,
     /// From disk, embedding rows included.
     pub disk_bytes: u64,
+    /// From host memory to the GPU.
+    pub copied_bytes: u64,
 }
 
 /// Passes simulated before one is taken as the steady state: the first fills the slots.
 const WARM_PASSES: usize = 3;
 
-/// The steady state of passes under `plan` on a machine whose CPU computes.
+/// What a unit of the pass takes, seconds: `fill` where it goes through a slot.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    fill: Option<Fill>,
+    compute: f64,
+}
+
+/// Reading (0 where it rests in host memory) and copying to the GPU (0 where there is none), page by page: the two overlap.
+#[derive(Clone, Copy, Debug)]
+struct Fill {
+    read: f64,
+    copy: f64,
+}
+
+/// The steady state of passes under `plan`.
 pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &PassWork) -> PassCost {
     let disk = |bytes: u64| bytes as f64 / (rates.disk_gb_per_s * 1e9);
+    let copy = |bytes: u64| {
+        rates
+            .h2d_gb_per_s
+            .map_or(0.0, |rate| bytes as f64 / (rate * 1e9))
+    };
     let layers = units
         .iter()
         .filter(|u| matches!(u.kind, UnitKind::Layer(_)))
@@ -105,81 +131,131 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
             .compute
             .seconds(u.read_bytes, work.element_bytes, work.wanted),
     };
-    // (reading time if it is streamed, computing time)
-    let steps: Vec<(Option<f64>, f64)> = units
-        .iter()
-        .zip(&plan.tiers)
-        .filter(|(u, _)| is_streamed(u.kind))
-        .map(|(u, t)| ((*t == Tier::Disk).then(|| disk(u.read_bytes)), compute(u)))
-        .collect();
+    let mut copied_bytes = 0;
+    let mut steps = Vec::new();
+    for (u, tier) in units.iter().zip(&plan.tiers) {
+        if !is_streamed(u.kind) {
+            continue;
+        }
+        let on_gpu = rates.h2d_gb_per_s.is_some();
+        let fill = match tier {
+            Tier::Disk => Some(disk(u.read_bytes)),
+            Tier::Cpu if on_gpu => Some(0.0),
+            Tier::Cpu | Tier::Gpu => None,
+        };
+        if fill.is_some() && on_gpu {
+            copied_bytes += u.read_bytes;
+        }
+        steps.push(Step {
+            fill: fill.map(|read| Fill {
+                read,
+                copy: copy(u.read_bytes),
+            }),
+            compute: compute(u),
+        });
+    }
     // A row lies in one block or two; sequences rarely share one.
     let gathered = match plan.gather_bytes {
         0 => 0,
         _ => work.rows as u64 * BLOCK_BYTES,
     };
     let disk_bytes = plan.streamed_bytes + gathered;
-    let compute_s: f64 = steps.iter().map(|s| s.1).sum();
-    let disk_s = disk(disk_bytes);
+    let compute_s: f64 = steps.iter().map(|s| s.compute).sum();
+    let (disk_s, copy_s) = (disk(disk_bytes), copy(copied_bytes));
     PassCost {
         pass_s: simulate(&steps, plan.slots, disk(gathered)),
-        bound_s: disk_s.max(compute_s),
+        bound_s: disk_s.max(copy_s).max(compute_s),
         disk_s,
+        copy_s,
         compute_s,
         disk_bytes,
+        copied_bytes,
+    }
+}
+
+/// The disk and the copy engine, filling slots in order.
+struct Filling<'a> {
+    fills: &'a [Fill],
+    slots: usize,
+    total: usize,
+    disk: f64,
+    copy: f64,
+    /// When each fill (over all passes) is there, and when its slot is left.
+    there: Vec<f64>,
+    left: Vec<f64>,
+}
+
+impl Filling<'_> {
+    /// When the next fill may begin; `None`: its slot is still wanted, or all are done.
+    fn next_start(&self) -> Option<f64> {
+        let next = self.there.len();
+        if next >= self.total || next >= self.left.len() + self.slots {
+            return None;
+        }
+        let free = match next.checked_sub(self.slots) {
+            Some(before) => self.left[before],
+            None => 0.0,
+        };
+        let busy = match self.fills[next % self.fills.len()].read > 0.0 {
+            true => self.disk,
+            false => self.copy,
+        };
+        Some(busy.max(free))
+    }
+
+    /// Everything that has begun by `now`, back to back.
+    fn until(&mut self, now: f64) {
+        while let Some(start) = self.next_start().filter(|s| *s <= now) {
+            let fill = self.fills[self.there.len() % self.fills.len()];
+            let mut arrived = start;
+            if fill.read > 0.0 {
+                self.disk = start + fill.read;
+                arrived = self.disk;
+            }
+            self.copy = (self.copy.max(start) + fill.copy).max(arrived);
+            self.there.push(self.copy);
+        }
     }
 }
 
 /// The period of a pass: one disk reads the streamed units in order, each into a slot that the unit `slots` before it has
 /// left; computing goes in order. Embedding rows are read before the first unit computes, behind the reads under way.
-fn simulate(steps: &[(Option<f64>, f64)], slots: usize, gather_s: f64) -> f64 {
-    let streamed: Vec<f64> = steps.iter().filter_map(|s| s.0).collect();
-    let total = streamed.len() * (WARM_PASSES + 1);
-    let (mut clock, mut disk, mut issued) = (0.0f64, 0.0f64, 0usize);
-    // When each streamed unit (over all passes) is there, and when its slot is left.
-    let mut there: Vec<f64> = Vec::with_capacity(total);
-    let mut left: Vec<f64> = Vec::with_capacity(total);
+fn simulate(steps: &[Step], slots: usize, gather_s: f64) -> f64 {
+    let fills: Vec<Fill> = steps.iter().filter_map(|s| s.fill).collect();
+    let total = fills.len() * (WARM_PASSES + 1);
+    let mut filling = Filling {
+        fills: &fills,
+        slots,
+        total,
+        disk: 0.0,
+        copy: 0.0,
+        there: Vec::with_capacity(total),
+        left: Vec::with_capacity(total),
+    };
+    let mut clock = 0.0f64;
     let mut ends = Vec::with_capacity(WARM_PASSES + 1);
     for _ in 0..=WARM_PASSES {
-        let mut issue = |now: f64, disk: &mut f64, there: &mut Vec<f64>, left: &[f64]| {
-            // Every read whose slot is free by now has begun, back to back.
-            while issued < total && issued < left.len() + slots {
-                let free = if issued < slots {
-                    0.0
-                } else {
-                    left[issued - slots]
-                };
-                let start = disk.max(free);
-                if start > now {
-                    break;
-                }
-                *disk = start + streamed[issued % streamed.len()];
-                there.push(*disk);
-                issued += 1;
-            }
-        };
         if gather_s > 0.0 {
-            issue(clock, &mut disk, &mut there, &left);
-            disk = disk.max(clock) + gather_s;
-            clock = disk;
+            filling.until(clock);
+            filling.disk = filling.disk.max(clock) + gather_s;
+            clock = filling.disk;
         }
-        for (read, compute) in steps {
-            if read.is_some() {
-                let mine = left.len();
-                // Waiting lets time pass, so everything up to this unit is issued.
-                while there.len() <= mine {
-                    let free = if there.len() < slots {
-                        0.0
-                    } else {
-                        left[there.len() - slots]
-                    };
-                    issue(disk.max(free), &mut disk, &mut there, &left);
+        for step in steps {
+            if step.fill.is_some() {
+                let mine = filling.left.len();
+                // Waiting lets time pass, so everything up to this unit begins.
+                while filling.there.len() <= mine {
+                    match filling.next_start() {
+                        Some(start) => filling.until(start),
+                        None => return 0.0,
+                    }
                 }
-                clock = clock.max(there[mine]) + compute;
-                left.push(clock);
+                clock = clock.max(filling.there[mine]) + step.compute;
+                filling.left.push(clock);
             } else {
-                clock += compute;
+                clock += step.compute;
             }
-            issue(clock, &mut disk, &mut there, &left);
+            filling.until(clock);
         }
         ends.push(clock);
     }
@@ -288,6 +364,7 @@ mod tests {
     fn rates(disk: f64, memory: f64) -> MachineRates {
         MachineRates {
             disk_gb_per_s: disk,
+            h2d_gb_per_s: None,
             compute: ComputeRates {
                 memory_gb_per_s: memory,
                 gflops: 400.0,
@@ -343,6 +420,42 @@ mod tests {
         let rows = rows_that_hide_the_disk(&units, &plan, &rates(1.0, 20.0), 2.0, 1 << 20).unwrap();
         // F · b / (2 · B): 400 · 2 / (2 · 1)
         assert!((390..=410).contains(&rows), "{rows}");
+    }
+
+    #[test]
+    fn a_gpu_waits_for_the_slower_of_disk_and_copy() {
+        // 21 units: 7 on the GPU, 7 in host memory, 7 on disk; hardly any computing.
+        let units = model(20);
+        let mut tiers = vec![Tier::Disk; units.len()];
+        for (i, tier) in tiers.iter_mut().enumerate() {
+            *tier = [Tier::Gpu, Tier::Cpu, Tier::Disk][i % 3];
+        }
+        let cpu = Plan::of_sizes(&units, 300 * MIB, 1, &Placement::Auto, true).unwrap();
+        let count = |t: Tier| {
+            let of = units.iter().zip(&tiers);
+            of.filter(|(u, x)| is_streamed(u.kind) && **x == t).count() as u64
+        };
+        let plan = Plan {
+            streamed_bytes: count(Tier::Disk) * 100 * MIB,
+            tiers: tiers.clone(),
+            gather_bytes: 0,
+            ..cpu
+        };
+        let at = |disk: f64, h2d: f64| {
+            let rates = MachineRates {
+                h2d_gb_per_s: Some(h2d),
+                ..rates(disk, 2000.0)
+            };
+            predict(&units, &plan, &rates, &work(1))
+        };
+        for (disk, h2d) in [(2.0, 20.0), (20.0, 5.0), (6.0, 12.0)] {
+            let c = at(disk, h2d);
+            let copied = (count(Tier::Disk) + count(Tier::Cpu)) * 100 * MIB;
+            assert_eq!(c.copied_bytes, copied);
+            let bound = (plan.streamed_bytes as f64 / disk).max(copied as f64 / h2d) / 1e9;
+            assert!((c.bound_s / bound - 1.0).abs() < 0.01, "{c:?} {bound}");
+            assert!(c.pass_s >= bound * 0.99 && c.pass_s <= bound * 1.5, "{c:?}");
+        }
     }
 
     #[test]

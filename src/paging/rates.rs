@@ -19,6 +19,9 @@ pub const RATES_FILE: &str = "rates.json";
 struct Record {
     machine: String,
     disk_gb_per_s: f64,
+    /// What the last pass that waited for the disk got out of it.
+    #[serde(default)]
+    streamed_gb_per_s: Option<f64>,
 }
 
 /// Where the record of one model's files lies.
@@ -30,34 +33,53 @@ pub struct DiskRates {
 impl DiskRates {
     /// `folder`: the packed folder, or the source when it is streamed in place (`ours` false).
     pub fn of(folder: &Path, ours: bool) -> DiskRates {
-        let path = if ours {
-            folder.join(RATES_FILE)
-        } else {
-            let key = xxhash_rust::xxh3::xxh3_64(folder.as_os_str().as_encoded_bytes());
-            cache_dir().join(format!("rates-{key:016x}.json"))
-        };
-        DiskRates { path }
+        DiskRates {
+            path: kept_path(folder, ours, RATES_FILE),
+        }
+    }
+
+    fn record(&self) -> Option<Record> {
+        let text = std::fs::read_to_string(&self.path).ok()?;
+        let record: Record = serde_json::from_str(&text).ok()?;
+        (record.machine == machine_name() && record.disk_gb_per_s > 0.0).then_some(record)
     }
 
     /// The best rate on record for this machine, 10⁹ bytes a second.
     pub fn best(&self) -> Option<f64> {
-        let text = std::fs::read_to_string(&self.path).ok()?;
-        let record: Record = serde_json::from_str(&text).ok()?;
-        (record.machine == machine_name() && record.disk_gb_per_s > 0.0)
-            .then_some(record.disk_gb_per_s)
+        self.record().map(|r| r.disk_gb_per_s)
+    }
+
+    /// What the engine itself last read at, with computing and verifying beside it: what a pass is predicted from.
+    pub fn streamed(&self) -> Option<f64> {
+        self.record()?.streamed_gb_per_s.filter(|r| *r > 0.0)
     }
 
     /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
     pub fn raise(&self, rate: f64) {
         if rate.is_finite() && rate > self.best().unwrap_or(0.0) {
-            let record = Record {
+            self.write(&Record {
                 machine: machine_name(),
                 disk_gb_per_s: rate,
-            };
-            if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
-                let _ = std::fs::create_dir_all(dir);
-                let _ = std::fs::write(&self.path, text);
-            }
+                streamed_gb_per_s: self.streamed(),
+            });
+        }
+    }
+
+    /// Keeps what passes that waited for the disk read at; it counts for the best rate too.
+    pub fn ran_at(&self, rate: f64) {
+        if rate.is_finite() && rate > 0.0 {
+            self.write(&Record {
+                machine: machine_name(),
+                disk_gb_per_s: self.best().unwrap_or(0.0).max(rate),
+                streamed_gb_per_s: Some(rate),
+            });
+        }
+    }
+
+    fn write(&self, record: &Record) {
+        if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(record)) {
+            let _ = std::fs::create_dir_all(dir);
+            let _ = std::fs::write(&self.path, text);
         }
     }
 
@@ -107,6 +129,16 @@ fn probe_settings(room: u64) -> Option<(Vec<usize>, Vec<usize>)> {
         largest >> 1
     };
     Some((vec![smaller, largest], vec![8, deepest as usize]))
+}
+
+/// Where a record on one model's files lies: beside them, or under the user's cache directory where the folder is not ours to write.
+pub(super) fn kept_path(folder: &Path, ours: bool, name: &str) -> PathBuf {
+    if ours {
+        return folder.join(name);
+    }
+    let key = xxhash_rust::xxh3::xxh3_64(folder.as_os_str().as_encoded_bytes());
+    let stem = name.strip_suffix(".json").unwrap_or(name);
+    cache_dir().join(format!("{stem}-{key:016x}.json"))
 }
 
 /// This machine, as records name it: kernel's machine id, else the host's name.
@@ -163,5 +195,11 @@ mod tests {
         assert_eq!(rates.best(), Some(2.0));
         rates.raise(3.0);
         assert_eq!(rates.best(), Some(3.0));
+        assert_eq!(rates.streamed(), None);
+        rates.ran_at(2.5);
+        assert_eq!((rates.best(), rates.streamed()), (Some(3.0), Some(2.5)));
+        rates.ran_at(3.5);
+        rates.raise(4.0);
+        assert_eq!((rates.best(), rates.streamed()), (Some(4.0), Some(3.5)));
     }
 }

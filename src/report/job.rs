@@ -105,33 +105,35 @@ impl Figures {
         }
     }
 
-    /// One line for people.
+    /// One line for people; what they plan by comes first, for a terminal cuts the end off.
     pub fn line(&self) -> String {
-        let phase = match self.rows_done {
-            // Nothing is finished yet: what moves is what was computed.
-            0 => format!("{} tokens computed, ", self.computed_tokens),
-            _ => String::new(),
-        };
-        let failed = match self.rows_failed {
-            0 => String::new(),
-            n => format!("{n} failed, "),
-        };
-        let pass = match self.units {
-            0 => format!("pass {}", self.passes),
-            units => format!("pass {} ({} of {units} units)", self.passes + 1, self.unit),
-        };
-        let eta = match (self.stopping, self.eta_s) {
+        let mut text = match (self.stopping, self.eta_s) {
             (true, _) => "finishing what runs".to_string(),
             (false, Some(s)) => format!("{} left", span(s)),
             (false, None) => format!("{} so far", span(self.elapsed_s)),
         };
-        format!(
-            "{failed}{} running, {phase}{pass}, {:.1} tokens/s out, {:.1} through, {:.2} GB/s, {:.0} % waiting for the disk, {eta}",
-            self.running,
-            self.output_tokens_per_s,
-            self.computed_tokens_per_s,
-            self.disk_gb_per_s,
-            100.0 * self.stall_share,
+        if self.rows_failed > 0 {
+            text += &format!(", {} failed", self.rows_failed);
+        }
+        if self.rows_done == 0 {
+            // Nothing is finished yet: what moves is what was computed.
+            text += &format!(", {} tokens computed", self.computed_tokens);
+        }
+        text += &match self.units {
+            0 => format!(", pass {}", self.passes),
+            units => format!(", pass {} ({}/{units})", self.passes + 1, self.unit),
+        };
+        text += &format!(", {:.1} tokens/s out", self.output_tokens_per_s);
+        if self.disk_gb_per_s > 0.0 {
+            text += &format!(
+                ", {:.2} GB/s, {:.0} % waiting for the disk",
+                self.disk_gb_per_s,
+                100.0 * self.stall_share,
+            );
+        }
+        text + &format!(
+            ", {} running, {:.1} tokens/s through",
+            self.running, self.computed_tokens_per_s
         )
     }
 }

@@ -14,6 +14,8 @@ pub struct ByteProgress {
     started: Instant,
     last: Instant,
     quiet: bool,
+    /// What was done before it began: a resumed download. Rates leave it out.
+    before: Option<u64>,
 }
 
 /// Between two plain lines.
@@ -38,6 +40,27 @@ impl ByteProgress {
             started: now,
             last: now,
             quiet,
+            before: None,
+        }
+    }
+
+    /// A line of its own, above the bar.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None if !self.quiet => eprintln!("{text}"),
+            None => {}
+        }
+    }
+
+    /// Where something begins that was cut off earlier.
+    pub fn resume_at(&mut self, done: u64, total: u64) {
+        self.before = Some(done);
+        self.started = Instant::now();
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            bar.reset_eta();
         }
     }
 
@@ -48,14 +71,69 @@ impl ByteProgress {
         } else if !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
             self.last = Instant::now();
             let s = self.started.elapsed().as_secs_f64();
-            let eta = s * (total.saturating_sub(done)) as f64 / done.max(1) as f64;
+            let fresh = done.saturating_sub(self.before.unwrap_or(0));
+            let eta = s * (total.saturating_sub(done)) as f64 / fresh.max(1) as f64;
             eprintln!(
                 "{}: {} of {}, {:.2} GB/s, {eta:.0} s left",
                 self.label,
                 human_bytes(done),
                 human_bytes(total),
-                done as f64 / s / 1e9
+                fresh as f64 / s / 1e9
             );
+        }
+    }
+
+    pub fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Progress of something counted in steps, with an ETA and what was done last.
+pub struct CountProgress {
+    bar: Option<ProgressBar>,
+    label: String,
+    total: usize,
+    done: usize,
+    last: Instant,
+    quiet: bool,
+}
+
+impl CountProgress {
+    pub fn new(label: &str, total: usize, quiet: bool) -> CountProgress {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::with_draw_target(
+                Some(total as u64),
+                ProgressDrawTarget::stderr_with_hz(8),
+            );
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} ETA {eta}  {msg}")
+            {
+                bar.set_style(style);
+            }
+            bar.set_prefix(label.to_string());
+            bar
+        });
+        CountProgress {
+            bar,
+            label: label.to_string(),
+            total,
+            done: 0,
+            last: Instant::now(),
+            quiet,
+        }
+    }
+
+    /// One more, which was `what`.
+    pub fn step(&mut self, what: &str) {
+        self.done += 1;
+        if let Some(bar) = &self.bar {
+            bar.set_message(what.to_string());
+            bar.inc(1);
+        } else if !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
+            self.last = Instant::now();
+            eprintln!("{}: {} of {}, {what}", self.label, self.done, self.total);
         }
     }
 

@@ -196,6 +196,22 @@ impl VisionReport {
             compute_s: stats.compute.as_secs_f64(),
         })
     }
+
+    /// For people.
+    pub fn line(&self) -> String {
+        let count = |n: u64, one: &str, more: &str| match n {
+            1 => format!("1 {one}"),
+            n => format!("{n} {more}"),
+        };
+        format!(
+            "looked at {} ({} patches) in {:.1} s, {} from disk in {} of the vision tower",
+            count(self.pictures, "picture", "pictures"),
+            self.patches,
+            self.seconds,
+            human_bytes(self.disk_bytes),
+            count(self.waves, "pass", "passes"),
+        )
+    }
 }
 
 /// Tokens a second from the first token to the last; `tokens` counts both.
@@ -217,15 +233,19 @@ pub fn closing_lines(
     during: &EngineStats,
     engine: &Engine,
 ) -> String {
-    let pass_s = during.pass.as_secs_f64();
+    format!(
+        "{prompt_tokens} prompt tokens, first token after {:.2} s; {tokens} tokens at {:.2} tokens/s\n{}",
+        t.time_to_first_token_s,
+        t.output_tokens_per_s,
+        paging_line(paging, during, engine)
+    )
+}
+
+/// One line for people: where the weights were, what came from disk, and how near the bound it was.
+pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine) -> String {
     let plan = engine.plan();
-    let bytes_per_token = during.paging.used_bytes / during.rows.max(1);
-    let total = engine.plan().tiers.len();
-    let resident = plan.tiers.iter().filter(|t| **t == Tier::Cpu).count();
-    let mut text = format!(
-        "{prompt_tokens} prompt tokens, first token after {:.2} s; {tokens} tokens at {:.2} tokens/s\n",
-        t.time_to_first_token_s, t.output_tokens_per_s
-    );
+    let held = |tier: Tier| plan.tiers.iter().filter(|t| **t == tier).count();
+    let mut text = String::new();
     if let Some(gpu) = plan.gpu {
         text += &format!(
             "{} on the GPU, {} in RAM, {} from disk a pass; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
@@ -246,17 +266,19 @@ pub fn closing_lines(
         );
     } else {
         text += &format!(
-            "{} from disk a token at {:.2} GB/s, {resident} of {total} units in RAM ({}); waited for the disk {:.0} % of the time; ",
-            human_bytes(bytes_per_token),
-            paging.disk_gb_per_s,
+            "{} in RAM ({} of {} units), {} a token from disk at {:.2} GB/s; waited for it {:.0} % of the time; ",
             human_bytes(plan.resident_bytes),
+            held(Tier::Cpu),
+            plan.tiers.len(),
+            human_bytes(during.paging.used_bytes / during.rows.max(1)),
+            paging.disk_gb_per_s,
             100.0 * paging.stall_disk_s / (paging.stall_disk_s + paging.compute_s).max(1e-9),
         );
     }
     match paging.percent_of_bound {
         Some(p) => {
             text += &format!("{p:.0} % of this machine's bound");
-            if let Some(rest) = where_the_rest_went(paging, pass_s) {
+            if let Some(rest) = where_the_rest_went(paging, during.pass.as_secs_f64()) {
                 text += &format!(" ({rest})");
             }
             text += "; ";

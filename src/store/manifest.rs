@@ -27,22 +27,7 @@ pub const FORMAT_VERSION: u32 = 1;
 const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// Text files that are copied beside the weights, so that a packed folder is a model of its own.
-pub(crate) const COPIES: [&str; 14] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-];
+pub(crate) use crate::checkpoint::TEXT_FILES as COPIES;
 /// Larger ones are no configs.
 pub(crate) const MAX_COPY_BYTES: u64 = 512 << 20;
 

@@ -305,7 +305,11 @@ fn fill(
     progress: &mut dyn FnMut(PackProgress),
 ) -> Result<Option<PackReport>> {
     fs::create_dir_all(dir)
-        .map_err(|e| Error::io(format!("cannot create {}", dir.display()), &e))?;
+        .map_err(|e| {
+            Error::io(format!("cannot create {}", dir.display()), &e).with_fix(
+                "give an --offload-folder that you may write to, or stream from the checkpoint with --in-place",
+            )
+        })?;
     let lock = match lock_waiting(dir, LockMode::Exclusive, options, progress) {
         // Its last user removed it: the next round makes it again.
         Err(_) if !dir.exists() => return Ok(None),

@@ -326,6 +326,19 @@ fn is_byte_level(backend: &tokenizers::Tokenizer) -> bool {
     )
 }
 
+impl Tokenizer {
+    /// Whether a folder holds a tokenizer, without reading it.
+    ///
+    /// # Errors
+    /// `Text`: it has none, or one of another format.
+    pub fn expect_in(dir: &Path) -> Result<()> {
+        match dir.join("tokenizer.json").exists() {
+            true => Ok(()),
+            false => Err(missing(dir)),
+        }
+    }
+}
+
 fn missing(dir: &Path) -> Error {
     let other = [
         "tokenizer.model",

@@ -97,7 +97,11 @@ fn what_is_not_there_is_said_with_what_to_do() {
     for model in ["org/other", "org/tiny@v2", other.as_str(), "org/tiny@a/b"] {
         let error = open(model, cache.path()).unwrap_err();
         assert_eq!(error.code(), Code::Usage, "{error}");
-        assert!(error.fix().contains("hf download org/"), "{error}");
+        let command = match cfg!(feature = "hub") {
+            true => "tensorpager pull org/",
+            false => "hf download org/",
+        };
+        assert!(error.fix().contains(command), "{error}");
     }
     for model in [
         "./nowhere",
@@ -120,6 +124,20 @@ fn what_is_not_there_is_said_with_what_to_do() {
             "{error}"
         );
     }
+    for address in [
+        "https://huggingface.co/org/tiny",
+        "https://huggingface.co/org/tiny/tree/main?x",
+    ] {
+        let error = open(address, cache.path()).unwrap_err();
+        assert!(
+            error.fix().ends_with("give the id alone: org/tiny"),
+            "{error}"
+        );
+    }
+    let gguf = cache.path().join("q4.gguf");
+    fs::write(&gguf, "GGUF and more").unwrap();
+    let error = open(gguf.to_str().unwrap(), cache.path()).unwrap_err();
+    assert!(error.cause().contains("GGUF"), "{error}");
     let file = cache.path().join("model.safetensors");
     fs::write(&file, "x").unwrap();
     let error = open(file.to_str().unwrap(), cache.path()).unwrap_err();
@@ -145,6 +163,7 @@ fn damaged_caches_are_refused() {
     }
 }
 
+// hazard: links: links of a hub snapshot lead into its own cache only
 #[test]
 fn links_of_a_snapshot_stay_in_the_models_own_cache() {
     let cache = tempfile::tempdir().unwrap();

@@ -1,11 +1,17 @@
 //! Attention without a cache: every row of a window sees every row of it (the vision tower).
 
-use super::CpuDevice;
-use super::act::ActBuf;
+use std::ops::Range;
+
+use super::act::{ActBuf, ActRows};
 use super::attention_tile::{Keys, Queries, Ranges, Tile, padded, zero_pad};
-use super::scratch::KV_BLOCK_TOKENS;
+use super::scratch::{Floats, KV_BLOCK_TOKENS};
 use super::simd::Simd;
-use super::tiling::{Tiling, group_of};
+use super::tiling::{TileAt, Tiling, group_of};
+use super::{CpuDevice, OutPtr};
+
+/// Rows from which on a window's keys are gathered, a head at a time: rows of all heads are kilobytes apart, so that every key lies on a page of
+/// its own, and each tile would walk all those pages again.
+const GATHER_ROWS: usize = 256;
 
 /// Queries, keys and values as float32 rows, cut into windows that do not see one another.
 #[derive(Clone, Copy)]
@@ -28,6 +34,14 @@ pub struct DenseAttention<'a> {
     pub cu_seqlens: &'a [usize],
 }
 
+/// Host memory that attention over windows of `longest` rows takes for a moment.
+pub fn dense_scratch_bytes(longest: usize, head_size: usize) -> u64 {
+    match longest {
+        0..=GATHER_ROWS => 0,
+        _ => (2 * longest * padded(head_size) * 4) as u64,
+    }
+}
+
 impl CpuDevice {
     /// `out` [rows][heads·head_size] = softmax(scale·q·kᵀ)·v within each window: the arithmetic of [`CpuDevice::attention`], positions
     /// counted from the window's start.
@@ -43,43 +57,114 @@ impl CpuDevice {
         let group = group_of(a.heads, a.kv_heads, a.head_size);
         let out = out.begin(rows, a.heads * a.head_size, self.isa);
         let lengths = || a.cu_seqlens.windows(2).map(|w| w[1] - w[0]);
-        let tiling = Tiling::new(group, a.kv_heads, a.head_size, self.threads(), lengths());
+        let longest = lengths().max().unwrap_or(0);
+        if longest <= GATHER_ROWS {
+            let tiling = Tiling::new(group, a.kv_heads, a.head_size, self.threads(), lengths());
+            self.dense_tiles(
+                a,
+                &tiling,
+                lengths,
+                |tile| (tile.segment, tile.kv_head),
+                None,
+                out,
+            );
+            return;
+        }
+        let mut gathered = Floats::new(2 * longest * padded(a.head_size));
+        for segment in 0..a.cu_seqlens.len() - 1 {
+            let (start, end) = (a.cu_seqlens[segment], a.cu_seqlens[segment + 1]);
+            let lengths = || std::iter::once(end - start);
+            let tiling = Tiling::new(group, 1, a.head_size, self.threads(), lengths());
+            for kv_head in 0..a.kv_heads {
+                self.gather(a, start..end, kv_head, &mut gathered);
+                self.dense_tiles(
+                    a,
+                    &tiling,
+                    lengths,
+                    |_| (segment, kv_head),
+                    Some(&gathered),
+                    out,
+                );
+            }
+        }
+    }
+
+    /// The tiles of a tiling over segments of `lengths` rows; `at` says which window and which head of the keys a tile is of.
+    fn dense_tiles<L: Iterator<Item = usize>>(
+        &self,
+        a: &DenseAttention<'_>,
+        tiling: &Tiling,
+        lengths: impl Fn() -> L + Sync,
+        at: impl Fn(&TileAt) -> (usize, usize) + Sync,
+        gathered: Option<&Floats>,
+        out: ActRows,
+    ) {
+        let group = a.heads / a.kv_heads;
         self.pool.run(tiling.tasks, &|task, scratch| {
             let Some(tile) = tiling.tile(task, lengths()) else {
                 return;
             };
-            let start = a.cu_seqlens[tile.segment];
+            let (segment, kv_head) = at(&tile);
+            let start = a.cu_seqlens[segment];
             self.isa.run(Tile {
                 queries: Queries {
                     q: a.q,
                     q_stride: a.q_stride,
                     first_row: start + tile.first_row,
                     rows: tile.rows,
-                    first_head: tile.kv_head * group + tile.first_head,
+                    first_head: kv_head * group + tile.first_head,
                     heads: tile.heads,
                     head_size: a.head_size,
                     scale: a.scale,
                 },
                 ranges: Ranges::All {
-                    len: a.cu_seqlens[tile.segment + 1] - start,
+                    len: a.cu_seqlens[segment + 1] - start,
                 },
                 keys: DenseKeys {
                     a,
                     start,
-                    kv_head: tile.kv_head,
+                    rows: a.cu_seqlens[segment + 1] - start,
+                    kv_head,
+                    gathered,
                 },
                 out,
                 scratch,
             });
         });
     }
+
+    /// One head's keys, then its values, of the rows `rows`, side by side as [rows][padded].
+    fn gather(&self, a: &DenseAttention<'_>, rows: Range<usize>, kv_head: usize, to: &mut Floats) {
+        let (count, step) = (rows.len(), padded(a.head_size));
+        assert!(2 * count * step <= to.len(), "room for the gathered head");
+        let out = OutPtr(to.as_mut_ptr());
+        self.pool.run(count.div_ceil(GATHER_ROWS), &|task, _| {
+            // The whole pointer, which may go to other threads, not its field.
+            let all = out;
+            for i in task * GATHER_ROWS..count.min((task + 1) * GATHER_ROWS) {
+                let at = (rows.start + i, kv_head * a.head_size);
+                for (half, x, stride) in [(0, a.k, a.k_stride), (count, a.v, a.v_stride)] {
+                    let from = &x[at.0 * stride + at.1..][..a.head_size];
+                    // SAFETY: the buffer holds two times `count` rows (asserted), and this task alone has this one.
+                    unsafe {
+                        let to = all.0.add((half + i) * step);
+                        std::ptr::copy_nonoverlapping(from.as_ptr(), to, a.head_size);
+                        zero_pad(to, a.head_size, step);
+                    }
+                }
+            }
+        });
+    }
 }
 
 struct DenseKeys<'a> {
     a: &'a DenseAttention<'a>,
-    /// The window's first row.
+    /// The window's first row, and how many there are.
     start: usize,
+    rows: usize,
     kv_head: usize,
+    /// This head's keys and values where they were gathered.
+    gathered: Option<&'a Floats>,
 }
 
 impl Keys for DenseKeys<'_> {
@@ -92,6 +177,15 @@ impl Keys for DenseKeys<'_> {
             (a.k, a.k_stride)
         };
         let step = padded(a.head_size);
+        if let Some(gathered) = self.gathered {
+            let first = block * KV_BLOCK_TOKENS + if values { self.rows } else { 0 };
+            // SAFETY: the block is inside the window, and `gather` wrote two times its rows.
+            unsafe {
+                let from = gathered.as_ptr().add(first * step);
+                std::ptr::copy_nonoverlapping(from, to, n * step);
+            }
+            return;
+        }
         for i in 0..n {
             let row = self.start + block * KV_BLOCK_TOKENS + i;
             // SAFETY: the row is inside the window, whose rows `attention_dense` checked.

@@ -42,7 +42,7 @@ mod tiling;
 
 pub use act::ActBuf;
 pub use attention::AttnSegment;
-pub use dense::DenseAttention;
+pub use dense::{DenseAttention, dense_scratch_bytes};
 pub use kv::{KvLayout, KvView};
 pub use linear::Mode;
 pub use scratch::{ATTENTION_CHUNK, KV_BLOCK_TOKENS, MAX_HEAD_SIZE};

@@ -320,3 +320,8 @@ pub unsafe fn launch(
         null_mut()
     ))
 }
+
+/// The stream as other libraries take it.
+pub fn raw_stream(stream: Stream) -> *mut c_void {
+    stream.0.cast()
+}

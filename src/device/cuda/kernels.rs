@@ -116,6 +116,7 @@ arguments! {
         q: Address, k: Address, v: Address, windows: Address, tiles: Address, out: Address, heads: i32, scale: f32,
     }
     Swiglu { gate: Address, up: Address, out: Address, gate_stride: i64, up_stride: i64, cols: i32, }
+    BiasAdd { x: Address, bias: Address, stride: i64, cols: i32, }
     Gelu { x: Address, out: Address, count: i64, }
     Round { x: Address, out: Address, count: i64, }
 }
@@ -341,6 +342,7 @@ mod tests {
         check::<RopeAppend>(&l, &one("rope_append"));
         check::<RopeDense>(&l, &one("rope_dense"));
         check::<Swiglu>(&l, &one("swiglu"));
+        check::<BiasAdd>(&l, &one("bias_add"));
         check::<Gelu>(&l, &one("gelu"));
         check::<Round>(&l, &one("round"));
     }

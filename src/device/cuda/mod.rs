@@ -8,6 +8,7 @@
 mod attention;
 mod buffers;
 mod context;
+mod cublaslt;
 mod ffi;
 mod kernels;
 mod lists;
@@ -28,10 +29,11 @@ pub use slots::{Compute, Copier, Piece, Slot, Ticks};
 
 use crate::error::{Code, Error, Result};
 use crate::units::{Dtype, flag_size, human_bytes};
+use cublaslt::CublasLt;
 use kernels::{
-    Argmax, AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, Gelu, Kernel,
-    Linear, Modules, Rmsnorm, RmsnormHeads, RopeAppend, RopeDense, Round, Swiglu, Topk, head_sizes,
-    no_head_size,
+    Argmax, AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, BiasAdd, Gelu,
+    Kernel, Linear, Modules, Rmsnorm, RmsnormHeads, RopeAppend, RopeDense, Round, Swiglu, Topk,
+    head_sizes, no_head_size,
 };
 use staging::Staging;
 use stream::Stream;
@@ -50,6 +52,16 @@ pub struct CudaOptions {
     pub vision_head_size: Option<usize>,
     /// Bound on all device memory of this process; by default 90 % of what is free.
     pub memory: Option<u64>,
+    pub gemm: Gemm,
+}
+
+/// Whose matrix products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Gemm {
+    #[default]
+    Own,
+    /// Not batch-invariant: to compare with.
+    CublasLt,
 }
 
 /// Whether there is a GPU, and kernels for such a model: what `--device auto` asks.
@@ -104,6 +116,7 @@ struct Kernels {
     round: Kernel<Round>,
     argmax: Kernel<Argmax>,
     topk: Kernel<Topk>,
+    bias_add: Kernel<BiasAdd>,
     vision: Option<VisionKernels>,
 }
 
@@ -117,6 +130,7 @@ struct VisionKernels {
 pub struct CudaDevice {
     // Fields go in this order: kernels before their modules, everything before the context.
     kernels: Kernels,
+    cublaslt: Option<CublasLt>,
     staging: RefCell<Staging>,
     compute: Arc<Stream>,
     modules: Modules,
@@ -136,6 +150,10 @@ impl CudaDevice {
         let kernels = Kernels::load(&mut modules, &context, options)?;
         let (free, _) = context.memory()?;
         context.charge(context.free_bytes.saturating_sub(free));
+        let cublaslt = match options.gemm {
+            Gemm::Own => None,
+            Gemm::CublasLt => Some(CublasLt::new(&context, options.half)?),
+        };
         let base = context.used() + SLACK_BYTES;
         let limit = options.memory.unwrap_or((base + free) / 10 * 9);
         if limit > context.total_bytes {
@@ -147,6 +165,7 @@ impl CudaDevice {
             staging: RefCell::new(Staging::new(&context)?),
             compute: Arc::new(Stream::new(&context, 0)?),
             kernels,
+            cublaslt,
             modules,
             half: options.half,
             head_size: options.head_size,
@@ -230,6 +249,7 @@ impl Kernels {
             round: modules.load("round")?,
             argmax: modules.load("argmax")?,
             topk: modules.load("topk")?,
+            bias_add: modules.load("bias_add")?,
             vision,
         })
     }

@@ -1,7 +1,10 @@
 //! The ops: shapes checked, tiles and grids chosen, kernels launched. What each computes is said once, at [`crate::device::Device`].
 
 use super::buffers::{Best, CudaActs, CudaKv, CudaRows, F32, HALF, MOST_CANDIDATES, Mirror};
-use super::kernels::{Argmax, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk};
+use super::cublaslt::{Operands, Shape};
+use super::kernels::{
+    Argmax, BiasAdd, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk,
+};
 use super::memory::{Address, bytes_of};
 use super::{CudaDevice, TILES};
 use crate::device::WeightView;
@@ -172,6 +175,24 @@ impl CudaDevice {
         }
         let (n, k) = (w.rows, w.cols);
         let ldw = w.row_stride / HALF;
+        if let Some(lt) = &self.cublaslt {
+            let shape = Shape {
+                rows,
+                n,
+                k,
+                ldw,
+                ldo: stride,
+            };
+            let out = out.at(first, (rows - 1) * stride + n);
+            let operands = Operands {
+                a: a.buffer.at(0, rows * k * HALF),
+                w: self.weight(w)?,
+                out,
+                add,
+            };
+            lt.run(&self.compute, &shape, &operands)?;
+            return bias.map_or(Ok(()), |b| self.add_bias(out, rows, stride, b));
+        }
         let (kernel, grid) = self.tile(rows, n, k, ldw)?;
         kernel.launch(
             &self.compute,
@@ -188,6 +209,25 @@ impl CudaDevice {
                 n: int(n)?,
                 k: int(k)?,
                 flags: i32::from(add),
+            },
+        )
+    }
+
+    fn add_bias(
+        &self,
+        x: Address,
+        rows: usize,
+        stride: usize,
+        bias: &WeightView<'_>,
+    ) -> Result<()> {
+        self.kernels.bias_add.launch(
+            &self.compute,
+            (rows, bias.cols.div_ceil(BLOCK_ELEMENTS)),
+            BiasAdd {
+                x,
+                bias: self.weight(bias)?,
+                stride: stride as i64,
+                cols: int(bias.cols)?,
             },
         )
     }

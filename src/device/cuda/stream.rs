@@ -1,5 +1,6 @@
 //! Streams, and the events that order them against one another and against the host.
 
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +41,11 @@ impl Stream {
 
     pub(super) fn handle(&self) -> ffi::Stream {
         self.handle
+    }
+
+    /// As other libraries take it.
+    pub(super) fn raw(&self) -> *mut c_void {
+        ffi::raw_stream(self.handle)
     }
 
     /// Marks what was given so far.

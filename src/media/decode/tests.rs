@@ -78,6 +78,7 @@ fn pictures_are_turned_upright() {
         let bytes = png(&data, 2, 1, ExtendedColorType::Rgb8, Some(turn));
         let got = decode(&bytes, "test").unwrap();
         assert_eq!((got.width, got.height), size, "orientation {turn}");
+        assert_eq!(super::size(&bytes, "test").unwrap(), (size.1, size.0));
         assert_eq!(got.data[0], first, "orientation {turn}");
     }
 }
@@ -100,6 +101,7 @@ fn jpeg_and_webp_are_read() {
     drop(DynamicImage::ImageRgb8(image));
 }
 
+// hazard: images: one error; names the image
 #[test]
 fn broken_files_are_one_clear_error() {
     let good = png(&[9; 300], 10, 10, ExtendedColorType::Rgb8, None);

@@ -112,6 +112,7 @@ fn an_odd_number_of_frames_repeats_the_last() {
     let frames: Vec<Rgb> = (0..3).map(|i| noise(56, 56, i)).collect();
     let options = Options {
         min_pixels: Some(3136),
+        clock: Clock::Exact,
         ..Options::default()
     };
     let make = |list: &[usize]| {
@@ -180,6 +181,7 @@ fn listed_frames_are_used_as_they_are_unless_too_many() {
     let some = load(Options {
         max_frames: Some(4),
         fps: Some(7.0),
+        clock: Clock::Exact,
         ..Options::default()
     });
     assert_eq!(

@@ -158,20 +158,17 @@ impl Sampler {
     fn truncate(&mut self, params: &SamplingParams) {
         let scores = std::mem::take(&mut self.scores);
         // Adding zero turns −0 into +0, so that total_cmp below agrees with equality.
-        let best = scores.iter().copied().fold(f32::MIN, f32::max) + 0.0;
+        let best = largest(&scores) + 0.0;
         let floor = match params.top_k {
-            k if k > 0 && k < scores.len() => {
-                self.order.clear();
-                self.order.extend_from_slice(&scores);
-                *self
-                    .order
-                    .select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a))
-                    .1
-            }
+            k if k > 0 && k < scores.len() => kth_largest(&scores, k, &mut self.order),
             _ => f32::MIN,
         };
-        let kept = scores.iter().enumerate().filter(|(_, s)| **s >= floor);
-        self.weigh(kept.map(|(id, s)| (id as u32, *s)), best, params);
+        let parts = scores.chunks(STRIDE).enumerate();
+        let kept = parts
+            .filter(|(_, part)| largest(part) >= floor)
+            .flat_map(|(i, part)| (i * STRIDE..).zip(part.iter().copied()))
+            .filter(|(_, score)| *score >= floor);
+        self.weigh(kept.map(|(id, s)| (id as u32, s)), best, params);
         self.scores = scores;
     }
 
@@ -247,7 +244,7 @@ impl Sampler {
 
 /// log Σ exp(x), accumulated in float64.
 pub fn log_sum_exp(x: &[f32]) -> f64 {
-    let best = f64::from(x.iter().copied().fold(f32::MIN, f32::max));
+    let best = f64::from(largest(x));
     let sum: f64 = x.iter().map(|&v| (f64::from(v) - best).exp()).sum();
     best + sum.ln()
 }
@@ -286,15 +283,54 @@ fn not_a_number(id: usize, value: f32) -> Error {
     )
 }
 
+/// Values looked at together: one comparison for all of them where none matters.
+const STRIDE: usize = 64;
+
 /// Index of the largest value, the lowest one among equals.
 fn argmax(x: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, v) in x.iter().enumerate() {
-        if *v > x[best] {
-            best = i;
+    let (mut best, mut at) = (f32::MIN, 0);
+    for (i, part) in x.chunks(STRIDE).enumerate() {
+        let most = largest(part);
+        if most > best {
+            (best, at) = (most, i * STRIDE);
         }
     }
-    best as u32
+    let among = x[at..].iter().position(|v| *v == best);
+    (at + among.unwrap_or(0)) as u32
+}
+
+/// The largest of some finite values. Sixteen running maxima side by side: one would be a chain of dependent steps.
+fn largest(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::MIN; 16];
+    let (whole, rest) = x.as_chunks::<16>();
+    for part in whole {
+        for (lane, v) in lanes.iter_mut().zip(part) {
+            *lane = larger(*lane, *v);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::MIN, |a, b| larger(a, *b))
+}
+
+/// The `k`-th largest value; `room` is scratch. Few candidates are ever kept: most of a row lies below the largest so far.
+fn kth_largest(x: &[f32], k: usize, room: &mut Vec<f32>) -> f32 {
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    room.clear();
+    let mut floor = f32::MIN;
+    for part in x.chunks(STRIDE) {
+        if room.len() >= k && largest(part) <= floor {
+            continue;
+        }
+        room.extend(part.iter().filter(|v| **v >= floor));
+        if room.len() >= 2 * k + STRIDE {
+            floor = *room.select_nth_unstable_by(k - 1, descending).1;
+            room.truncate(k);
+        }
+    }
+    *room.select_nth_unstable_by(k - 1, descending).1
 }
 
 /// Moves the nucleus (Holtzman et al. 2020) to the front, best first, and returns its size: a token belongs to it while

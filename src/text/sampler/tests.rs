@@ -378,6 +378,17 @@ proptest! {
         }
     }
 
+    #[test]
+    fn kth_and_first_equal_a_full_sort(scores in prop::collection::vec(-40i32..40, 1..700), k in 1usize..200) {
+        let scores: Vec<f32> = scores.iter().map(|s| *s as f32 * 0.5).collect();
+        let mut sorted = scores.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let k = k.min(scores.len());
+        prop_assert_eq!(kth_largest(&scores, k, &mut vec![1.0]), sorted[k - 1]);
+        let first = scores.iter().position(|s| *s == sorted[0]);
+        prop_assert_eq!(Some(argmax(&scores) as usize), first);
+    }
+
     /// The partial selection finds the nucleus a full sort finds.
     #[test]
     fn nucleus_equals_full_sort(scores in prop::collection::vec(-6i32..6, 1..2000), p in 0.001f64..1.0) {

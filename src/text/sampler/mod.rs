@@ -158,7 +158,7 @@ impl Sampler {
     fn truncate(&mut self, params: &SamplingParams) {
         let scores = std::mem::take(&mut self.scores);
         // Adding zero turns −0 into +0, so that total_cmp below agrees with equality.
-        let best = largest(scores) + 0.0;
+        let best = largest(&scores) + 0.0;
         let floor = match params.top_k {
             k if k > 0 && k < scores.len() => kth_largest(&scores, k, &mut self.order),
             _ => f32::MIN,

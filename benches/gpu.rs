@@ -1,0 +1,180 @@
+//! Kernels at a 7B model's layer shapes, and the copy path, on the GPU found; without one it says why and measures nothing.
+//!
+//! `cargo bench --bench gpu`. The GPU suite (`gpu/README.md`) is what records are made of; this is for one change against another.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use memmap2::MmapMut;
+use tensorpager::device::cuda::{Context, Copier, Piece, Pin, Slot};
+use tensorpager::device::{CudaOptions, Device, Into};
+use tensorpager::error::Result;
+use tensorpager::units::Dtype;
+
+#[path = "../examples/gpu_suite/bed.rs"]
+mod bed;
+
+use bed::{Bed, Random, bytes_of};
+
+const HIDDEN: usize = 3584;
+const MLP: usize = 18944;
+/// Weights are taken in turn from more bytes than any cache has.
+const COPIES: usize = 4;
+
+fn open() -> Option<Bed> {
+    let options = CudaOptions {
+        ordinal: 0,
+        half: Dtype::BF16,
+        head_size: 128,
+        vision_head_size: None,
+        memory: None,
+    };
+    match Context::new(0).and_then(|_| Device::cuda(&options)) {
+        Ok(device) => Some(Bed {
+            device,
+            half: Dtype::BF16,
+        }),
+        Err(e) => {
+            println!("GPU benches skipped: {e}");
+            None
+        }
+    }
+}
+
+/// `times` calls back to back, all done.
+fn spent(bed: &Bed, times: u64, mut call: impl FnMut(usize) -> Result<()>) -> Duration {
+    let cuda = bed.device.as_cuda().expect("a GPU");
+    let mut run = || -> Result<Duration> {
+        cuda.synchronize()?;
+        let started = Instant::now();
+        for i in 0..times {
+            call(i as usize)?;
+        }
+        cuda.synchronize()?;
+        Ok(started.elapsed())
+    };
+    run().unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn linear(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    let mut random = Random::new(1);
+    let pattern = bytes_of(&random.values(1 << 16, 0.1), bed.half);
+    for (n, k) in [(HIDDEN, HIDDEN), (MLP, HIDDEN), (HIDDEN, MLP)] {
+        let bytes: Vec<u8> = pattern.iter().copied().cycle().take(n * k * 2).collect();
+        let weights = (0..COPIES)
+            .map(|_| bed.weight_bytes(bytes.clone(), n, k))
+            .collect::<Result<Vec<_>>>()?;
+        let mut group = c.benchmark_group(format!("gpu/linear/{n}x{k}"));
+        for rows in [1, 8, 16, 32, 64, 512, 2048] {
+            let a = bed.acts(&random.values(rows * k, 1.0), k)?;
+            let mut out = bed.device.rows(rows, n)?;
+            group.throughput(match rows {
+                1..=32 => Throughput::Bytes((n * k * 2) as u64),
+                _ => Throughput::Elements(2 * (rows * n * k) as u64),
+            });
+            group.bench_function(BenchmarkId::from_parameter(rows), |b| {
+                b.iter_custom(|times| {
+                    spent(bed, times, |i| {
+                        let w = weights[i % COPIES].view();
+                        bed.device
+                            .linear(&a, rows, &w, None, &mut out, 0, Into::Store)
+                    })
+                });
+            });
+        }
+    }
+    Ok(())
+}
+
+fn rowwise(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    let d = &bed.device;
+    for rows in [1, 64, 2048] {
+        let x = d.rows(rows, HIDDEN)?;
+        let w = bed.weight_bytes(vec![0; HIDDEN * 2], 1, HIDDEN)?;
+        let mut out = d.acts(rows, HIDDEN, bed.half)?;
+        c.bench_function(&format!("gpu/rmsnorm/{rows}"), |b| {
+            b.iter_custom(|times| {
+                spent(bed, times, |_| {
+                    d.rmsnorm(&x, 0, rows, &w.view(), 1e-6, &mut out)
+                })
+            });
+        });
+        let (gate, up) = (d.rows(rows, MLP)?, d.rows(rows, MLP)?);
+        let mut out = d.acts(rows, MLP, bed.half)?;
+        c.bench_function(&format!("gpu/swiglu/{rows}"), |b| {
+            b.iter_custom(|times| spent(bed, times, |_| d.swiglu(&gate, &up, rows, MLP, &mut out)));
+        });
+    }
+    Ok(())
+}
+
+struct Frame(Arc<MmapMut>);
+
+impl Deref for Frame {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Pinned frames into a slot and back into the ring, as the pager sends them.
+fn copies(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    let context = bed.device.as_cuda().expect("a GPU").context();
+    let mut group = c.benchmark_group("gpu/copy");
+    for kib in [256, 1024, 4096] {
+        let bytes = kib << 10;
+        let (mut idle, mut pins) = (Vec::new(), Vec::new());
+        for _ in 0..16 {
+            let mut memory = MmapMut::map_anon(bytes).expect("memory");
+            memory.fill(1);
+            let memory = Arc::new(memory);
+            pins.push(Pin::new(context, &memory[..], Box::new(memory.clone()))?);
+            idle.push(Frame(memory));
+        }
+        let mut slot = Slot::new(context, bytes as u64, "what is copied")?;
+        let mut copier = Copier::new(context, idle.len())?;
+        copier.begin(&mut slot)?;
+        let all = [Piece {
+            from: 0,
+            to: 0,
+            bytes,
+        }];
+        group.throughput(Throughput::Bytes(bytes as u64));
+        group.bench_function(BenchmarkId::from_parameter(format!("{kib}KiB")), |b| {
+            b.iter_custom(|times| {
+                let mut run = || -> Result<Duration> {
+                    let started = Instant::now();
+                    for _ in 0..times {
+                        if idle.is_empty() {
+                            idle.extend(copier.reclaim(true)?.map(|f| f.0));
+                        }
+                        copier.send(idle.pop().expect("a frame"), &all, &slot)?;
+                    }
+                    while let Some((frame, _)) = copier.reclaim(true)? {
+                        idle.push(frame);
+                    }
+                    Ok(started.elapsed())
+                };
+                run().unwrap_or_else(|e| panic!("{e}"))
+            });
+        });
+        // The frames' copies are done: only then may their memory be unpinned.
+        drop(pins);
+    }
+    Ok(())
+}
+
+fn all(c: &mut Criterion) {
+    if let Some(bed) = open() {
+        let done = linear(c, &bed)
+            .and_then(|()| rowwise(c, &bed))
+            .and_then(|()| copies(c, &bed));
+        done.unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);

@@ -1,0 +1,301 @@
+//! Decoding a checkpoint of a 7B model's geometry (random weights) under a bound on GPU memory: from RAM and from disk, beside accelerate's
+//! offload of the same files, and for more and more sequences.
+
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tensorpager::checkpoint::{synthetic_bytes, write_synthetic};
+
+use super::tools::{Ran, python, run};
+use super::{Outcome, Suite};
+
+const LAYERS: usize = 28;
+/// Beyond the checkpoint and its packed copy.
+const MARGIN: u64 = 2 << 30;
+
+/// Qwen2.5-7B's text part.
+fn config(layers: usize) -> Value {
+    json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": layers, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152_064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "tie_word_embeddings": false, "use_sliding_window": false, "torch_dtype": "bfloat16"
+    })
+}
+
+fn smoke_config() -> Value {
+    let mut config = config(3);
+    let small = [
+        ("hidden_size", 128),
+        ("intermediate_size", 192),
+        ("num_attention_heads", 2),
+        ("num_key_value_heads", 1),
+        ("vocab_size", 288),
+    ];
+    for (key, value) in small {
+        config[key] = json!(value);
+    }
+    config
+}
+
+struct Checkpoint {
+    folder: PathBuf,
+    packs: PathBuf,
+    layers: usize,
+    bytes: u64,
+}
+
+fn free_bytes(folder: &Path) -> Outcome<u64> {
+    let s = rustix::fs::statvfs(folder)?;
+    Ok(s.f_bavail * s.f_frsize)
+}
+
+/// As many layers as the disk has room for, twice.
+fn checkpoint(suite: &mut Suite) -> Outcome<Checkpoint> {
+    let folder = suite.scratch.join("7b");
+    let packs = suite.scratch.join("7b-packs");
+    let free = free_bytes(&suite.scratch)?;
+    let room = |layers: usize| {
+        Ok::<_, tensorpager::error::Error>(2 * synthetic_bytes(&config(layers))? + MARGIN)
+    };
+    let mut layers = LAYERS;
+    let config = match suite.smoke {
+        true => smoke_config(),
+        false => {
+            while layers > 1 && room(layers)? > free {
+                layers -= 1;
+            }
+            config(layers)
+        }
+    };
+    let made = folder.join("made");
+    if !made.exists() {
+        std::fs::create_dir_all(&folder)?;
+        write_synthetic(&folder, &config, &mut |_, _| Ok(()))?;
+        super::fixtures::tokenizer(suite, &folder)?;
+        let ran = tensorpager(suite, &["pack".into(), text(&folder)], &packs)?;
+        if !ran.ok {
+            return Err(ran.why().into());
+        }
+        std::fs::write(&made, "")?;
+    }
+    Ok(Checkpoint {
+        bytes: synthetic_bytes(&config)?,
+        layers: config["num_hidden_layers"].as_u64().unwrap_or(0) as usize,
+        folder,
+        packs,
+    })
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn tensorpager(suite: &Suite, arguments: &[String], packs: &Path) -> Outcome<Ran> {
+    let mut command = Command::new(suite.binary());
+    command.args(arguments).arg("--offload-folder").arg(packs);
+    run(&mut command, suite.left().min(Duration::from_secs(180)))
+}
+
+/// Asks the kernel to forget a folder's files; then the share of their bytes that it still holds.
+fn evict(folder: &Path) -> Outcome<f64> {
+    let (mut held, mut all) = (0u64, 0u64);
+    for entry in walk(folder)? {
+        let file = std::fs::File::open(&entry)?;
+        let bytes = file.metadata()?.len() as usize;
+        if bytes == 0 {
+            continue;
+        }
+        file.sync_all()?;
+        // SAFETY: advice about a file that is open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        // SAFETY: nothing of the mapping is read; it only asks which pages are in memory.
+        let map = unsafe { memmap2::Mmap::map(&file)? };
+        let mut pages = vec![0u8; bytes.div_ceil(4096)];
+        // SAFETY: the mapping has as many pages as the vector has bytes.
+        let asked =
+            unsafe { libc::mincore(map.as_ptr() as *mut _, bytes, pages.as_mut_ptr().cast()) };
+        if asked == 0 {
+            held += pages.iter().filter(|p| **p & 1 == 1).count() as u64 * 4096;
+        }
+        all += bytes as u64;
+    }
+    Ok(held as f64 / all.max(1) as f64)
+}
+
+fn walk(folder: &Path) -> Outcome<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => files.extend(walk(&path)?),
+            false => files.push(path),
+        }
+    }
+    Ok(files)
+}
+
+/// `batch --bench`: its closing object.
+fn bench(suite: &Suite, made: &Checkpoint, sequences: usize, cpu_memory: &str) -> Outcome<Value> {
+    let output = if suite.smoke { 3 } else { 8 };
+    let gpu = if suite.smoke { "512MiB" } else { "8GiB" };
+    let folder = text(&made.folder);
+    let (n, out) = (sequences.to_string(), output.to_string());
+    let arguments = [
+        "batch",
+        &folder,
+        "--bench",
+        &n,
+        "--max-sequences",
+        &n,
+        "--input-len",
+        "8",
+        "--output-len",
+        &out,
+        "--device",
+        "cuda",
+        "--gpu-memory",
+        gpu,
+        "--cpu-memory",
+        cpu_memory,
+        "--json",
+        "--quiet",
+    ];
+    let arguments: Vec<String> = arguments.iter().map(|a| a.to_string()).collect();
+    let ran = tensorpager(suite, &arguments, &made.packs)?;
+    match ran.ok {
+        true => ran.json(),
+        false => Err(ran.why().into()),
+    }
+}
+
+fn row(suite: &mut Suite, what: &str, report: &Value) {
+    let p = &report["paging"];
+    let n = |v: &Value| v.as_f64().unwrap_or(0.0);
+    let seconds = n(&report["timings"]["decode_s"]);
+    let passes = n(&p["passes"]).max(1.0);
+    let largest = n(&p["disk_s"]).max(n(&p["h2d_s"])).max(n(&p["compute_s"]));
+    let ratio = match largest > 0.0 {
+        true => format!("{:.2}", seconds / largest),
+        false => "-".into(),
+    };
+    suite.report.row(&[
+        what,
+        &format!("{:.2}", n(&report["timings"]["output_tokens_per_s"])),
+        &format!("{:.3}", seconds / passes),
+        &format!("{:.2}", n(&p["resident_gpu_bytes"]) / 1e9),
+        &format!("{:.2}", n(&p["disk_bytes_per_pass"]) / 1e9),
+        &format!("{:.2}", n(&p["disk_gb_per_s"])),
+        &format!("{:.2}", n(&p["h2d_gb_per_s"])),
+        &format!("{:.3}", n(&p["compute_s"]) / passes),
+        &ratio,
+    ]);
+}
+
+const COLUMNS: [&str; 9] = [
+    "how",
+    "tokens/s",
+    "s a pass",
+    "GB on GPU",
+    "GB disk",
+    "disk GB/s",
+    "copy GB/s",
+    "compute s",
+    "to largest",
+];
+
+/// Host memory: room for all of it, and for little.
+fn budgets(suite: &Suite, made: &Checkpoint) -> (String, String) {
+    match suite.smoke {
+        true => ("1GiB".into(), "1GiB".into()),
+        false => (format!("{}GiB", (made.bytes >> 30) + 12), "4GiB".into()),
+    }
+}
+
+pub fn section(suite: &mut Suite) -> Outcome<()> {
+    let made = checkpoint(suite)?;
+    let name = format!(
+        "Decode, one sequence: {} layers of a 7B model, {:.1} GB, GPU memory {}",
+        made.layers,
+        made.bytes as f64 / 1e9,
+        if suite.smoke { "512 MiB" } else { "8 GiB" }
+    );
+    suite.report.table(&name, &COLUMNS);
+    let (much, little) = budgets(suite, &made);
+    let report = bench(suite, &made, 1, &much)?;
+    row(suite, "from RAM", &report);
+    let warm = evict(&made.packs)?;
+    let report = bench(suite, &made, 1, &little)?;
+    row(suite, "from disk", &report);
+    suite.report.note(&format!(
+        "Before the run from disk the page cache held {:.1} % of the files, after asking the kernel to forget them.",
+        100.0 * warm
+    ));
+    accelerate(suite, &made)
+}
+
+fn accelerate(suite: &mut Suite, made: &Checkpoint) -> Outcome<()> {
+    if suite.smoke {
+        suite.report.note("accelerate: not in a smoke run");
+        return Ok(());
+    }
+    let Some(python) = python() else {
+        suite.report.note("accelerate: no Python with torch (and its CUDA), transformers and accelerate here; TENSORPAGER_PYTHON names one");
+        return Ok(());
+    };
+    suite.report.table(
+        "accelerate's offload of the same files, the same bound",
+        &["how", "tokens/s", "load s"],
+    );
+    for mode in ["cpu", "disk"] {
+        let warm = evict(&made.folder)?;
+        let ran = run(
+            Command::new(&python)
+                .arg(suite.home.join("accelerate_decode.py"))
+                .args([
+                    &text(&made.folder),
+                    mode,
+                    &text(&suite.scratch.join("accelerate")),
+                ]),
+            (suite.left() / 3).min(Duration::from_secs(120)),
+        )?;
+        if !ran.ok {
+            suite
+                .report
+                .note(&format!("accelerate, {mode} offload: {}", ran.why()));
+            continue;
+        }
+        let report = ran.json()?;
+        let n = |key: &str| format!("{:.2}", report[key].as_f64().unwrap_or(0.0));
+        let how = format!("{mode} offload, {:.1} % in the page cache", 100.0 * warm);
+        suite.report.row(&[&how, &n("tokens_per_s"), &n("load_s")]);
+    }
+    let _ = std::fs::remove_dir_all(suite.scratch.join("accelerate"));
+    Ok(())
+}
+
+/// The same pass for more and more sequences, from RAM.
+pub fn throughput(suite: &mut Suite) -> Outcome<()> {
+    let made = checkpoint(suite)?;
+    suite
+        .report
+        .table("Throughput, from RAM, by sequences", &COLUMNS);
+    let (much, _) = budgets(suite, &made);
+    let counts: &[usize] = if suite.smoke {
+        &[1, 4]
+    } else {
+        &[1, 8, 64, 256]
+    };
+    for sequences in counts {
+        if suite.left() < Duration::from_secs(20) && !suite.smoke {
+            suite.report.note("the time was up");
+            break;
+        }
+        let report = bench(suite, &made, *sequences, &much)?;
+        row(suite, &format!("{sequences} sequences"), &report);
+    }
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! The GPU suite: what is true and how fast on this machine's GPU, as a short table and a dated record for `benches/results/`.
+//!
+//!     gpu_suite [--smoke] [--out RECORD.md] [--scratch DIR] [--only SECTION,…] [--minutes N]
+//!
+//! It wants the driver alone; `gpu/README.md` says how the folder it runs in is made. Exit code 1: something is wrong.
+//! `--smoke` runs every section at small shapes, on an emulated GPU too; its timings mean nothing and are not to be recorded.
+
+mod bed;
+mod copies;
+mod cublas;
+mod decode;
+mod fixtures;
+mod kernels;
+mod machine;
+mod ops;
+mod report;
+mod tools;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use report::Report;
+
+pub type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// What all sections know.
+pub struct Suite {
+    pub smoke: bool,
+    pub started: Instant,
+    pub limit: Duration,
+    /// The folder of this program: the binary, fixtures and scripts lie in it.
+    pub home: PathBuf,
+    pub scratch: PathBuf,
+    pub report: Report,
+    /// Of device memory, read and written: 10⁹ bytes a second. What memory-bound kernels are measured against.
+    pub memory_gb_per_s: Option<f64>,
+    pub pinned_gb_per_s: Option<f64>,
+}
+
+impl Suite {
+    pub fn left(&self) -> Duration {
+        self.limit.saturating_sub(self.started.elapsed())
+    }
+
+    pub fn binary(&self) -> PathBuf {
+        self.home.join("tensorpager")
+    }
+}
+
+type Section = (&'static str, fn(&mut Suite) -> Outcome<()>);
+
+const SECTIONS: [Section; 8] = [
+    ("machine", machine::section),
+    ("ops", ops_section),
+    ("fixtures", fixtures::section),
+    ("sanitizer", tools::sanitizer),
+    ("copies", copies::section),
+    ("kernels", kernels::section),
+    ("decode", decode::section),
+    ("throughput", decode::throughput),
+];
+
+fn ops_section(suite: &mut Suite) -> Outcome<()> {
+    let shapes = match suite.smoke {
+        true => ops::Shapes::Small,
+        false => ops::Shapes::All,
+    };
+    let report = &mut suite.report;
+    report.table(
+        "Ops against the CPU device",
+        &["op", "type", "nmse", "allowed", "shapes", ""],
+    );
+    for half in ops::HALVES {
+        ops::compare(half, shapes, &mut |row| {
+            let said = row.differs.as_deref().unwrap_or("");
+            report.checked(
+                row.ok(),
+                &[
+                    &row.op,
+                    row.half.short(),
+                    &format!("{:.1e}", row.nmse),
+                    &format!("{:.1e}", row.limit),
+                    &row.shapes.to_string(),
+                    said,
+                ],
+            );
+        })?;
+    }
+    Ok(())
+}
+
+struct Arguments {
+    smoke: bool,
+    out: Option<PathBuf>,
+    scratch: PathBuf,
+    only: Vec<String>,
+    minutes: f64,
+}
+
+fn arguments() -> Outcome<Arguments> {
+    let mut found = Arguments {
+        smoke: false,
+        out: None,
+        scratch: std::env::temp_dir().join("tensorpager-gpu-suite"),
+        only: Vec::new(),
+        minutes: 9.5,
+    };
+    let mut list = std::env::args().skip(1);
+    while let Some(name) = list.next() {
+        let mut value = || list.next().ok_or(format!("{name} wants a value"));
+        match name.as_str() {
+            "--smoke" => found.smoke = true,
+            "--out" => found.out = Some(value()?.into()),
+            "--scratch" => found.scratch = value()?.into(),
+            "--only" => found.only = value()?.split(',').map(str::to_string).collect(),
+            "--minutes" => found.minutes = value()?.parse()?,
+            _ => return Err(format!("what is {name}? See gpu/README.md").into()),
+        }
+    }
+    let known = |s: &String| SECTIONS.iter().any(|(name, _)| name == s);
+    match found.only.iter().find(|s| !known(s)) {
+        Some(s) => Err(format!("there is no section {s}: {:?}", SECTIONS.map(|s| s.0)).into()),
+        None => Ok(found),
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(true) => std::process::ExitCode::SUCCESS,
+        Ok(false) => std::process::ExitCode::from(1),
+        Err(e) => {
+            eprintln!("error: {e}");
+            std::process::ExitCode::from(2)
+        }
+    }
+}
+
+fn run() -> Outcome<bool> {
+    let arguments = arguments()?;
+    let exe = std::env::current_exe()?;
+    let home = exe
+        .parent()
+        .ok_or("this program lies nowhere")?
+        .to_path_buf();
+    std::fs::create_dir_all(&arguments.scratch)?;
+    let mut suite = Suite {
+        smoke: arguments.smoke,
+        started: Instant::now(),
+        limit: Duration::from_secs_f64(arguments.minutes * 60.0),
+        home,
+        scratch: arguments.scratch.clone(),
+        report: Report::new(arguments.smoke),
+        memory_gb_per_s: None,
+        pinned_gb_per_s: None,
+    };
+    for (name, section) in SECTIONS {
+        if !arguments.only.is_empty() && !arguments.only.iter().any(|o| o == name) {
+            continue;
+        }
+        if suite.left().is_zero() {
+            suite
+                .report
+                .note(&format!("{name}: not run, the time was up"));
+            continue;
+        }
+        let started = Instant::now();
+        if let Err(e) = section(&mut suite) {
+            suite
+                .report
+                .failed(&format!("{name}: {}", e.to_string().replace('\n', "; ")));
+            // Without a GPU everything else would say the same.
+            if name == "machine" {
+                break;
+            }
+        }
+        suite.report.took(name, started.elapsed());
+    }
+    let _ = std::fs::remove_dir_all(&arguments.scratch);
+    if let Some(out) = &arguments.out {
+        std::fs::write(out, suite.report.markdown(&suite.home))?;
+        println!("\nrecord: {}", out.display());
+    }
+    println!("\n{}", suite.report.verdict());
+    Ok(suite.report.good())
+}

@@ -1,0 +1,81 @@
+//! Every op of the CUDA device against the CPU device's: on the emulated driver, or on a GPU with `TENSORPAGER_GPU=1`.
+
+#[path = "../examples/gpu_suite/bed.rs"]
+mod bed;
+mod emulated;
+#[path = "../examples/gpu_suite/ops.rs"]
+mod ops;
+
+use std::process::Command;
+
+use ops::Shapes;
+
+/// In this process, on whatever driver it finds.
+#[test]
+#[ignore = "run by the tests below, with a driver"]
+fn on_this_driver() {
+    let shapes = match std::env::var("TENSORPAGER_GPU").as_deref() {
+        Ok("1") => Shapes::All,
+        _ => Shapes::Small,
+    };
+    let mut bad = 0;
+    for half in ops::HALVES {
+        ops::compare(half, shapes, &mut |row| {
+            println!(
+                "{:<28} {:<4} {:9.2e} of {:7.1e}, {} shapes {}",
+                row.op,
+                row.half.short(),
+                row.nmse,
+                row.limit,
+                row.shapes,
+                row.differs.as_deref().unwrap_or("")
+            );
+            bad += usize::from(!row.ok());
+        })
+        .unwrap_or_else(|e| panic!("{e}"));
+    }
+    assert_eq!(bad, 0, "ops that differ from the CPU's");
+}
+
+fn run(settings: &[(&str, &str)]) -> Option<(bool, String)> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "on_this_driver", "--ignored", "--nocapture"]);
+    if std::env::var_os("TENSORPAGER_GPU").is_none() {
+        emulated::on(&mut command, emulated::driver()?, settings);
+    }
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    Some((
+        output.status.success(),
+        String::from_utf8_lossy(&text).into_owned(),
+    ))
+}
+
+#[test]
+fn ops_agree_with_the_cpu() {
+    let Some((ok, text)) = run(&[]) else {
+        return;
+    };
+    println!("{text}");
+    assert!(ok, "{text}");
+    assert!(text.lines().filter(|l| l.contains(" shapes")).count() >= 30);
+}
+
+/// The comparison itself can fail: a kernel that never runs leaves its output as it was.
+#[test]
+fn a_missing_wait_is_noticed() {
+    if std::env::var_os("TENSORPAGER_GPU").is_some() {
+        return;
+    }
+    let ignore = [
+        (
+            "EMUCUDA_IGNORE",
+            "cuStreamWaitEvent,cuEventSynchronize,cuStreamSynchronize",
+        ),
+        ("EMUCUDA_ORDER", "lazy"),
+        ("EMUCUDA_RACES", "off"),
+    ];
+    if let Some((ok, text)) = run(&ignore) {
+        assert!(!ok, "{text}");
+    }
+}

@@ -137,17 +137,15 @@ impl CpuDevice {
     fn gather(&self, a: &DenseAttention<'_>, rows: Range<usize>, kv_head: usize, to: &mut Floats) {
         let (count, step) = (rows.len(), padded(a.head_size));
         assert!(2 * count * step <= to.len(), "room for the gathered head");
-        let out = OutPtr(to.as_mut_ptr());
+        let to = OutPtr(to.as_mut_ptr());
         self.pool.run(count.div_ceil(GATHER_ROWS), &|task, _| {
-            // The whole pointer, which may go to other threads, not its field.
-            let all = out;
             for i in task * GATHER_ROWS..count.min((task + 1) * GATHER_ROWS) {
                 let at = (rows.start + i, kv_head * a.head_size);
                 for (half, x, stride) in [(0, a.k, a.k_stride), (count, a.v, a.v_stride)] {
                     let from = &x[at.0 * stride + at.1..][..a.head_size];
+                    let to = element(to, (half + i) * step);
                     // SAFETY: the buffer holds two times `count` rows (asserted), and this task alone has this one.
                     unsafe {
-                        let to = all.0.add((half + i) * step);
                         std::ptr::copy_nonoverlapping(from.as_ptr(), to, a.head_size);
                         zero_pad(to, a.head_size, step);
                     }
@@ -155,6 +153,11 @@ impl CpuDevice {
             }
         });
     }
+}
+
+/// A function, so that closures take the whole pointer, which may go to other threads, and not its field.
+fn element(to: OutPtr<f32>, i: usize) -> *mut f32 {
+    to.0.wrapping_add(i)
 }
 
 struct DenseKeys<'a> {

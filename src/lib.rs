@@ -4,6 +4,8 @@
 
 // The one error type: what, cause, fix.
 pub mod error;
+// Test only: bugs that the suites must catch. Nothing in a build without the feature `testing`.
+pub mod planted;
 // Sizes, ids, alignment.
 pub mod units;
 // `config.json` → geometry, units, expected tensors.
@@ -30,3 +32,5 @@ pub mod engine;
 pub mod report;
 // The command line, one file a command.
 pub mod cli;
+// Test only: what the fuzzers call.
+pub mod fuzzing;

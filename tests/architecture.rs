@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Who may import whom: the layers of the way of a byte. A module may always import itself.
-const MAY_IMPORT: [(&str, &[&str]); 15] = [
+const MAY_IMPORT: [(&str, &[&str]); 17] = [
     ("error", &[]),
+    ("planted", &[]),
     ("units", &["error"]),
     ("spec", &["error", "units"]),
     ("checkpoint", &["error", "units", "spec"]),
@@ -70,12 +71,26 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
             "checkpoint",
         ],
     ),
+    (
+        "fuzzing",
+        &[
+            "units",
+            "spec",
+            "checkpoint",
+            "store",
+            "paging",
+            "text",
+            "media",
+            "engine",
+        ],
+    ),
     ("main", &["cli"]),
 ];
 
 /// The order of `src/lib.rs`.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 16] = [
     "error",
+    "planted",
     "units",
     "spec",
     "checkpoint",
@@ -89,6 +104,7 @@ const ORDER: [&str; 14] = [
     "engine",
     "report",
     "cli",
+    "fuzzing",
 ];
 
 const MOST_LINES: usize = 700;
@@ -216,6 +232,10 @@ fn modules_import_only_what_lies_below_them() {
         };
         for (number, line) in source.code() {
             for name in imported(line) {
+                // Constants in every build that counts, and so no dependency.
+                if name == "planted" {
+                    continue;
+                }
                 if name != source.module() && !allowed.contains(&name.as_str()) {
                     broken.push(format!(
                         "src/{}:{number}: {} imports {name}",

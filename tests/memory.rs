@@ -229,6 +229,7 @@ fn score_keeps_its_budget_too() {
     assert_eq!(lines[0], lines[1], "the budget changes no digit");
 }
 
+// hazard: budget: refused before work starts, with the budget that would do
 #[test]
 fn a_refusal_reads_nothing_and_its_budget_works_when_pasted() {
     let dir = tempfile::tempdir().unwrap();

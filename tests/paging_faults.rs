@@ -115,6 +115,8 @@ fn all_at_once(r: Box<dyn Reader>) -> Box<dyn Reader> {
     with(faults, r)
 }
 
+// hazard: short-reads: no bit of the logits changes
+// hazard: eintr-eagain: no bit of the logits changes
 #[test]
 fn passing_faults_change_no_bit() {
     let dir = tempfile::tempdir().unwrap();
@@ -197,6 +199,7 @@ fn flip_all(inner: Box<dyn Reader>) -> Box<dyn Reader> {
     })
 }
 
+// hazard: bit-rot: on the way: read once more, no bit changes
 #[test]
 fn one_flipped_bit_on_the_way_is_healed_by_one_more_read() {
     let dir = tempfile::tempdir().unwrap();
@@ -274,6 +277,7 @@ fn flip_byte(path: &Path, at: u64) {
     file.sync_all().unwrap();
 }
 
+// hazard: bit-rot: on disk: one error; names unit, file and block
 #[test]
 fn a_flipped_byte_on_disk_is_named_with_unit_file_and_block() {
     for (file, unit) in [
@@ -307,6 +311,7 @@ fn a_flipped_byte_on_disk_is_named_with_unit_file_and_block() {
     }
 }
 
+// hazard: changed: in place: the second read is refused; names unit, file and block
 #[test]
 fn in_place_a_byte_that_changes_between_two_reads_is_caught() {
     let dir = tempfile::tempdir().unwrap();
@@ -367,6 +372,7 @@ impl Reader for BadFile {
     }
 }
 
+// hazard: eio: one error; names layer, file, offset and errno
 #[test]
 fn a_read_error_names_its_own_layer_and_not_one_that_flies_beside_it() {
     fn file_0(r: Box<dyn Reader>) -> Box<dyn Reader> {
@@ -420,6 +426,7 @@ fn within<T>(limit: Duration, what: &str, work: impl FnOnce() -> T) -> T {
     out
 }
 
+// hazard: stall: one error within the time limit; names layer and file
 #[test]
 fn a_read_that_never_completes_is_named_within_the_limit() {
     fn lose_all(r: Box<dyn Reader>) -> Box<dyn Reader> {
@@ -531,6 +538,7 @@ fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
     assert!(share(&slow) > 0.0 && share(&quick) <= 130.0);
 }
 
+// hazard: cut-under-run: one error; names layer and file
 #[test]
 fn a_file_truncated_under_a_run_is_named() {
     for kind in [ReaderKind::Auto, ReaderKind::Threads] {
@@ -636,6 +644,7 @@ fn a_request_to_stop_ends_the_loading_of_residents() {
     assert_eq!(e.expect("it was told to stop").code(), Code::Interrupted);
 }
 
+// hazard: token-range: in the engine: that call fails, the next one is exact
 #[test]
 fn a_pass_that_fails_in_the_middle_does_not_spoil_the_next() {
     let dir = tempfile::tempdir().unwrap();

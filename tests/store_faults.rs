@@ -37,6 +37,7 @@ fn failing_at(options: &PackOptions, n: usize, errno: i32) -> PackOptions {
     }
 }
 
+// hazard: pack-call-fails: at each step: one error, the folder is as it was
 #[test]
 fn an_error_at_any_step_leaves_nothing_behind() {
     let tmp = tempfile::tempdir().unwrap();
@@ -91,6 +92,7 @@ fn run_child(source: &Path, offload: &Path, step: usize) -> bool {
     status.status.success()
 }
 
+// hazard: pack-killed: at each step: seen as unfinished, made again
 #[test]
 fn a_crash_at_any_step_is_seen_and_repaired() {
     let tmp = tempfile::tempdir().unwrap();
@@ -165,6 +167,7 @@ fn an_interruption_cleans_up() {
     assert_eq!(fs::read_dir(tmp.path().join("offload")).unwrap().count(), 0);
 }
 
+// hazard: two-packers: the second waits and uses the first one's pack
 #[test]
 fn two_packers_make_one_pack() {
     let tmp = tempfile::tempdir().unwrap();
@@ -218,6 +221,7 @@ fn two_packers_make_one_pack() {
     });
 }
 
+// hazard: packer-beside-runner: refused while it is in use; names the process
 #[test]
 fn a_reader_keeps_its_pack_from_packers_and_cleaners() {
     let tmp = tempfile::tempdir().unwrap();
@@ -240,6 +244,7 @@ fn a_reader_keeps_its_pack_from_packers_and_cleaners() {
     assert!(!offload.join("tiny--bf16").exists());
 }
 
+// hazard: changed: packing: refused, nothing stays
 #[test]
 fn a_source_that_changes_while_it_is_packed_is_refused() {
     let tmp = tempfile::tempdir().unwrap();
@@ -296,6 +301,7 @@ impl Drop for TinyDisk {
     }
 }
 
+// hazard: pack-disk-full: refused before the first byte, or streamed in place
 #[test]
 fn a_full_disk_is_met_before_the_first_byte_and_streams_in_place() {
     let tmp = tempfile::tempdir().unwrap();
@@ -326,6 +332,7 @@ fn a_full_disk_is_met_before_the_first_byte_and_streams_in_place() {
     assert_holds(&prepared.store, &tensors);
 }
 
+// hazard: pack-disk-full: one error; what was written is removed
 #[test]
 fn a_disk_that_fills_up_on_the_way_is_left_as_it_was() {
     let tmp = tempfile::tempdir().unwrap();

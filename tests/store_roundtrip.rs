@@ -272,6 +272,8 @@ fn in_place_merges_neighbours_and_refuses_casts() {
     assert!(error.fix().contains("--in-place"));
 }
 
+// hazard: nonfinite: counted and told; refused on request
+// hazard: overflow: counted; refused unless allowed
 #[test]
 fn what_float16_cannot_hold_is_counted_and_refused_unless_allowed() {
     let tmp = tempfile::tempdir().unwrap();

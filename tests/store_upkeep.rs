@@ -243,6 +243,7 @@ fn a_pack_whose_source_is_gone_is_stale_but_still_runs() {
     assert_holds(&Store::open_packed(&packed).unwrap(), &tensors);
 }
 
+// hazard: other-source: packed anew; another source gets its own folder
 #[test]
 fn a_changed_source_is_packed_anew_and_another_source_gets_its_own_folder() {
     let tmp = tempfile::tempdir().unwrap();

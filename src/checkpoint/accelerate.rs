@@ -19,7 +19,7 @@ const MAX_SAFETENSORS_FILES: usize = 1024;
 
 /// One entry of `index.json`.
 #[derive(Debug, Default, PartialEq)]
-struct Entry {
+pub(super) struct Entry {
     name: String,
     dtype: Option<String>,
     shape: Option<Vec<u64>>,
@@ -49,7 +49,7 @@ pub(super) fn list(folder: &Folder, listing: &mut Listing) -> Result<()> {
     Ok(())
 }
 
-fn parse_index(bytes: &[u8]) -> Parsed<Vec<Entry>> {
+pub(super) fn parse_index(bytes: &[u8]) -> Parsed<Vec<Entry>> {
     let mut reader = Reader::new(bytes)?;
     let mut entries = Vec::new();
     let mut names = HashSet::new();

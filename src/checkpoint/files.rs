@@ -8,11 +8,30 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
+use crate::planted::{self, Bug};
 
 /// Real ones have a few kilobytes; parsed into a tree, this much costs under 64 MiB.
 pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Indexes of shards and of accelerate's tensors.
 pub(super) const MAX_INDEX_BYTES: u64 = 32 << 20;
+
+/// What is read beside the weights: by the tokenizer, the chat template, the processor, and the packer that copies them.
+const TEXT_FILES: [&str; 13] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+];
+const MORE_TEMPLATES: &str = "additional_chat_templates";
 
 /// A model folder and how far its links may lead.
 #[derive(Clone, Debug)]
@@ -67,7 +86,8 @@ impl Folder {
                 _ => Error::io(what, &e),
             }
         })?;
-        if self.allow_external || real.starts_with(&self.root) {
+        let inside = real.starts_with(&self.root) || planted::is(Bug::LinkFollowed);
+        if self.allow_external || inside {
             return Ok(real);
         }
         Err(Error::new(
@@ -80,6 +100,26 @@ impl Folder {
             ),
             "copy the file into the folder, or pass --allow-external if you trust this folder",
         ))
+    }
+
+    /// Holds the files that others will read as text to the same rules, so that none of them waits on a FIFO or copies
+    /// what a link brings in from elsewhere.
+    pub(super) fn check_text_files(&self) -> Result<()> {
+        for name in TEXT_FILES {
+            if let Some(path) = self.find(name)? {
+                let metadata = fs::symlink_metadata(&path);
+                let metadata = metadata
+                    .map_err(|e| Error::io(format!("cannot look at {}", path.display()), &e))?;
+                refuse_irregular(&self.dir.join(name), &metadata)?;
+            }
+        }
+        let Ok(entries) = fs::read_dir(self.dir.join(MORE_TEMPLATES)) else {
+            return Ok(());
+        };
+        for entry in entries.take(10_000).filter_map(|e| e.ok()) {
+            self.confine(&entry.path())?;
+        }
+        Ok(())
     }
 
     /// Names of the files in the folder, sorted; for messages only.

@@ -91,7 +91,7 @@ fn keep_listed(header: &mut Header, names: &[String], path: &Path) -> Result<()>
 }
 
 /// Shard → the sorted names of its tensors.
-fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
+pub(super) fn parse_index(bytes: &[u8]) -> Parsed<BTreeMap<String, Vec<String>>> {
     let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut reader = Reader::new(bytes)?;
     let mut maps = 0;

@@ -170,6 +170,7 @@ mod tests {
         assert!(m.default_budget() < m.available + m.resident);
     }
 
+    // hazard: cgroup: the smallest limit of the group and its ancestors counts
     #[test]
     fn a_group_and_its_ancestors_are_read_and_cache_is_added_back() {
         let dir = tempfile::tempdir().unwrap();

@@ -174,6 +174,20 @@ impl Region {
         }
     }
 
+    /// A second owner of the same bytes, which must never be: [`crate::planted::Bug::SlotFreedEarly`].
+    #[cfg(feature = "testing")]
+    pub(crate) fn alias(&self) -> Region {
+        Region {
+            home: Arc::new(Home {
+                mapping: self.home.mapping.clone(),
+                lent: AtomicUsize::new(0),
+            }),
+            start: self.start,
+            len: self.len,
+            cursor: 0,
+        }
+    }
+
     /// Frames not yet given back.
     pub fn lent(&self) -> usize {
         // Acquire, with the release in Frame's drop: what was written through a frame is visible once it no longer counts.

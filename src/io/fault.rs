@@ -83,7 +83,7 @@ impl<R: Reader> FaultReader<R> {
     fn spoil(&mut self, mut done: RawDone) {
         let faults = self.faults;
         if !faults.sleep.is_zero() {
-            std::thread::sleep(faults.sleep);
+            self.inner.pause(faults.sleep);
         }
         if self.happens(faults.lose) {
             self.lost.push(done);
@@ -116,7 +116,7 @@ impl<R: Reader> FaultReader<R> {
             true => faults.delay_by,
             false => Duration::ZERO,
         };
-        self.held.push((done, Instant::now() + wait));
+        self.held.push((done, self.inner.now() + wait));
     }
 
     /// Lets at most `there` bytes have arrived: what was read behind them is destroyed, or a caller who trusts it would never be caught.
@@ -134,12 +134,12 @@ impl<R: Reader> FaultReader<R> {
     fn gather(&mut self, wait: bool, left: Duration) -> Result<()> {
         let due = self.held.iter().map(|(_, due)| *due).min();
         let pause = due.map_or(left, |due| {
-            left.min(due.saturating_duration_since(Instant::now()))
+            left.min(due.saturating_duration_since(self.inner.now()))
         });
         let flying = self.inner.in_flight();
         if flying == 0 {
             if wait {
-                std::thread::sleep(pause);
+                self.inner.pause(pause);
             }
             return Ok(());
         }
@@ -160,7 +160,7 @@ impl<R: Reader> FaultReader<R> {
     /// Hands out what is due; how many.
     fn release(&mut self, out: &mut Vec<RawDone>) -> usize {
         let mut released = 0;
-        let now = Instant::now();
+        let now = self.inner.now();
         if self.faults.reorder {
             for at in (1..self.held.len()).rev() {
                 let other = self.below(at + 1);
@@ -201,15 +201,15 @@ impl<R: Reader> Reader for FaultReader<R> {
     }
 
     fn reap(&mut self, min: usize, timeout: Duration, out: &mut Vec<RawDone>) -> Result<()> {
-        let start = Instant::now();
+        let start = self.inner.now();
         let min = min.min(self.in_flight());
         let mut got = 0;
         loop {
-            let left = timeout.saturating_sub(start.elapsed());
+            let left = timeout.saturating_sub(self.inner.now() - start);
             let answer = self.gather(got < min, left);
             got += self.release(out);
             answer?;
-            if got >= min || start.elapsed() >= timeout {
+            if got >= min || self.inner.now() - start >= timeout {
                 return Ok(());
             }
         }
@@ -217,5 +217,13 @@ impl<R: Reader> Reader for FaultReader<R> {
 
     fn describe(&self) -> String {
         format!("{} with faults {:?}", self.inner.describe(), self.faults)
+    }
+
+    fn now(&self) -> Instant {
+        self.inner.now()
+    }
+
+    fn pause(&mut self, time: Duration) {
+        self.inner.pause(time);
     }
 }

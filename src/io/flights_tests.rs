@@ -223,6 +223,7 @@ fn interruptions_and_shortages_are_tried_again() {
     assert_eq!(bed.skips(), [0, 0, 0, 4096, 4096, 4096]);
 }
 
+// hazard: eintr-eagain: without end: an error after 64 in a row
 #[test]
 fn but_not_for_ever() {
     for errno in [libc::EINTR, libc::EAGAIN] {

@@ -17,7 +17,7 @@ mod uring;
 
 use std::fmt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use arena::{Arena, Frame, Region, SEGMENT_BYTES, Segment};
 pub use fault::{FaultReader, Faults};
@@ -72,6 +72,14 @@ pub trait Reader: Send {
     fn reap(&mut self, min: usize, timeout: Duration, out: &mut Vec<RawDone>) -> Result<()>;
     /// How it was set up, in one line: flags got, buffers registered or why not.
     fn describe(&self) -> String;
+    /// The time by which whoever waits for this reader counts. A disk that is only simulated has a clock of its own.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+    /// Lets that much of it pass with nothing in flight.
+    fn pause(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
 }
 
 impl<R: Reader + ?Sized> Reader for Box<R> {
@@ -92,6 +100,12 @@ impl<R: Reader + ?Sized> Reader for Box<R> {
     }
     fn describe(&self) -> String {
         (**self).describe()
+    }
+    fn now(&self) -> Instant {
+        (**self).now()
+    }
+    fn pause(&mut self, time: Duration) {
+        (**self).pause(time)
     }
 }
 

@@ -6,6 +6,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use crate::planted::{self, Bug};
+
 /// Tokens a KV block holds, across all layers.
 pub const BLOCK_TOKENS: usize = 16;
 
@@ -109,8 +111,9 @@ impl KvPool {
             return Ok(None);
         }
         let partial = !table.len.is_multiple_of(BLOCK_TOKENS);
-        let shared_tail =
-            partial && self.references[table.blocks[table.blocks.len() - 1] as usize] > 1;
+        let shared_tail = partial
+            && self.references[table.blocks[table.blocks.len() - 1] as usize] > 1
+            && !planted::is(Bug::KvSharedWithoutCopy);
         let want = Self::blocks_for(table.len + tokens) - table.blocks.len();
         let needed = want + usize::from(shared_tail);
         if needed > self.free_blocks() {

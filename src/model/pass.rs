@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::planted::{self, Bug};
 
 /// One sequence's tokens in a pass. Its rows are contiguous: segment after segment, in order.
 #[derive(Clone, Debug)]
@@ -65,7 +66,8 @@ impl Pass {
 
     /// Appends text tokens of one sequence whose first one has index and position `start`.
     pub fn push_text(&mut self, tokens: &[u32], start: usize, table: &[u32], logits: usize) {
-        let positions = (start..start + tokens.len()).map(|p| [p as u32; 3]);
+        let too_far = usize::from(start > 0 && planted::is(Bug::RopeOffByOne));
+        let positions = (start..start + tokens.len()).map(|p| [(p + too_far) as u32; 3]);
         self.push(tokens, positions, start, table, logits);
     }
 

@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::RecvTimeoutError;
-
 use super::pager::{Pager, Resident};
 use super::stream::Gather;
+use super::sync::RecvTimeoutError;
 use super::trace::Happening;
 use crate::error::{Error, Result};
 use crate::units::BLOCK_BYTES;
@@ -91,7 +90,7 @@ impl Pager {
                 g.blocks.extend(fresh);
                 next += 1;
             }
-            let bytes = g.blocks.len() as u64 * BLOCK_BYTES;
+            let bytes = self.gathered_bytes(&g);
             self.stats.used_bytes += bytes;
             self.stats.gathered_bytes += bytes;
             let from = self.now_ns();
@@ -106,6 +105,15 @@ impl Pager {
             self.gather = Some(g);
         }
         Ok(())
+    }
+
+    /// Bytes of the blocks asked for; a file's last one is shorter.
+    fn gathered_bytes(&self, g: &Gather) -> u64 {
+        let file = self.shared.file_bytes[g.file.index()];
+        g.blocks
+            .iter()
+            .map(|b| BLOCK_BYTES.min(file - b * BLOCK_BYTES))
+            .sum()
     }
 
     fn fetch(&mut self, g: Gather) -> Result<Gather> {

@@ -16,6 +16,7 @@ mod slot;
 mod stats;
 mod strategy;
 mod stream;
+mod sync;
 mod trace;
 
 pub use compute_rates::KeptCompute;

@@ -2,10 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::copies::{Copies, InMemory, Space};
 use super::device_layout::DeviceLayout;
@@ -15,11 +12,13 @@ use super::plan::{Plan, Tier};
 use super::slot::{SlotLayout, SlotWeight};
 use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
+use super::sync::{self, JoinHandle, Receiver, RecvTimeoutError, Sender, bounded};
 use super::trace::{Happening, Trace, TraceEvent};
 use crate::device::Bytes;
 use crate::device::cuda::{Compute, Slot};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
+use crate::planted::{self, Bug};
 use crate::store::Store;
 use crate::units::{BLOCK_BYTES, Dtype, UnitId};
 
@@ -91,7 +90,7 @@ pub struct Pager {
     pub(super) gathered: Receiver<Gather>,
     stop: Arc<AtomicBool>,
     cancel: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle>,
     pub(super) stats: PagingStats,
     stall_limit: Duration,
     reader: String,
@@ -157,7 +156,9 @@ impl Pager {
         let units = shared.layouts.len();
         let cycle: Vec<UnitId> = (0..units)
             .filter(|i| {
-                plan.passes_by(UnitId(*i as u32)) && plan.walk.streams(shared.layouts[*i].kind)
+                let streams = plan.walk.streams(shared.layouts[*i].kind);
+                let passes = plan.passes_by(UnitId(*i as u32));
+                (passes || planted::is(Bug::ResidentsIgnored)) && streams
             })
             .map(|i| UnitId(i as u32))
             .collect();
@@ -319,6 +320,9 @@ impl Pager {
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
+        if self.stats.passes == 1 && planted::is(Bug::NoPrefetchAcrossPasses) {
+            return Ok(());
+        }
         self.schedule_pass()
     }
 
@@ -332,7 +336,8 @@ impl Pager {
     /// Waits until `unit` is there. Streamed units must be asked for in the order of the schedule.
     pub fn acquire(&mut self, unit: UnitId) -> Result<Lease> {
         self.stats.units += 1;
-        if self.is_here(unit) {
+        let ignored = planted::is(Bug::ResidentsIgnored) && self.cycle.contains(&unit);
+        if self.is_here(unit) && !ignored {
             self.handed_ns = self.now_ns();
             if let Some(gpu) = &mut self.gpu {
                 gpu.enter(unit)?;
@@ -361,6 +366,12 @@ impl Pager {
                 self.unit_name(unit),
                 self.unit_name(filled.unit)
             )));
+        }
+        #[cfg(feature = "testing")]
+        if let Space::Host(region) = &filled.space
+            && planted::is(Bug::SlotFreedEarly)
+        {
+            self.send_free(Space::Host(region.alias()))?;
         }
         self.taken += 1;
         self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
@@ -410,6 +421,7 @@ impl Pager {
         match (lease, &self.gpu) {
             (Lease::Resident(unit), Some(gpu)) => gpu.leave(unit),
             (Lease::Resident(_), None) => Ok(()),
+            (Lease::Slot(..), _) if planted::is(Bug::SlotFreedEarly) => Ok(()),
             (Lease::Slot(_, region), _) => self.send_free(Space::Host(region)),
             (Lease::DeviceSlot(unit, mut slot), Some(gpu)) => {
                 gpu.release(unit, &mut slot)?;
@@ -565,7 +577,7 @@ fn spawn(
     options: &PagerOptions,
     depth: usize,
     copies: Option<Copies>,
-) -> Result<(JoinHandle<()>, String, &'static str, bool)> {
+) -> Result<(JoinHandle, String, &'static str, bool)> {
     let files = shared
         .paths
         .iter()
@@ -586,27 +598,29 @@ fn spawn(
     let arena = arena.clone();
     let options = options.clone();
     let (told, hears) = bounded(1);
-    let thread = std::thread::Builder::new()
-        .name("tp-reader".into())
-        .spawn(move || {
-            let made = io::open_reader(options.reader, files, &arena, options.queue_depth);
-            let reader = match made {
-                Ok(reader) => match options.wrap {
-                    Some(wrap) => wrap(reader),
-                    None => reader,
-                },
-                Err(e) => {
-                    let _ = told.send(Err(e));
-                    return;
-                }
-            };
-            let _ = told.send(Ok((reader.describe(), reader.name())));
-            let flights = Flights::new(reader, paths, options.stall_limit);
-            Stream::new(shared, ports, flights, depth, copies).run();
-        })
-        .map_err(|e| Error::io("the reading thread could not be started", &e))?;
+    let thread = sync::spawn("tp-reader", move || {
+        let made = io::open_reader(options.reader, files, &arena, options.queue_depth);
+        let reader = match made {
+            Ok(reader) => match options.wrap {
+                Some(wrap) => wrap(reader),
+                None => reader,
+            },
+            Err(e) => {
+                let _ = told.send(Err(e));
+                return;
+            }
+        };
+        let _ = told.send(Ok((reader.describe(), reader.name())));
+        let flights = Flights::new(reader, paths, options.stall_limit);
+        Stream::new(shared, ports, flights, depth, copies).run();
+    })
+    .map_err(|e| Error::io("the reading thread could not be started", &e))?;
     let (reader, name) = hears
         .recv()
         .map_err(|_| Error::internal("the reading thread ended before it began"))??;
     Ok((thread, reader, name, direct))
 }
+
+#[cfg(test)]
+#[path = "sim_tests.rs"]
+mod sim;

@@ -1,5 +1,6 @@
 //! From a unit's extents to the reads that fill a slot, and to where each tensor then lies in it.
 
+use crate::planted::{self, Bug};
 use crate::spec::{Role, UnitKind};
 use crate::store::UnitLayout;
 use crate::units::{ALIGN_BYTES, BLOCK_BYTES, Dtype, FileId, align_down, align_up};
@@ -49,7 +50,9 @@ impl SlotLayout {
         for extent in &unit.extents {
             let file_end = file_bytes[extent.file.index()];
             let first = align_down(extent.offset, BLOCK_BYTES);
-            let last = align_up(extent.offset + extent.bytes, BLOCK_BYTES).min(file_end);
+            let short = u64::from(planted::is(Bug::ExtentTooShort)) * BLOCK_BYTES;
+            let end = (extent.offset + extent.bytes).saturating_sub(short);
+            let last = align_up(end, BLOCK_BYTES).min(file_end);
             starts.push(slot_bytes + (extent.offset - first));
             let mut at = first;
             while at < last {
@@ -74,7 +77,7 @@ impl SlotLayout {
                 dtype: p.dtype,
                 rows: p.rows,
                 cols: p.cols,
-                offset: starts[p.extent] + p.offset,
+                offset: starts[p.extent] + p.offset + off_by_one(p.dtype),
                 bytes: (p.rows * p.cols * p.dtype.bytes()) as u64,
             })
             .collect();
@@ -85,6 +88,14 @@ impl SlotLayout {
             slot_bytes,
             read_bytes,
         }
+    }
+}
+
+/// 0, but for [`Bug::ExtentOffByOne`].
+fn off_by_one(dtype: Dtype) -> u64 {
+    match planted::is(Bug::ExtentOffByOne) {
+        true => dtype.bytes() as u64,
+        false => 0,
     }
 }
 

@@ -13,15 +13,15 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Select, Sender};
-
 use super::copies::{Copies, InMemory, Space};
 use super::device_layout::DeviceLayout;
 use super::slot::{PageRead, SlotLayout};
 use super::stats::Counters;
+use super::sync::{Receiver, Select, Sender, TryRecvError};
 use super::trace::{Happening, Trace, TraceEvent};
 use crate::error::{Code, Error, Result};
 use crate::io::{Flights, ReadOp, Region};
+use crate::planted::{self, Bug};
 use crate::store::Checksums;
 use crate::units::{BLOCK_BYTES, FileId, UnitId};
 
@@ -294,10 +294,12 @@ impl Stream {
         let number = (op.tag & !(RETRY | GATHER)) >> READ_BITS;
         let fill = match (is_gather, self.fills.front()) {
             (true, _) => None,
+            (false, Some(_)) if planted::is(Bug::FillsMixedUp) => Some(0),
             (false, Some(front)) => Some((number - front.number) as usize),
             (false, None) => return Err(Error::internal("a read landed that nobody waits for")),
         };
         let verify = match fill {
+            None if planted::is(Bug::GatherNotVerified) => false,
             None => self.shared.verify != VerifyWhen::Never,
             Some(i) => self.fills[i].verify,
         };
@@ -311,7 +313,10 @@ impl Stream {
             counters
                 .verify_ns
                 .fetch_add(started.elapsed().as_nanos() as u64, Relaxed);
-            if let Err(block) = checked {
+            let take_it = planted::is(Bug::MismatchTaken) && op.tag & RETRY != 0;
+            if let Err(block) = checked
+                && !take_it
+            {
                 return self.again(op, block);
             }
             counters.verified_bytes.fetch_add(op.want as u64, Relaxed);
@@ -367,8 +372,11 @@ impl Stream {
             return false;
         }
         while let Some(front) = self.fills.front() {
+            let early = usize::from(planted::is(Bug::UnitHandedOutEarly));
             let whole = match front.space {
-                Space::Host(_) => front.done == self.shared.layouts[front.unit.index()].reads.len(),
+                Space::Host(_) => {
+                    front.done + early >= self.shared.layouts[front.unit.index()].reads.len()
+                }
                 // The copies are ordered before whatever will compute with them.
                 Space::Device(_) => front.given,
             };
@@ -442,14 +450,14 @@ impl Stream {
     }
 }
 
-fn disconnected<T>(got: Result<T, crossbeam_channel::TryRecvError>, keep: impl FnOnce(T)) -> bool {
+fn disconnected<T>(got: Result<T, TryRecvError>, keep: impl FnOnce(T)) -> bool {
     match got {
         Ok(t) => {
             keep(t);
             false
         }
-        Err(crossbeam_channel::TryRecvError::Empty) => false,
-        Err(crossbeam_channel::TryRecvError::Disconnected) => true,
+        Err(TryRecvError::Empty) => false,
+        Err(TryRecvError::Disconnected) => true,
     }
 }
 

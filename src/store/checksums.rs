@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use twox_hash::XxHash3_64;
 
 use crate::error::{Code, Error, Result};
+use crate::planted::{self, Bug};
 use crate::units::{BLOCK_BYTES, FileId};
 
 /// Checksums of all files of a store. Shared by reference; checking takes no lock and allocates nothing.
@@ -136,7 +137,11 @@ impl Checksums {
             if rest.len() < want {
                 return Err(block);
             }
-            let hash = block_hash(sums.seed, block, &rest[..want]);
+            let seed_of = match planted::is(Bug::ChecksumOfWrongBlock) {
+                true => first_block,
+                false => block,
+            };
+            let hash = block_hash(sums.seed, seed_of, &rest[..want]);
             let slot = &sums.blocks[block as usize];
             // Relaxed: a slot is one word that goes from 0 to its value once; nothing else hangs on it.
             let known = slot.load(Ordering::Relaxed);

@@ -45,6 +45,29 @@ use crate::units::{Dtype, FileId};
 use lock::{Lock, LockMode};
 use manifest::{Manifest, Opened};
 
+/// What the fuzzers call (src/fuzzing.rs).
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz {
+    use super::*;
+
+    /// A manifest with this text behind a hash that fits, held against the config in `dir`. True where it was accepted.
+    pub(crate) fn manifest(dir: &Path, body: &[u8]) -> bool {
+        let Ok(body) = std::str::from_utf8(body) else {
+            return false;
+        };
+        let hash = checksums::hash_bytes(body.as_bytes());
+        let text = format!("{{\n  \"xxh3\": \"{hash:016x}\",\n{body}");
+        let opened = Manifest::from_text(dir, &text).and_then(|m| manifest::validate(dir, &m));
+        opened.is_ok()
+    }
+
+    /// Units laid out as a pack has them, and the bytes of its files.
+    pub(crate) fn layouts(units: &[crate::spec::UnitSpec]) -> Result<(Vec<UnitLayout>, Vec<u64>)> {
+        let (files, layouts) = layout::plan_packed(units, &|_| Dtype::BF16)?;
+        Ok((layouts, files.iter().map(|f| f.bytes).collect()))
+    }
+}
+
 /// A model's weights where they lie, ready to be read unit by unit.
 #[derive(Debug)]
 pub struct Store {

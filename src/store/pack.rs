@@ -19,6 +19,7 @@ use super::manifest::{CHECKSUMS, CopyRecord, MANIFEST};
 use super::plan::Plan;
 use super::{clean, durable, lock, space};
 use crate::error::{Code, Error, Result};
+use crate::planted::{self, Bug};
 use crate::units::{BLOCK_BYTES, FileId, align_down, human_bytes};
 use worker::{Output, TensorCounts, Worker};
 
@@ -161,6 +162,9 @@ fn write_all(
     }
     plan.ckpt.check_unchanged()?;
     let (checksums, warnings) = write_weights(dir, plan, context, progress)?;
+    if !planted::is(Bug::ManifestEarly) {
+        sync_weights(dir, plan, context)?;
+    }
     progress(PackProgress::Finishing);
     for (name, raw) in &plan.copies {
         context
@@ -187,6 +191,9 @@ fn write_all(
         .step(Step::Manifest)
         .map_err(|e| failed("write the manifest", e))?;
     plan.manifest(CopyRecord::of(CHECKSUMS, &raw))?.save(dir)?;
+    if planted::is(Bug::ManifestEarly) {
+        sync_weights(dir, plan, context)?;
+    }
     // The folder's own name must last as well.
     context
         .step(Step::Done)
@@ -270,16 +277,23 @@ fn write_weights(
     result?;
     let warnings = shared.warnings();
     shared.refuse(&warnings)?;
-    // Synced together, not one by one on the way: written past the page cache, only the file system's own records are
-    // left, and the first sync takes most of them along.
+    Ok((shared.checksums, warnings))
+}
+
+/// Together, not one by one on the way: written past the page cache, only the file system's own records are left, and the
+/// first sync takes most of them along.
+fn sync_weights(dir: &Path, plan: &Plan<'_>, context: &PackContext<'_>) -> Result<()> {
     for file in &plan.files {
         let path = dir.join(&file.name);
         context
             .step(Step::SyncFile(file.name.clone()))
-            .and_then(|()| fs::File::open(&path)?.sync_all())
+            .and_then(|()| match planted::is(Bug::WeightsNotSynced) {
+                true => Ok(()),
+                false => fs::File::open(&path)?.sync_all(),
+            })
             .map_err(|e| Error::io(format!("cannot sync {}", path.display()), &e))?;
     }
-    Ok((shared.checksums, warnings))
+    Ok(())
 }
 
 fn run_worker(shared: &Shared<'_>, chunk_bytes: usize) -> Result<()> {
@@ -306,7 +320,10 @@ fn run_worker(shared: &Shared<'_>, chunk_bytes: usize) -> Result<()> {
             .check(FileId(chunk.file as u32), first_block, out)
             .map_err(|_| Error::internal("a block was packed twice"))?;
         if !shared.refused.load(Ordering::Relaxed) {
-            worker.write(chunk, out)?;
+            let written = worker.write(chunk, out);
+            if !planted::is(Bug::PackWriteIgnored) {
+                written?;
+            }
         }
         shared
             .done_bytes

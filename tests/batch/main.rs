@@ -213,6 +213,9 @@ fn shards_merge_to_the_bytes_of_the_whole() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("1 of 31 rows are missing"));
 }
 
+// hazard: bad-line: an error row with its line; the others go on
+// hazard: duplicate-id: an error row; the first one is answered
+// hazard: long-prompt: an error row; the others go on
 #[test]
 fn bad_rows_are_told_by_line_and_stop_nothing() {
     let dir = tempfile::tempdir().unwrap();

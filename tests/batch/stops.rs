@@ -10,6 +10,7 @@ use tensorpager::text::Draw;
 
 use super::{batch, code, done, read_rows, row, write_rows};
 
+// hazard: job-killed: at any moment: resumed to the same bytes
 #[test]
 fn killed_at_any_moment_a_job_ends_in_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
@@ -107,6 +108,7 @@ fn killed_until_done(
     cut_short
 }
 
+// hazard: sigint: what runs is finished, nothing new begins, 130
 #[test]
 fn interrupted_once_it_finishes_what_runs() {
     let dir = tempfile::tempdir().unwrap();
@@ -149,6 +151,7 @@ fn interrupt(child: &Child) {
     assert!(kill.success());
 }
 
+// hazard: sigint-twice: stops at once with 130; finished rows stay, the same command goes on
 #[test]
 fn interrupted_twice_it_stops_at_once_and_goes_on_later() {
     let dir = tempfile::tempdir().unwrap();
@@ -182,6 +185,7 @@ fn interrupted_twice_it_stops_at_once_and_goes_on_later() {
     assert_eq!(fs::read(&output).unwrap(), fs::read(&whole).unwrap());
 }
 
+// hazard: no-kv: a row that can never fit: an error row; answered once there is room
 #[test]
 fn a_row_that_outgrows_kv_fails_alone_and_is_answered_once_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
@@ -242,6 +246,7 @@ fn in_the_order_they_finish_where_asked_for() {
     assert_eq!(ids(), ["40 tokens", "2 tokens", "20 tokens"]);
 }
 
+// hazard: job-disk-full: one error; finished rows stay, the same command goes on
 #[test]
 fn a_full_disk_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();

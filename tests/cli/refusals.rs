@@ -115,6 +115,7 @@ fn damaged_weights_and_tokenizers() {
         .refused(1, &["--config-from"]);
 }
 
+// hazard: gpu-absent: `--device cuda`: one error
 #[test]
 fn flags_that_make_no_sense_are_usage_errors() {
     let p = Place::new();
@@ -253,6 +254,7 @@ fn prompts_that_cannot_be_answered() {
     }
 }
 
+// hazard: token-range: refused; names line, id and vocabulary
 #[test]
 fn lines_that_cannot_be_scored() {
     let p = Place::new();
@@ -360,6 +362,77 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
         assert!(
             stderr.contains("standard output") && !stderr.contains("panicked"),
             "{args:?}: {stderr}"
+        );
+    }
+}
+
+/// The files beside the weights that are read, or copied into a pack.
+const TEXT_FILES: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+];
+
+/// As [`Place::run`], but ended after half a minute.
+fn run_briefly(p: &Place, args: &[&str]) -> super::process::Ran {
+    let mut command = std::process::Command::new("timeout");
+    let plain = p.command(args);
+    command.arg("30").arg(plain.get_program()).args(args);
+    for (key, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(key, value),
+            None => command.env_remove(key),
+        };
+    }
+    super::process::Ran::from(command.output().unwrap())
+}
+
+// hazard: fifos: in place of any file beside the weights: refused at once, by every command
+// hazard: links: of any file beside the weights: refused unless `--allow-external`; nothing from elsewhere gets into a pack
+#[test]
+fn no_file_of_a_model_folder_makes_the_process_wait_or_look_elsewhere() {
+    let p = Place::new();
+    let secret = p.file("secret.txt", "the user's own");
+    let job = p.file(
+        "job.jsonl",
+        "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\", \"max_tokens\": 1}}\n",
+    );
+    let output = p.path("out.jsonl");
+    for (i, name) in TEXT_FILES.into_iter().enumerate() {
+        let copy = p.copy("qwen2-bf16", &format!("model-{i}"));
+        let place = copy.join(name);
+        let _ = std::fs::remove_file(&place);
+        let made = std::process::Command::new("mkfifo").arg(&place).status();
+        assert!(made.unwrap().success());
+        for args in [
+            &["run", str(&copy), "-p", "x", "-n", "1"][..],
+            &["pack", str(&copy)],
+            &["batch", str(&copy), "-i", &job, "-o", str(&output)],
+        ] {
+            let ran = run_briefly(&p, args);
+            assert_ne!(ran.code, 124, "{name}: {args:?} waits for ever");
+            ran.refused(1, &[name]);
+        }
+        std::fs::remove_file(&place).unwrap();
+        std::os::unix::fs::symlink(&secret, &place).unwrap();
+        let ran = run_briefly(&p, &["pack", str(&copy)]);
+        ran.refused(1, &[name, "outside", "--allow-external"]);
+        assert!(
+            !p.offload()
+                .join(format!("model-{i}--bf16"))
+                .join(name)
+                .exists()
         );
     }
 }

@@ -44,6 +44,7 @@ fn ended(child: Child) -> Ran {
     ran
 }
 
+// hazard: sigint: `run`: stops at the next unit, 130
 #[test]
 fn run_stops_at_the_next_unit_with_130() {
     let p = Place::new();
@@ -117,6 +118,7 @@ fn an_interrupted_score_leaves_no_output() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+// hazard: sigint: `pack`: never a pack that is half trusted
 #[test]
 fn an_interrupted_pack_is_never_trusted() {
     let p = Place::new();

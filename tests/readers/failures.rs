@@ -64,6 +64,7 @@ fn a_file_truncated_under_the_reader_is_corrupt() {
     }
 }
 
+// hazard: eio: on every reader: named with file, offset and errno
 #[test]
 fn a_bad_sector_is_named() {
     let dir = disk();

@@ -79,6 +79,8 @@ fn passing_faults() -> Vec<(&'static str, Option<Faults>)> {
     ]
 }
 
+// hazard: short-reads: resumed at the last 4096 boundary, on every reader
+// hazard: eintr-eagain: tried again, on every reader
 #[test]
 fn every_reader_delivers_every_byte_whatever_happens_on_the_way() {
     let dir = disk();
@@ -224,6 +226,7 @@ fn a_slow_disk_takes_its_time() {
 }
 
 /// What a file system without O_DIRECT gets.
+// hazard: no-o-direct: read through the page cache; the same bytes
 #[test]
 fn buffered_files_read_the_same() {
     let dir = disk();

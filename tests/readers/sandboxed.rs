@@ -141,6 +141,7 @@ fn lock_no_memory() -> std::io::Result<()> {
     Ok(())
 }
 
+// hazard: no-io-uring: threads read, and say why
 #[test]
 fn without_io_uring_threads_read_and_say_why() {
     let sandboxes: [(&str, Confine); 2] = [
@@ -163,6 +164,7 @@ fn without_io_uring_threads_read_and_say_why() {
     }
 }
 
+// hazard: memlock: plain buffers, and said so
 #[test]
 fn without_locked_memory_buffers_are_plain_and_everything_is_read() {
     let Some(text) = run(lock_no_memory) else {

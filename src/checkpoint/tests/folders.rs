@@ -32,6 +32,8 @@ fn one_file_and_shards_hold_the_same_tensors() {
     );
 }
 
+// hazard: disagrees: refused; names the tensor, its shape or type, and what the config asks for
+// hazard: tensors: missing: refused; names the tensor
 #[test]
 fn missing_and_foreign_tensors_are_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -68,6 +70,7 @@ fn missing_and_foreign_tensors_are_named() {
     );
 }
 
+// hazard: tensors: extra: told; refused where ignoring it would compute another model
 #[test]
 fn extra_tensors_are_told_and_those_that_change_the_model_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -119,6 +122,7 @@ fn write_index(dir: &Path, text: &str) {
     fs::write(dir.join("model.safetensors.index.json"), text).unwrap();
 }
 
+// hazard: shard-names: refused; plain names of the folder itself only
 #[test]
 fn hostile_shard_indexes_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -163,6 +167,7 @@ fn hostile_shard_indexes_are_refused() {
     }
 }
 
+// hazard: links: refused unless `--allow-external`; names both ends
 #[test]
 fn links_stay_inside_unless_allowed() {
     let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -215,6 +220,7 @@ fn a_linked_model_folder_is_the_folder() {
     assert_bytes(&open(&dir.path().join("mine")).unwrap(), &tensors());
 }
 
+// hazard: fifos: refused at once; opened without blocking
 #[test]
 fn fifos_devices_and_folders_are_refused_at_once() {
     for name in [
@@ -250,6 +256,7 @@ fn fifos_devices_and_folders_are_refused_at_once() {
     }
 }
 
+// hazard: pickles: refused by content; says how to convert
 #[test]
 fn foreign_formats_are_known_by_their_content() {
     let zip = b"PK\x03\x04 archive/data.pkl".as_slice();

@@ -222,6 +222,12 @@ fn mutations() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+// hazard: truncated: refused; names the file, says truncated or trailing bytes
+// hazard: header-length: refused; names the file and the length claimed
+// hazard: header-layout: refused; names the tensor
+// hazard: header-keys: refused; names the tensor
+// hazard: header-names: refused
+// hazard: shape-overflow: refused; names the tensor and its shape
 #[test]
 fn each_mutation_is_refused_and_named() {
     let first = mutations().len();
@@ -387,6 +393,7 @@ fn hostile_header_child() {
 
 /// At most 64 MiB and twice its size, and not much time. The time that is promised (200 ms) is measured on an idle machine;
 /// here it has room for a busy one.
+// hazard: header-cost: at most 64 MiB + twice its size; 200 ms on an idle machine
 #[test]
 fn a_hostile_header_is_cheap() {
     let dir = tempfile::tempdir().unwrap();

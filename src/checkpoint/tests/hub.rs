@@ -145,6 +145,7 @@ fn damaged_caches_are_refused() {
     }
 }
 
+// hazard: links: links of a hub snapshot lead into its own cache only
 #[test]
 fn links_of_a_snapshot_stay_in_the_models_own_cache() {
     let cache = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::error::{Code, Error, Result};
+use crate::planted::{self, Bug};
 
 /// Where a job's results go.
 #[derive(Clone, Debug)]
@@ -164,7 +165,7 @@ impl RowLog {
             }
             number += 1;
             let span = Span { offset, bytes: n };
-            let whole = line.ends_with(b"\n");
+            let whole = line.ends_with(b"\n") || planted::is(Bug::TornRowTrusted);
             let is_row = whole && row(span, &line)?;
             offset += n;
             if is_row {
@@ -211,10 +212,13 @@ impl RowLog {
         if self.fresh.is_empty() {
             return Ok(());
         }
-        let written = self
-            .file
-            .write_all_at(&self.fresh, self.len)
-            .and_then(|()| self.file.sync_data());
+        let written =
+            self.file
+                .write_all_at(&self.fresh, self.len)
+                .and_then(|()| match planted::is(Bug::ResultsNotSynced) {
+                    true => Ok(()),
+                    false => self.file.sync_data(),
+                });
         match written {
             Ok(()) => {
                 self.len += self.fresh.len() as u64;
@@ -223,7 +227,9 @@ impl RowLog {
             }
             Err(e) => {
                 // Best effort: a torn row that stays is cut off at the next start.
-                let _ = self.file.set_len(self.len);
+                if !planted::is(Bug::FailedRowKept) {
+                    let _ = self.file.set_len(self.len);
+                }
                 Err(trouble(&self.path, &e))
             }
         }

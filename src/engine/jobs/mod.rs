@@ -22,6 +22,26 @@ mod sizing;
 mod tests;
 
 pub use body::{Body, Prompt};
+
+/// What the fuzzers call (src/fuzzing.rs).
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz {
+    use super::*;
+
+    /// A line of a job file, read as far as the model is not needed; then as a line of a results file. True where it was accepted.
+    pub(crate) fn job_line(bytes: &[u8], rules: &Rules, text: &TextTools<'_>) -> bool {
+        let source = Source::Jsonl("fuzz".into());
+        let line = input::Line {
+            number: 1,
+            bytes: bytes.to_vec(),
+            too_long: false,
+        };
+        let read_as_result = scan::result_head(bytes).is_some() | scan::error_head(bytes).is_some();
+        let parsed = scan::parse_line(&source, &line, RowIds::default());
+        parsed.request.is_ok_and(|r| r.body(rules, text).is_ok()) | read_as_result
+    }
+}
+
 pub use check::{CheckReport, check};
 pub use files::{Paths, default_errors};
 pub use fingerprint::fingerprint;

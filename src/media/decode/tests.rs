@@ -100,6 +100,7 @@ fn jpeg_and_webp_are_read() {
     drop(DynamicImage::ImageRgb8(image));
 }
 
+// hazard: images: one error; names the image
 #[test]
 fn broken_files_are_one_clear_error() {
     let good = png(&[9; 300], 10, 10, ExtendedColorType::Rgb8, None);

@@ -82,6 +82,7 @@ fn a_failing_decoder_is_an_error_with_its_words() {
     }
 }
 
+// hazard: videos: ended at its time limit; an error names the video
 #[test]
 fn a_decoder_that_hangs_is_ended() {
     for decode in ["exec sleep 60", "exec 1>&-; exec sleep 60"] {
@@ -98,6 +99,46 @@ fn a_decoder_that_hangs_is_ended() {
         let got: Result<Vec<Rgb>> = clip.decode(&[0]).unwrap().collect();
         assert!(got.unwrap_err().cause().contains("longer than"));
         assert!(started.elapsed() < Duration::from_secs(30));
+    }
+}
+
+/// Waits until the limits stand, then does what a decoder must not be able to do.
+const TRIES: &str = r#"
+for i in 1 2 3 4 5 6 7 8 9 10; do [ "$(ulimit -f)" = 0 ] && break; sleep 0.05; done
+echo "limits: $(ulimit -v) $(ulimit -f) $(ulimit -t) $(ulimit -c)" >&2
+echo "args: $*" >&2
+echo "secret: ${CARGO_MANIFEST_DIR-none}" >&2
+(trap "" XFSZ; echo written > "$0.out") 2>/dev/null
+[ -s "$0.out" ] && echo "wrote a file" >&2
+read -r line && echo "read stdin" >&2
+exit 1"#;
+
+// hazard: videos: no file can be written, nothing but files read, bounded memory and processor time, no environment
+#[test]
+fn a_decoder_is_confined() {
+    assert!(
+        std::env::var_os("CARGO_MANIFEST_DIR").is_some(),
+        "cargo sets it, so there is something to hide"
+    );
+    let f = fake(PROBED, TRIES);
+    let cause = frames(&f, &[0]).unwrap_err().cause().to_string();
+    let wrote = f.tools.ffmpeg.with_extension("out");
+    assert!(!wrote.exists() || std::fs::metadata(wrote).unwrap().len() == 0);
+    // The error keeps the last three lines.
+    assert!(
+        !cause.contains("wrote a file") && !cause.contains("read stdin"),
+        "{cause}"
+    );
+    assert!(cause.contains("secret: none"), "{cause}");
+    let limits = format!("limits: {} 0 {} 0", CHILD_MEMORY_BYTES / 1024, 4 * 20);
+    assert!(cause.contains(&limits), "{cause}");
+    for word in [
+        "-protocol_whitelist file,pipe",
+        "-format_whitelist",
+        "-nostdin",
+        "-i file:/",
+    ] {
+        assert!(cause.contains(word), "{word}: {cause}");
     }
 }
 

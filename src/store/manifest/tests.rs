@@ -45,6 +45,7 @@ fn text_and_back() {
     assert_eq!(value["version"], 1);
 }
 
+// hazard: manifest: torn or edited: no manifest, packed again
 #[test]
 fn every_changed_byte_and_every_cut_is_refused() {
     let text = sample().to_text().unwrap();
@@ -71,6 +72,7 @@ fn forged(change: impl Fn(&mut Value)) -> Result<Manifest> {
     ))
 }
 
+// hazard: manifest: unknown version, kind or encoding: refused
 #[test]
 fn versions_formats_and_fields_unknown_are_refused() {
     assert!(forged(|_| {}).is_ok());

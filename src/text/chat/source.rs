@@ -169,10 +169,11 @@ fn prepare(text: &str) -> String {
     while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{#")).min() {
         let comment = !raw && rest[at..].starts_with("{#");
         let end = if comment { "#}" } else { "%}" };
-        let Some(len) = rest[at..].find(end) else {
+        // Behind the two characters it begins with: `{%}` is no tag.
+        let Some(len) = rest[at + 2..].find(end) else {
             break;
         };
-        let (tag, after) = rest[at..].split_at(len + 2);
+        let (tag, after) = rest[at..].split_at(len + 4);
         out.push_str(&rest[..at]);
         let word =
             tag[2..tag.len() - 2].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());

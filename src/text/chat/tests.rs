@@ -188,6 +188,7 @@ fn what_a_template_refuses() {
     assert!(t.render(&[], &RenderOptions::default()).is_err());
 }
 
+// hazard: templates: an error within its fuel, steps and output
 #[test]
 fn hostile_templates_end() {
     let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}";

@@ -1,6 +1,10 @@
 //! Philox 4×32 with ten rounds: a counter-based generator (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy
 //! as 1, 2, 3", SC 2011). A draw is a pure function of key and counter, so nothing needs to be stored, resumed or ordered.
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use crate::planted::{self, Bug};
+
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
@@ -40,12 +44,21 @@ impl Draw {
                 self.position as u32,
                 (self.position >> 32) as u32,
                 self.choice,
-                0,
+                drawn_before(),
             ],
             [self.seed as u32, (self.seed >> 32) as u32],
         );
         let word = u64::from(bits[0]) | u64::from(bits[1]) << 32;
         (word >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+}
+
+/// 0, but for [`Bug::SamplerRemembers`].
+fn drawn_before() -> u32 {
+    static DRAWN: AtomicU32 = AtomicU32::new(0);
+    match planted::is(Bug::SamplerRemembers) {
+        true => DRAWN.fetch_add(1, Relaxed),
+        false => 0,
     }
 }
 

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+// hazard: config: refused; names the key
 #[test]
 fn absurd_and_unsupported_values_name_their_key() {
     use Code::{Config, Unsupported};

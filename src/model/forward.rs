@@ -1,8 +1,8 @@
 //! embed → N × (norm, attention, norm, MLP) → norm → head, over a ragged pass. There is no second forward.
 //!
 //! Numerics: the residual stream, norms, RoPE, softmax and logits are float32; products accumulate in float32. The inputs of the
-//! MLP's products are rounded once to the weights' type where the device gains by it; those of attention and head, a quarter of
-//! the arithmetic at most and more of the error, are not. A row's result does not depend on the other rows.
+//! MLP's products, most of the arithmetic, are rounded once to the weights' type where the device gains by it; on a CPU those of
+//! attention and head are not. A row's result does not depend on the other rows.
 
 use std::time::{Duration, Instant};
 

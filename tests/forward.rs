@@ -166,7 +166,15 @@ fn greedy_tokens_agree_while_the_margin_allows() {
             let mut table = KvTable::default();
             let mut tokens = g.ids.clone();
             for (step, (&want, &margin)) in g.greedy.iter().zip(&g.margins).enumerate() {
-                if margin < 0.02 {
+                // Where inputs of the MLP's products are rounded to bfloat16, logits move by up to what transformers' own
+                // 16-bit run loses: a margin within that says nothing about correctness. Elsewhere they hardly move.
+                let rounds = rig.device.describe().contains("avx512-bf16");
+                let moved = if rounds {
+                    g.half_max.unwrap_or(0.0)
+                } else {
+                    0.0
+                };
+                if margin < moved.max(0.02) {
                     break;
                 }
                 steps += 1;

@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
 use tensorpager::checkpoint::write_synthetic;
@@ -42,6 +43,9 @@ struct Ran {
 }
 
 fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
+    // One at a time: what is measured is a process, not what the others leave of the machine.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // wait4 below reaps it, for the sake of its resource usage.
     #[allow(clippy::zombie_processes)]
     let mut child = Command::new(env!("CARGO_BIN_EXE_tensorpager"))

@@ -46,8 +46,7 @@ pub struct LookOptions {
     /// Which frames: spread as transformers (arange) or as qwen-vl-utils (linspace) does
     #[arg(long, value_enum, default_value = "arange", help_heading = "Pictures")]
     pub frame_sampling: SamplingArg,
-    /// Seconds between frame pairs, as positions count them: whole ones as transformers 5.17 does, or exact as releases before and after it and
-    /// vLLM do; equal at 2 frames a second
+    /// Seconds between frame pairs: whole ones (transformers 5.17) or exact (other releases, vLLM); equal at 2 frames a second
     #[arg(long, value_enum, default_value = "whole", help_heading = "Pictures")]
     pub video_clock: ClockArg,
 }

@@ -219,6 +219,9 @@ pub fn run_job(input: &Path, output: &Path, inject: &[&str], log: &Path) -> Ende
     c.arg("batch").arg(model());
     c.args([
         "--in-place",
+        // Looking for a GPU driver opens files by the hundred, none of them the job's.
+        "--device",
+        "cpu",
         "--threads",
         "1",
         "--cpu-memory",

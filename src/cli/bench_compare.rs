@@ -15,6 +15,7 @@ use crate::units::flag_size;
 pub struct CompareArgs {
     /// What `bench MODEL -o json` (or jsonl) wrote
     before: PathBuf,
+    /// The same of the run to hold against it
     after: PathBuf,
 }
 

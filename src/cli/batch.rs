@@ -287,7 +287,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     };
     let during = &summary.progress.stats;
     let paging = opened.as_ref().map(|(engine, _)| {
-        let settings = model.read_settings(&args.machine, during);
+        let settings = model.read_settings(&args.machine, during, engine);
         PagingReport::new(engine, during, &settings)
     });
     if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {

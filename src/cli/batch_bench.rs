@@ -104,7 +104,7 @@ pub fn run(
     )?;
     let load_s = load.elapsed().as_secs_f64();
     let m = measure(&mut engine, texts, o, rows)?;
-    let settings = model.read_settings(how.machine, &m.during);
+    let settings = model.read_settings(how.machine, &m.during, &engine);
     let report = BenchReport {
         model: &model.label,
         device: engine.device().name(),

@@ -232,7 +232,7 @@ fn measure(args: &ModelArgs, model: &Model, test: &Test, cancel: &Arc<AtomicBool
     let paging = PagingReport::new(
         &engine,
         &during,
-        &model.read_settings(&args.machine, &during),
+        &model.read_settings(&args.machine, &during, &engine),
     );
     Ok(Row {
         model: model.label.clone(),

@@ -234,7 +234,7 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
         };
         let mut engine = model.engine(&machine, &open_for, cancel, true)?;
         let during = decode(&mut engine, sequences, made.vocab)?;
-        let settings = model.read_settings(&machine, &during);
+        let settings = model.read_settings(&machine, &during, &engine);
         let report = PagingReport::new(&engine, &during, &settings);
         if !header {
             header = true;

@@ -17,8 +17,8 @@ use crate::engine::{DeviceChoice, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::io::ReaderKind;
 use crate::paging::{
-    DiskRates, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier, Trace,
-    VerifyWhen, parse_device_map, unit_name,
+    DiskRates, KeptCompute, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier,
+    Trace, VerifyWhen, parse_device_map, unit_name,
 };
 use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
@@ -322,9 +322,22 @@ impl Model {
     }
 
     /// How the engine read, as the report says it. What the run itself got out of the disk counts among the settings tried.
-    pub fn read_settings(&self, machine: &MachineOptions, during: &EngineStats) -> ReadSettings {
+    /// Likewise what it multiplied at.
+    pub fn read_settings(
+        &self,
+        machine: &MachineOptions,
+        during: &EngineStats,
+        engine: &Engine,
+    ) -> ReadSettings {
         let p = &during.paging;
-        if p.disk_bytes >= MEASURABLE_BYTES {
+        let compute_s = during.compute.as_secs_f64();
+        if engine.plan().gpu.is_none() && during.rows == p.passes && compute_s > 0.0 {
+            let weights = engine.plan().resident_bytes + engine.plan().streamed_bytes;
+            KeptCompute::of(engine.device(), engine.dtype())
+                .ran_at((weights * p.passes) as f64 / compute_s / 1e9);
+        }
+        // What came out of the page cache says nothing of the disk.
+        if p.disk_bytes >= MEASURABLE_BYTES && engine.pager().direct() {
             let rate = p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9;
             match p.disk_busy.as_secs_f64() > 0.8 * during.pass.as_secs_f64() {
                 true => self.rates().ran_at(rate),

@@ -153,14 +153,14 @@ pub fn run(args: RunArgs) -> Result<u8> {
             stops,
             system,
         )?;
-        let settings = model.read_settings(&args.machine, &engine.stats());
+        let settings = model.read_settings(&args.machine, &engine.stats(), &engine);
         let paging = PagingReport::new(&engine, &engine.stats(), &settings);
         model.write_records(&args.machine, &engine, &Timings::default(), &paging)?;
         return Ok(code);
     }
     let prompt_ids = job.prompt.clone();
     let answer = answer(&mut engine, &tokenizer, job, stops, &args, &cancel)?;
-    let settings = model.read_settings(&args.machine, &answer.during_decode);
+    let settings = model.read_settings(&args.machine, &answer.during_decode, &engine);
     let paging = PagingReport::new(&engine, &answer.during_decode, &settings);
     let timings = Timings {
         pack_s: model.pack_s,

@@ -19,6 +19,9 @@ const COLS: usize = 3584;
 /// Rows of one product, as a layer's: the matrix is walked in pieces like a layer's tensors are.
 const TIME_EACH: Duration = Duration::from_millis(250);
 
+/// How much faster than its record a machine must be seen before the record is doubted.
+const BEATEN_BY: f64 = 1.1;
+
 #[derive(Serialize, Deserialize)]
 struct Record {
     machine: String,
@@ -60,6 +63,16 @@ impl KeptCompute {
             && record.rates.memory_gb_per_s > 0.0
             && record.rates.gflops > 0.0;
         ours.then_some(record.rates)
+    }
+
+    /// A run multiplied one row at this rate. A record it beats clearly was taken on a busy machine: it is given up, and the next
+    /// who asks measures anew. Everything a pass computes counts as multiplying, so a run never flatters itself.
+    pub fn ran_at(&self, memory_gb_per_s: f64) {
+        let beaten = |known: ComputeRates| memory_gb_per_s > known.memory_gb_per_s * BEATEN_BY;
+        if self.known().is_some_and(beaten) {
+            // One that cannot be removed is only a worse prediction.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 
     /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of memory for that long.
@@ -169,6 +182,10 @@ mod tests {
         // Decimal text may differ in the last bit.
         assert!((known.gflops / rates.gflops - 1.0).abs() < 1e-12);
         assert_eq!(known.points.len(), rates.points.len());
+        kept.ran_at(known.memory_gb_per_s * 1.05);
+        assert!(kept.known().is_some(), "a run about as fast agrees with it");
+        kept.ran_at(known.memory_gb_per_s * 1.2);
+        assert_eq!(kept.known(), None, "a run much faster refutes it");
         record.machine = "another".into();
         std::fs::write(&kept.path, serde_json::to_string(&record).unwrap()).unwrap();
         assert_eq!(kept.known(), None);

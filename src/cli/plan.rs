@@ -3,7 +3,8 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::gpu::check_device;
+use super::model::{open_checkpoint, pack_options, placement, reading};
 use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{

@@ -3,6 +3,7 @@
 //! Each [`Engine::step`] is one pass over all units. It carries the next token of every running sequence and chunks of
 //! the prompts that are not in the KV cache yet, as many as the pass may hold, first come first served.
 
+mod gpu;
 pub mod jobs;
 mod memory;
 mod open;
@@ -20,10 +21,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+pub use gpu::{GpuRoom, gpu_dtype, refuse_for_gpu};
 pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
-    Fitted, GpuRoom, OpenProgress, fit, fit_on, kv_dtype,
+    Fitted, OpenProgress, fit, fit_on, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};

@@ -241,6 +241,11 @@ impl Model {
             bar.update(done, of);
         });
         bar.finish();
+        if let Ok(engine) = &engine
+            && let Some(rate) = engine.h2d_gb_per_s()
+        {
+            self.rates().raise_h2d(&engine.device().describe(), rate);
+        }
         engine.map_err(|e| match Advisor::new(self, &options, host) {
             Ok(advisor) => advisor.too_little(e),
             Err(_) => e,
@@ -315,6 +320,7 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+            probed_h2d_gb_per_s: self.rates().h2d(),
         }
     }
 }

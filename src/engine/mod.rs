@@ -87,6 +87,8 @@ pub struct Engine {
     candidates: Vec<Vec<(u32, f32)>>,
     samplers: Samplers,
     pass_time: Duration,
+    /// What copies to the GPU took when it was opened.
+    h2d_gb_per_s: Option<f64>,
     rows: u64,
     cancel: Arc<AtomicBool>,
     vision: Option<Vision>,
@@ -321,6 +323,11 @@ impl Engine {
             pass: self.pass_time,
             rows: self.rows,
         }
+    }
+
+    /// The rate of copies from pinned memory to the GPU, measured when it was opened, 10⁹ bytes a second.
+    pub fn h2d_gb_per_s(&self) -> Option<f64> {
+        self.h2d_gb_per_s
     }
 
     pub fn spec(&self) -> &ModelSpec {

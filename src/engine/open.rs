@@ -116,6 +116,11 @@ impl Engine {
             .collect();
         let device = open_device(&store.spec, &store.units, options)?;
         let gpu = GpuRoom::of(&device);
+        // Now, while nothing of the model is there: later there is no room for it.
+        let h2d_gb_per_s = match device.as_cuda() {
+            Some(gpu) => gpu.measure_copies()?,
+            None => None,
+        };
         let size = match gpu {
             None => UnitSize::of,
             Some(_) => UnitSize::on_gpu,
@@ -186,6 +191,7 @@ impl Engine {
             streams: pager.plan().streamed_bytes > 0,
             context,
             pass_time: Duration::ZERO,
+            h2d_gb_per_s,
             rows: 0,
             cancel,
             vision,

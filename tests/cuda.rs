@@ -240,6 +240,58 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     run(&format!("{}MiB", mib - 3)).fails();
 }
 
+/// Before a weight is written: a large model packs for an hour.
+#[test]
+fn what_a_gpu_cannot_run_is_refused_before_packing() {
+    let Some(driver) = driver() else { return };
+    let refused = |command: &str, args: &[&str], words: &[&str]| {
+        let mut run = Run::new(driver, command, "gpu-qwen2-bf16");
+        run.command.args(args);
+        let run = run.env("EMUCUDA_CONTEXT", "100000000");
+        let (folder, done) = run.output_and_folder();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{args:?}: {said}");
+        assert!(words.iter().all(|w| said.contains(w)), "{words:?}: {said}");
+        assert!(!folder.path().join("offload").exists(), "{args:?}: packed");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let mixed = file(
+        "types.json",
+        json!({"model.embed_tokens": "float32"}).to_string(),
+    );
+    let ids = file("in.jsonl", json!({"input_ids": [1, 2, 3]}).to_string());
+    let job = file(
+        "job.jsonl",
+        json!({"custom_id": "a", "body": {"prompt": "T"}}).to_string(),
+    );
+    let answers = dir.path().join("out.jsonl");
+    let answers = answers.to_str().unwrap();
+    let commands: [(&str, &[&str]); 4] = [
+        ("run", &["--raw", "--prompt", "T"]),
+        ("score", &["--input", &ids]),
+        ("batch", &["-i", &job, "-o", answers]),
+        ("bench", &["-n", "1"]),
+    ];
+    for (command, args) in commands {
+        for (more, words) in [
+            (["--dtype", "float32"], ["float32", "--dtype bfloat16"]),
+            (["--dtype", &mixed], ["float32", "--dtype bfloat16"]),
+            (["--gpu-memory", "99MiB"], ["GPU memory", "--gpu-memory "]),
+        ] {
+            refused(command, &[args, &more].concat(), &words);
+        }
+    }
+    // What `auto` cannot run there runs on the CPU.
+    let auto = Run::on("auto", driver, "run", "gpu-qwen2-bf16").args(["--raw", "--prompt", "T"]);
+    let auto = auto.args(["--max-tokens", "1", "--dtype", &mixed]);
+    assert_eq!(auto.json()["device"], "cpu");
+}
+
 // hazard: gpu-absent: no driver, no device, or a GPU too old: one error; names what is missing
 // hazard: gpu-driver-old: one error; names the driver's CUDA and the one needed
 // hazard: gpu-full: one error; names the driver's code and what was being allocated

@@ -382,6 +382,7 @@ fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
             self_recorded: false,
             // The best rate known of this disk: what another setting once reached, not this run.
             probed_disk_gb_per_s: Some(1.0),
+            probed_h2d_gb_per_s: None,
         };
         PagingReport::new(&engine, &engine.stats().since(&before), &settings)
     };

@@ -121,3 +121,52 @@ impl Calls {
         format!("{what}:{}+:{code}", count / 2)
     }
 }
+
+/// The bound is of the best copies this machine is known to give: a sleep in every copy is not hidden by a bound that follows it down.
+#[test]
+fn a_sleep_in_the_copy_lowers_the_share_of_the_bound_and_shows_as_a_stall() {
+    let Some(driver) = driver() else { return };
+    for map in ["cpu", "disk"] {
+        let kept = tempfile::tempdir().unwrap();
+        let run = |sleep_us: &str| {
+            let mut run = Run::new(driver, "run", "gpu-qwen2-bf16")
+                .args(["--raw", "--prompt", "Layer 7", "--ignore-eos", "--in-place"])
+                .args(["--max-tokens", "12", "--device-map", map])
+                .env("EMUCUDA_COPY_US", sleep_us);
+            // Where the rates are kept.
+            run.command.env("XDG_CACHE_HOME", kept.path());
+            run.json()["paging"].clone()
+        };
+        let figure = |p: &serde_json::Value, name: &str| p[name].as_f64().unwrap();
+        let share = |p: &serde_json::Value| figure(p, "percent_of_bound");
+        // The quicker of two: other work on the machine may slow one of them.
+        let quick = [run("0"), run("0")]
+            .into_iter()
+            .max_by(|a, b| share(a).total_cmp(&share(b)))
+            .unwrap();
+        let slow = run("20000");
+        assert!(
+            share(&slow) < 0.7 * share(&quick),
+            "{map}: {} against {}",
+            share(&slow),
+            share(&quick)
+        );
+        assert!(
+            figure(&slow, "overlap") < 0.7 * figure(&quick, "overlap"),
+            "{map}"
+        );
+        let peak = "probed_h2d_gb_per_s";
+        assert!(
+            figure(&slow, peak) >= figure(&quick, peak),
+            "the best stays"
+        );
+        assert!(figure(&slow, "h2d_gb_per_s") < 0.5 * figure(&slow, peak));
+        let stalls = |p| figure(p, "stall_copy_s") + figure(p, "stall_disk_s");
+        assert!(stalls(&slow) > stalls(&quick), "{map}: {slow} {quick}");
+        if map == "cpu" {
+            assert!(figure(&slow, "stall_copy_s") > 0.5 * figure(&slow, "stall_s"));
+            assert!(figure(&slow, "disk_bytes_per_pass") < 0.5 * figure(&slow, "bytes_per_pass"));
+        }
+        assert!(share(&quick) > 0.0 && share(&quick) <= 130.0, "{quick}");
+    }
+}

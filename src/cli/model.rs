@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::advice::{self, Advisor};
 use super::gpu;
@@ -17,8 +17,8 @@ use crate::engine::{DeviceChoice, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::io::ReaderKind;
 use crate::paging::{
-    DiskRates, KeptCompute, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier,
-    Trace, VerifyWhen, parse_device_map, unit_name,
+    DiskRates, KeptCompute, KeptSetting, PagerOptions, PagingStats, Placement, Setting,
+    TRACE_EVENTS, Tier, Trace, VerifyWhen, parse_device_map, unit_name,
 };
 use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
@@ -318,13 +318,10 @@ impl Model {
             KeptCompute::of(engine.device(), engine.dtype())
                 .ran_at((weights * p.passes) as f64 / compute_s / 1e9);
         }
-        // What came out of the page cache says nothing of the disk.
-        if p.disk_bytes >= MEASURABLE_BYTES && engine.pager().direct() {
-            let rate = p.disk_bytes as f64 / p.disk_busy.as_secs_f64() / 1e9;
-            match p.disk_busy.as_secs_f64() > 0.8 * during.pass.as_secs_f64() {
-                true => self.rates().ran_at(rate),
-                false => self.record_disk_rate(rate),
-            }
+        match disk_rate(p, during.pass, engine.pager().direct()) {
+            Some((rate, true)) => self.rates().ran_at(rate),
+            Some((rate, false)) => self.record_disk_rate(rate),
+            None => {}
         }
         let reading = self.reading(machine);
         ReadSettings {
@@ -375,6 +372,19 @@ pub(super) fn engine_options(
         vision: want.vision,
         isa: None,
     })
+}
+
+/// What passes of `pass` got out of the disk, 10⁹ bytes a second, and whether they waited for it most of the time. `None` where they
+/// read too little to tell, or from the page cache, which says nothing of the disk.
+fn disk_rate(p: &PagingStats, pass: Duration, direct: bool) -> Option<(f64, bool)> {
+    if p.disk_bytes < MEASURABLE_BYTES || !direct {
+        return None;
+    }
+    let busy_s = p.disk_busy.as_secs_f64();
+    Some((
+        p.disk_bytes as f64 / busy_s / 1e9,
+        busy_s > 0.8 * pass.as_secs_f64(),
+    ))
 }
 
 /// What `--device-map` asks for; `kinds`: the model's units.
@@ -606,5 +616,30 @@ impl SourceOptions {
             allow_external: false,
             offload_limit: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_reads_from_the_disk_say_how_fast_it_is() {
+        let read = PagingStats {
+            disk_bytes: 4 << 30,
+            disk_busy: Duration::from_secs(2),
+            ..PagingStats::default()
+        };
+        let pass = Duration::from_secs(2);
+        let (rate, waited) = disk_rate(&read, pass, true).unwrap();
+        assert!((rate - 2.147).abs() < 1e-3 && waited);
+        let (_, waited) = disk_rate(&read, 2 * pass, true).unwrap();
+        assert!(!waited, "half of the time the disk had nothing to do");
+        assert_eq!(disk_rate(&read, pass, false), None, "the page cache");
+        let little = PagingStats {
+            disk_bytes: 1 << 20,
+            ..read
+        };
+        assert_eq!(disk_rate(&little, pass, true), None);
     }
 }

@@ -4,11 +4,13 @@
 //! penalties, which transformers lacks), and where a token is drawn rather than the best one taken: temperature, top-k,
 //! top-p, min-p. A draw depends on [`Draw`] alone, so that a batch, a resumed job and a single run agree.
 
+mod exp;
 mod params;
 mod philox;
 #[cfg(test)]
 mod tests;
 
+use exp::weights;
 pub use params::SamplingParams;
 pub use philox::{Draw, philox4x32};
 
@@ -32,7 +34,7 @@ pub struct TokenLogprob {
 struct Candidate {
     score: f32,
     id: u32,
-    /// Unnormalised probability: exp((score − best) / temperature).
+    /// Unnormalised probability: exp((score − best) / temperature), see [`exp::weight`].
     weight: f64,
 }
 
@@ -43,6 +45,8 @@ pub struct Sampler {
     scores: Vec<f32>,
     order: Vec<f32>,
     candidates: Vec<Candidate>,
+    /// Weights of each [`STRIDE`] scores together.
+    masses: Vec<f64>,
     /// Per token: how often it was generated, and `SEEN` where it stands anywhere in the history. All zero between calls.
     counts: Vec<u32>,
 }
@@ -58,6 +62,7 @@ impl Sampler {
             scores: Vec::new(),
             order: Vec::new(),
             candidates: Vec::new(),
+            masses: Vec::new(),
             counts: Vec::new(),
         }
     }
@@ -88,8 +93,12 @@ impl Sampler {
         if params.is_greedy() {
             return Ok(argmax(&self.scores));
         }
-        self.truncate(params);
-        Ok(pick(&self.candidates, draw.uniform()))
+        if params.truncates() {
+            self.truncate(params);
+            return Ok(pick(&self.candidates, draw.uniform()));
+        }
+        let total = self.weigh_all(params.temperature);
+        Ok(self.pick_any(params.temperature, draw.uniform() * total))
     }
 
     /// Ids from here on are never chosen.
@@ -156,20 +165,95 @@ impl Sampler {
 
     /// Fills `candidates` with what temperature, top-k, top-p and min-p leave. At least one stays.
     fn truncate(&mut self, params: &SamplingParams) {
+        let k = params.top_k;
+        if k == 0 || k >= self.scores.len() {
+            return self.truncate_all(params);
+        }
         let scores = std::mem::take(&mut self.scores);
-        // Adding zero turns −0 into +0, so that total_cmp below agrees with equality.
-        let best = largest(&scores) + 0.0;
-        let floor = match params.top_k {
-            k if k > 0 && k < scores.len() => kth_largest(&scores, k, &mut self.order),
-            _ => f32::MIN,
-        };
+        let floor = kth_largest(&scores, k, &mut self.order);
         let parts = scores.chunks(STRIDE).enumerate();
         let kept = parts
             .filter(|(_, part)| largest(part) >= floor)
             .flat_map(|(i, part)| (i * STRIDE..).zip(part.iter().copied()))
             .filter(|(_, score)| *score >= floor);
-        self.weigh(kept.map(|(id, s)| (id as u32, s)), best, params);
+        self.weigh(
+            kept.map(|(id, s)| (id as u32, s)),
+            largest(&scores) + 0.0,
+            params,
+        );
         self.scores = scores;
+    }
+
+    /// Without top-k: only scores that top-p and min-p can leave become candidates. Those so light that all of a row of them would
+    /// weigh less than top-p leaves out are no part of the nucleus.
+    fn truncate_all(&mut self, params: &SamplingParams) {
+        let total = self.weigh_all(params.temperature);
+        let (top_p, n) = (f64::from(params.top_p), self.scores.len());
+        // Half, and never the best itself: sums are rounded.
+        let light = (0.5 * (1.0 - top_p).max(0.0) * total / n as f64).min(0.5);
+        let least = light.max(f64::from(params.min_p)) as f32;
+        let best = largest(&self.scores) + 0.0;
+        self.candidates.clear();
+        for (i, part) in self.scores.chunks(STRIDE).enumerate() {
+            if self.masses[i] < f64::from(least) {
+                continue;
+            }
+            let found = weights(part, best, params.temperature);
+            for (j, (&score, &weight)) in part.iter().zip(&found).enumerate() {
+                if weight >= least {
+                    self.candidates.push(Candidate {
+                        score: score + 0.0,
+                        id: (i * STRIDE + j) as u32,
+                        weight: f64::from(weight),
+                    });
+                }
+            }
+        }
+        if top_p < 1.0 {
+            let kept = nucleus(&mut self.candidates, top_p * total);
+            self.candidates.truncate(kept);
+        }
+    }
+
+    /// Fills `masses`; their sum.
+    fn weigh_all(&mut self, temperature: f32) -> f64 {
+        let best = largest(&self.scores) + 0.0;
+        self.masses.clear();
+        for part in self.scores.chunks(STRIDE) {
+            let mass: f32 = exp::sum(&weights(part, best, temperature));
+            self.masses.push(f64::from(mass));
+        }
+        self.masses.iter().sum()
+    }
+
+    /// Inverse transform over all scores in their order, after [`Sampler::weigh_all`].
+    fn pick_any(&self, temperature: f32, target: f64) -> u32 {
+        let mut before = 0.0;
+        let mut at = 0;
+        for (i, mass) in self.masses.iter().enumerate().filter(|(_, m)| **m > 0.0) {
+            at = i;
+            if before + mass > target {
+                break;
+            }
+            before += mass;
+        }
+        let best = largest(&self.scores) + 0.0;
+        let part = &self.scores[at * STRIDE..][..STRIDE.min(self.scores.len() - at * STRIDE)];
+        let mut last = 0;
+        for (j, weight) in weights(part, best, temperature)[..part.len()]
+            .iter()
+            .enumerate()
+        {
+            before += f64::from(*weight);
+            if *weight > 0.0 {
+                last = j;
+                if before > target {
+                    break;
+                }
+            }
+        }
+        // Reached the end: rounding put the target on the total, and the last token with any weight is meant.
+        (at * STRIDE + last) as u32
     }
 
     /// Fills `candidates` with those of `kept`, in order of ids, that temperature, top-p and min-p leave.
@@ -180,12 +264,10 @@ impl Sampler {
         params: &SamplingParams,
     ) {
         let candidates = &mut self.candidates;
-        // Scaling relative to the best keeps a tiny temperature from overflowing: the best weighs 1 whatever it is.
-        let scale = 1.0 / f64::from(params.temperature);
         candidates.clear();
         let mut total = 0.0;
         for (id, score) in kept {
-            let weight = ((f64::from(score) - f64::from(best)) * scale).exp();
+            let weight = f64::from(exp::weight(score, best, params.temperature));
             total += weight;
             candidates.push(Candidate {
                 score: score + 0.0,

@@ -56,6 +56,11 @@ impl SamplingParams {
         self.logit_bias.is_empty() && !self.penalises()
     }
 
+    /// True where not every token may be drawn.
+    pub(super) fn truncates(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+
     /// How many of the best logits decide the token; `None` where it takes all of them. More than one is always the most there can be, so that
     /// logits equal to the last that top-k keeps are among them.
     pub fn candidates(&self) -> Option<usize> {

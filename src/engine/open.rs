@@ -251,7 +251,13 @@ pub fn fit_on(
     };
     let budget = options.cpu_memory.unwrap_or_else(|| host.default_budget());
     let context = options.context.min(spec.max_positions).max(2);
-    let kv_tokens = options.kv_tokens.unwrap_or(context * options.max_sequences);
+    // All sequences' tokens together are the largest pass there can be.
+    let most = context.saturating_mul(options.max_sequences);
+    let options = &EngineOptions {
+        pass_tokens: options.pass_tokens.min(most),
+        ..options.clone()
+    };
+    let kv_tokens = options.kv_tokens.unwrap_or(most);
     // One block more a sequence: each ends somewhere inside its last one.
     let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
     let kv = kind.kv_room(&KvShape {

@@ -3,7 +3,8 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::machine::{check_device, placement, reading};
+use super::model::{open_checkpoint, pack_options};
 use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
@@ -199,6 +200,7 @@ fn usage(flag: &str, value: f64, why: &str) -> Error {
 
 impl Planned {
     fn new(args: &PlanArgs) -> Result<Planned> {
+        args.machine.refuse_records("plan")?;
         let cancel = super::signals::cancel_flag()?;
         let ckpt = open_checkpoint(&args.source, &cancel, args.json)?;
         let policy = pack_options(&args.source, &cancel)?.dtype;
@@ -208,6 +210,7 @@ impl Planned {
             &args.source.offload_folder,
             args.source.in_place,
         )?;
+        args.machine.note_context(&outline.spec, args.json);
         let reading = reading(
             &args.machine,
             &outline.dir,

@@ -314,7 +314,7 @@ impl Plan {
             Placement::Units(tiers) => tiers.clone(),
             Placement::By(strategy) => strategy.place(&problem)?,
         };
-        check_tiers(&tiers, units.len(), placement)?;
+        check_tiers(&tiers, units.len())?;
         // A decoder's passes never touch the tower, wherever a device map puts it.
         for (tier, _) in tiers
             .iter_mut()
@@ -370,11 +370,11 @@ fn all_resident(units: &[UnitSize], tied_head: bool) -> Vec<Tier> {
         .collect()
 }
 
-fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()> {
+fn check_tiers(tiers: &[Tier], units: usize) -> Result<()> {
     let bad = |cause: String| {
         Error::new(
             Code::Usage,
-            format!("the placement {placement:?} cannot be followed"),
+            "this placement of units cannot be followed",
             cause,
             "give a tier of cpu or disk for every unit, or run with --device cuda",
         )

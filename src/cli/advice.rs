@@ -48,18 +48,13 @@ impl Advisor {
         matches!(self.options.device, DeviceChoice::Cpu)
     }
 
-    /// That the options' own budget is enough for an engine.
+    /// That the options' own budget is enough for an engine on a CPU.
     pub(super) fn expect_room(&self) -> Result<()> {
         let budget = self.options.cpu_memory;
         let budget = budget.unwrap_or_else(|| self.host.default_budget());
-        match self.on_cpu() {
-            true => self
-                .fitted(&self.options, budget)
-                .map(|_| ())
-                .map_err(|e| self.too_little(e)),
-            // What a GPU has to spare is known once it is open.
-            false => Ok(()),
-        }
+        self.fitted(&self.options, budget)
+            .map(|_| ())
+            .map_err(|e| self.too_little(e))
     }
 
     fn fitted(&self, options: &EngineOptions, budget: u64) -> Result<Fitted> {

@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 use super::advice::Advisor;
 use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
-use super::options::{MachineOptions, SourceOptions};
+use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::Checkpoint;
-use crate::engine::HostMemory;
+use crate::engine::{DeviceChoice, HostMemory, refuse_for_gpu};
 use crate::error::Result;
 use crate::spec::ModelSpec;
 use crate::store::{DtypePolicy, Outline, outline};
@@ -59,9 +59,29 @@ impl Found {
     pub fn expect_room(&self, machine: &MachineOptions, want: &OpenFor, quiet: bool) -> Result<()> {
         machine.note_context(self.spec(), quiet);
         let weights = Weights::from(&self.outline);
-        let mut options = weights.engine_options(machine, want, true)?;
-        options.pager.trace = None;
-        Advisor::new(&weights, &options, HostMemory::read()).expect_room()
+        let machine = &MachineOptions {
+            // What only a run takes or tells.
+            trace: None,
+            report: None,
+            gemm: GemmArg::Own,
+            ..machine.clone()
+        };
+        let options = |want| weights.engine_options(machine, want, true);
+        let least = options(want)?;
+        if least.device == DeviceChoice::Cpu {
+            return Advisor::new(&weights, &least, HostMemory::read()).expect_room();
+        }
+        if self.outline.ready {
+            // Opening it comes next, and says the same.
+            return Ok(());
+        }
+        // Where `want` is less than the run will ask for, the budget named is to be enough for it as a rule.
+        let usual = OpenFor {
+            context: want.context.max(OpenFor::default().context),
+            kv_tokens: None,
+            ..want.clone()
+        };
+        refuse_for_gpu(&self.outline, &least, &options(&usual)?)
     }
 
     /// Packs it on first use, within `budget` bytes of memory.

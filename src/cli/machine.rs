@@ -3,12 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::gpu;
 use super::model::OpenFor;
 use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, VerifyArg};
 use crate::device::cuda;
-use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions, kv_dtype,
-};
+use crate::engine::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions};
 use crate::error::{Code, Error, Result};
 use crate::io::ReaderKind;
 use crate::paging::{
@@ -74,7 +73,7 @@ impl Weights<'_> {
         want: &OpenFor,
         quiet: bool,
     ) -> Result<EngineOptions> {
-        let device = self.device_choice(machine, quiet)?;
+        let device = gpu::device_choice(machine, self.spec, self.units, quiet)?;
         let defaults = EngineOptions::default();
         let reading = self.reading(machine);
         let kinds: Vec<UnitKind> = self.units.iter().map(|u| u.kind).collect();
@@ -91,7 +90,7 @@ impl Weights<'_> {
             placement: placement(&machine.device_map, &kinds)?,
             device,
             gpu_memory: machine.gpu_budget()?,
-            gemm: gemm(machine.gemm, device)?,
+            gemm: gpu::gemm(machine.gemm, device)?,
             prefetch_depth: Some(reading.prefetch_depth),
             page_bytes: Some(reading.page_bytes),
             pager: PagerOptions {
@@ -114,35 +113,6 @@ impl Weights<'_> {
             vision: want.vision,
             isa: None,
         })
-    }
-
-    fn gpu_can_run(&self) -> Result<()> {
-        let vision = self.spec.vision.as_ref().map(|v| v.hidden / v.heads);
-        cuda::can_run(kv_dtype(self.units), self.spec.head_size, vision)
-    }
-
-    /// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
-    fn device_choice(&self, machine: &MachineOptions, quiet: bool) -> Result<DeviceChoice> {
-        check_device(&machine.device)?;
-        match machine.device.as_str() {
-            "cpu" => Ok(DeviceChoice::Cpu),
-            "cuda" => Ok(DeviceChoice::Cuda(0)),
-            "auto" => Ok(match self.gpu_can_run() {
-                Ok(()) => DeviceChoice::Cuda(0),
-                Err(e) => {
-                    // Without a GPU there is nothing to say, unless its memory was spoken of.
-                    let unasked = e.code() == Code::Device && machine.gpu_memory.is_none();
-                    if !quiet && !unasked {
-                        eprintln!("on the CPU: {}: {}", e.what(), e.cause());
-                    }
-                    DeviceChoice::Cpu
-                }
-            }),
-            d => {
-                let number = d.strip_prefix("cuda:").and_then(|n| n.parse().ok());
-                Ok(DeviceChoice::Cuda(number.unwrap_or(0)))
-            }
-        }
     }
 }
 
@@ -191,39 +161,6 @@ pub(super) fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
-    match (arg, device) {
-        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
-        (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
-            eprintln!(
-                "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
-            );
-            Ok(cuda::Gemm::CublasLt)
-        }
-        (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
-            Code::Usage,
-            "--gemm cublaslt makes no sense here",
-            "the CPU computes",
-            "leave it out, or run with --device cuda",
-        )),
-    }
-}
-
-/// `--device`, before anything is looked at.
-pub(super) fn check_device(device: &str) -> Result<()> {
-    let number = |d: &str| d.parse::<usize>().is_ok();
-    match device {
-        "auto" | "cpu" | "cuda" => Ok(()),
-        d if d.strip_prefix("cuda:").is_some_and(number) => Ok(()),
-        d => Err(Error::new(
-            Code::Usage,
-            format!("`{d}` is not a device"),
-            "the devices are auto, cpu, cuda and cuda:N",
-            "give --device cpu, or --device cuda for the first GPU",
-        )),
-    }
-}
-
 /// What is written when the work is done had better be possible before it begins.
 fn expect_writable(path: &Path) -> Result<()> {
     let folder = match path.parent() {
@@ -259,7 +196,7 @@ fn read_device_map(file: &str) -> Result<serde_json::Value> {
 impl MachineOptions {
     /// What can be known to be wrong before a model is opened.
     pub fn check(&self) -> Result<()> {
-        check_device(&self.device)?;
+        gpu::check_device(&self.device)?;
         if !["auto", "cpu"].contains(&self.device.as_str()) {
             cuda::available()?;
         }

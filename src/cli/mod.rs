@@ -15,6 +15,7 @@ mod demo;
 mod doctor;
 mod found;
 mod generate;
+mod gpu;
 mod inspect;
 mod machine;
 mod media;

@@ -198,6 +198,11 @@ impl Model {
             bar.update(done, of);
         });
         bar.finish();
+        if let Ok(engine) = &engine
+            && let Some(rate) = engine.h2d_gb_per_s()
+        {
+            self.rates().raise_h2d(&engine.device().describe(), rate);
+        }
         engine.map_err(|e| Advisor::new(&Weights::from(&self.store), &options, host).too_little(e))
     }
 
@@ -265,6 +270,7 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+            probed_h2d_gb_per_s: self.rates().h2d(),
         }
     }
 }

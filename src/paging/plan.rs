@@ -314,7 +314,7 @@ impl Plan {
             Placement::Units(tiers) => tiers.clone(),
             Placement::By(strategy) => strategy.place(&problem)?,
         };
-        check_tiers(&tiers, units.len())?;
+        check_tiers(&tiers, units.len(), placement)?;
         // A decoder's passes never touch the tower, wherever a device map puts it.
         for (tier, _) in tiers
             .iter_mut()
@@ -370,11 +370,16 @@ fn all_resident(units: &[UnitSize], tied_head: bool) -> Vec<Tier> {
         .collect()
 }
 
-fn check_tiers(tiers: &[Tier], units: usize) -> Result<()> {
+fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()> {
+    // A map is as long as the model; whoever wrote it knows which one it is.
+    let name = match placement {
+        Placement::Units(_) => "of units".to_string(),
+        other => format!("{other:?}"),
+    };
     let bad = |cause: String| {
         Error::new(
             Code::Usage,
-            "this placement of units cannot be followed",
+            format!("the placement {name} cannot be followed"),
             cause,
             "give a tier of cpu or disk for every unit, or run with --device cuda",
         )

@@ -1,0 +1,77 @@
+//! What `--device`, `--gpu-memory` and `--gemm` ask for, and what of it cannot be.
+
+use super::options::{GemmArg, MachineOptions};
+use crate::device::cuda;
+use crate::engine::{DeviceChoice, gpu_dtype};
+use crate::error::{Code, Error, Result};
+use crate::spec::ModelSpec;
+use crate::store::UnitLayout;
+
+/// Whose products; says what the other one does not promise.
+pub(super) fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
+    match (arg, device) {
+        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
+        (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
+            eprintln!(
+                "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
+            );
+            Ok(cuda::Gemm::CublasLt)
+        }
+        (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
+            Code::Usage,
+            "--gemm cublaslt makes no sense here",
+            "the CPU computes",
+            "leave it out, or run with --device cuda",
+        )),
+    }
+}
+
+/// `--device`, before anything is looked at.
+pub(super) fn check_device(device: &str) -> Result<()> {
+    let number = |d: &str| d.parse::<usize>().is_ok();
+    match device {
+        "auto" | "cpu" | "cuda" => Ok(()),
+        d if d.strip_prefix("cuda:").is_some_and(number) => Ok(()),
+        d => Err(Error::new(
+            Code::Usage,
+            format!("`{d}` is not a device"),
+            "the devices are auto, cpu, cuda and cuda:N",
+            "give --device cpu, or --device cuda for the first GPU",
+        )),
+    }
+}
+
+fn can_run(spec: &ModelSpec, units: &[UnitLayout]) -> Result<()> {
+    let vision = spec.vision.as_ref().map(|v| v.hidden / v.heads);
+    cuda::available()?;
+    cuda::can_run(gpu_dtype(units)?, spec.head_size, vision)
+}
+
+/// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
+pub(super) fn device_choice(
+    machine: &MachineOptions,
+    spec: &ModelSpec,
+    units: &[UnitLayout],
+    quiet: bool,
+) -> Result<DeviceChoice> {
+    check_device(&machine.device)?;
+    match machine.device.as_str() {
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        "auto" => Ok(match can_run(spec, units) {
+            Ok(()) => DeviceChoice::Cuda(0),
+            Err(e) => {
+                // Without a GPU there is nothing to say, unless its memory was spoken of.
+                let unasked = e.code() == Code::Device && machine.gpu_memory.is_none();
+                if !quiet && !unasked {
+                    eprintln!("on the CPU: {}: {}", e.what(), e.cause());
+                }
+                DeviceChoice::Cpu
+            }
+        }),
+        d => {
+            let number = d.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+            Ok(DeviceChoice::Cuda(number.unwrap_or(0)))
+        }
+    }
+}

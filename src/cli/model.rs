@@ -13,7 +13,7 @@ use crate::engine::{
     DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, Engine, EngineOptions, EngineStats, HostMemory,
     SLACK_BYTES, kv_dtype,
 };
-use crate::engine::{DeviceChoice, VisionRoom};
+use crate::engine::{DeviceChoice, KvPlace, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::io::ReaderKind;
 use crate::paging::{
@@ -47,6 +47,7 @@ pub struct OpenFor {
     pub logits_rows: usize,
     pub max_sequences: usize,
     pub kv_tokens: Option<usize>,
+    pub kv_place: KvPlace,
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
@@ -60,6 +61,7 @@ impl Default for OpenFor {
             logits_rows: 1,
             max_sequences: 1,
             kv_tokens: None,
+            kv_place: KvPlace::Gpu,
             keep_logits: true,
             sample_limit: None,
             vision: None,
@@ -355,6 +357,7 @@ pub(super) fn engine_options(
         context: want.context,
         max_sequences: want.max_sequences,
         kv_tokens: want.kv_tokens,
+        kv_place: want.kv_place,
         pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
         logits_rows: want.logits_rows,
         keep_logits: want.keep_logits,

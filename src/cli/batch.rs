@@ -16,7 +16,7 @@ use crate::engine::jobs::{
     BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory};
+use crate::engine::{Engine, HostMemory, KvPlace};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
@@ -123,7 +123,7 @@ pub struct BatchArgs {
         help_heading = "Job"
     )]
     max_sequences: Option<usize>,
-    /// Memory for keys and values [default: from the rows, at most a quarter of the budget]
+    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: from the rows, at most a quarter of the budget]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
     kv_memory: Option<u64>,
     #[command(flatten)]
@@ -450,7 +450,12 @@ pub(super) fn open_sized(
     loop {
         let input = SizingInput { kv_share, ..input };
         let sizing = Sizing::choose(&model.store.spec, sample, &input);
-        match engine_for(model, texts, machine, &sizing, signals, quiet) {
+        let place = match input.kv_bytes {
+            // Asked for: where the GPU has no room for so much, host memory may.
+            Some(_) => KvPlace::GpuOrHost,
+            None => KvPlace::Gpu,
+        };
+        match engine_for(model, texts, machine, &sizing, place, signals, quiet) {
             Err(e)
                 if e.code() == Code::Memory
                     && input.kv_bytes.is_none()
@@ -468,6 +473,7 @@ fn engine_for(
     texts: &Texts,
     machine: &MachineOptions,
     sizing: &Sizing,
+    kv_place: KvPlace,
     signals: &TwoStage,
     quiet: bool,
 ) -> Result<Engine> {
@@ -476,6 +482,7 @@ fn engine_for(
         logits_rows: sizing.sequences,
         max_sequences: sizing.sequences,
         kv_tokens: Some(sizing.kv_tokens),
+        kv_place,
         sample_limit: Some(texts.tokenizer.id_limit()),
         vision: sizing.vision,
         ..OpenFor::default()

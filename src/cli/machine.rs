@@ -106,6 +106,7 @@ impl Weights<'_> {
             context: want.context,
             max_sequences: want.max_sequences,
             kv_tokens: want.kv_tokens,
+            kv_place: want.kv_place,
             pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
             logits_rows: want.logits_rows,
             keep_logits: want.keep_logits,

@@ -10,7 +10,7 @@ use super::machine::{Weights, verify_when};
 use super::options::{MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, VisionRoom, kv_dtype,
+    Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom, kv_dtype,
 };
 use crate::error::Result;
 use crate::paging::{
@@ -41,6 +41,7 @@ pub struct OpenFor {
     pub logits_rows: usize,
     pub max_sequences: usize,
     pub kv_tokens: Option<usize>,
+    pub kv_place: KvPlace,
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
@@ -54,6 +55,7 @@ impl Default for OpenFor {
             logits_rows: 1,
             max_sequences: 1,
             kv_tokens: None,
+            kv_place: KvPlace::Gpu,
             keep_logits: true,
             sample_limit: None,
             vision: None,

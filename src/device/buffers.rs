@@ -141,6 +141,14 @@ impl Kv {
     pub fn blocks(&self) -> usize {
         self.shape.blocks
     }
+
+    /// Whether it lies in host memory.
+    pub fn in_host(&self) -> bool {
+        match &self.data {
+            On::Cpu(_) => true,
+            On::Cuda(data) => data.in_host(),
+        }
+    }
 }
 
 /// What a caller that mixes devices hears.
@@ -264,6 +272,17 @@ impl Device {
             shape: *shape,
         })
     }
+
+    /// A cache in host memory, of which a device with memory of its own has two layers at a time.
+    pub fn kv_in_host(&self, shape: &KvShape) -> Result<Kv> {
+        match self {
+            Device::Cpu(_) => self.kv(shape),
+            Device::Cuda(d) => Ok(Kv {
+                data: On::Cuda(d.kv_in_host(shape)?),
+                shape: *shape,
+            }),
+        }
+    }
 }
 
 impl DeviceKind {
@@ -325,7 +344,15 @@ impl DeviceKind {
     pub fn kv_room(self, shape: &KvShape) -> Room {
         match self {
             DeviceKind::Cpu => host(shape.bytes() as u64),
-            DeviceKind::Cuda => device(cuda::DeviceBuffer::rounded(shape.bytes() as u64)),
+            DeviceKind::Cuda => cuda::CudaKv::device_room(shape),
+        }
+    }
+
+    /// What [`Device::kv_in_host`] takes.
+    pub fn kv_in_host_room(self, shape: &KvShape) -> Room {
+        match self {
+            DeviceKind::Cpu => self.kv_room(shape),
+            DeviceKind::Cuda => cuda::CudaKv::host_room(shape),
         }
     }
 }

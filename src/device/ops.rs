@@ -94,6 +94,15 @@ impl Device {
         Ok(())
     }
 
+    /// To be called before a pass's first layer: a cache in host memory begins to go where it is needed. `window`: keys that a row sees at
+    /// most, in any layer.
+    pub fn kv_begin(&self, kv: &mut Kv, pass: &PassRows<'_>, window: Option<usize>) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.kv_begin(kv.data.cuda_mut(), pass.spans, window),
+        }
+    }
+
     /// out[row] = weight row 0, widened. The weight lies in host memory.
     pub fn put_row(&self, weight: &WeightView<'_>, out: &mut Rows, row: usize) -> Result<()> {
         let cols = out.cols;

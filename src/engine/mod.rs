@@ -25,7 +25,7 @@ pub use gpu::{GpuRoom, gpu_dtype, refuse_for_gpu};
 pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
-    Fitted, OpenProgress, fit, fit_on, kv_dtype,
+    Fitted, KvPlace, OpenProgress, fit, fit_on, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
@@ -328,6 +328,11 @@ impl Engine {
     /// The rate of copies from pinned memory to the GPU, measured when it was opened, 10⁹ bytes a second.
     pub fn h2d_gb_per_s(&self) -> Option<f64> {
         self.h2d_gb_per_s
+    }
+
+    /// Whether keys and values lie in host memory.
+    pub fn kv_in_host(&self) -> bool {
+        self.kv.in_host()
     }
 
     pub fn spec(&self) -> &ModelSpec {

@@ -35,6 +35,16 @@ pub enum DeviceChoice {
     Cuda(usize),
 }
 
+/// Where keys and values lie while a GPU computes; on a CPU they lie in host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvPlace {
+    #[default]
+    Gpu,
+    /// In host memory where the GPU has no room for them: the bus has time for them while weights come from disk.
+    GpuOrHost,
+    Host,
+}
+
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// Bound on the process's peak resident set; by default 90 % of what is free.
@@ -51,6 +61,7 @@ pub struct EngineOptions {
     /// KV room in tokens; by default every sequence may reach the context. With less, a sequence that no longer fits even
     /// alone fails.
     pub kv_tokens: Option<usize>,
+    pub kv_place: KvPlace,
     /// Rows a pass may hold; shrinks to fit the budget.
     pub pass_tokens: usize,
     /// Rows whose logits a pass may give (scoring wants them all).
@@ -81,6 +92,7 @@ impl Default for EngineOptions {
             context: 2048,
             max_sequences: 1,
             kv_tokens: None,
+            kv_place: KvPlace::Gpu,
             pass_tokens: DEFAULT_PASS_TOKENS,
             logits_rows: 1,
             keep_logits: true,
@@ -130,6 +142,7 @@ impl Engine {
             plan,
             pass_tokens,
             kv_blocks,
+            kv_in_host,
             context,
             vision,
             ..
@@ -151,13 +164,11 @@ impl Engine {
             head_dtype(store),
             &pass_limits(options, pass_tokens, kv_blocks, context),
         )?;
-        let kv = device.kv(&KvShape {
-            layers: spec.layers,
-            blocks: kv_blocks,
-            kv_heads: spec.kv_heads,
-            head_size: spec.head_size,
-            dtype,
-        })?;
+        let shape = kv_shape(&spec, kv_blocks, dtype);
+        let kv = match kv_in_host {
+            false => device.kv(&shape)?,
+            true => device.kv_in_host(&shape)?,
+        };
         let pager = Pager::start_from(
             &Origin::of(store)?,
             layouts,
@@ -212,6 +223,8 @@ pub struct Fitted {
     /// Rows a pass may hold.
     pub pass_tokens: usize,
     pub kv_blocks: usize,
+    /// On a GPU: keys and values lie in host memory.
+    pub kv_in_host: bool,
     /// Longest sequence.
     pub context: usize,
     pub budget: u64,
@@ -245,6 +258,27 @@ pub fn fit_on(
     host: &HostMemory,
     gpu: Option<GpuRoom>,
 ) -> Result<Fitted> {
+    let fit = |in_host| fit_kv(spec, dtype, units, options, host, gpu, in_host);
+    match (options.kv_place, gpu) {
+        (_, None) | (KvPlace::Gpu, _) => fit(false),
+        (KvPlace::Host, _) => fit(true),
+        (KvPlace::GpuOrHost, _) => match fit(false) {
+            Err(e) if e.code() == Code::Memory => fit(true),
+            fitted => fitted,
+        },
+    }
+}
+
+/// [`fit_on`] with keys and values in one place.
+fn fit_kv(
+    spec: &ModelSpec,
+    dtype: Dtype,
+    units: &[UnitSize],
+    options: &EngineOptions,
+    host: &HostMemory,
+    gpu: Option<GpuRoom>,
+    kv_in_host: bool,
+) -> Result<Fitted> {
     let kind = match gpu {
         None => DeviceKind::Cpu,
         Some(_) => DeviceKind::Cuda,
@@ -260,13 +294,11 @@ pub fn fit_on(
     let kv_tokens = options.kv_tokens.unwrap_or(most);
     // One block more a sequence: each ends somewhere inside its last one.
     let kv_blocks = KvPool::blocks_for(kv_tokens) + options.max_sequences;
-    let kv = kind.kv_room(&KvShape {
-        layers: spec.layers,
-        blocks: kv_blocks,
-        kv_heads: spec.kv_heads,
-        head_size: spec.head_size,
-        dtype,
-    });
+    let shape = kv_shape(spec, kv_blocks, dtype);
+    let kv = match kv_in_host {
+        false => kind.kv_room(&shape),
+        true => kind.kv_in_host_room(&shape),
+    };
     let wanted = options.logits_rows.max(1);
     let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
     let vision = VisionNeed::of(spec, units, options, kind, gpu.map_or(budget, |g| g.limit))?;
@@ -323,12 +355,23 @@ pub fn fit_on(
         plan,
         pass_tokens,
         kv_blocks,
+        kv_in_host,
         context,
         budget,
         charges: charges(pass_tokens),
         device_charges: device_charges(pass_tokens),
         vision,
     })
+}
+
+fn kv_shape(spec: &ModelSpec, blocks: usize, dtype: Dtype) -> KvShape {
+    KvShape {
+        layers: spec.layers,
+        blocks,
+        kv_heads: spec.kv_heads,
+        head_size: spec.head_size,
+        dtype,
+    }
 }
 
 fn pass_limits(

@@ -201,6 +201,9 @@ impl Forward {
             sin: &s.sin[..half],
         };
         device.begin(&mut s.lists, &rows)?;
+        let mut windows = self.spec.window.iter().copied();
+        let widest = windows.try_fold(0, |most, window| Some(most.max(window?)));
+        device.kv_begin(kv, &rows, widest)?;
         for layer in 0..self.layers.len() {
             let mut inside = Duration::ZERO;
             source.with_unit(self.layers[layer], &mut |unit| {

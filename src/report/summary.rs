@@ -41,6 +41,8 @@ pub struct PagingReport {
     pub overlap: f64,
     pub resident_gpu_bytes: u64,
     pub resident_cpu_bytes: u64,
+    /// Where keys and values lie: `gpu` or `cpu`.
+    pub kv_tier: &'static str,
     pub prefetch_depth: usize,
     pub page_size: u64,
     pub queue_depth: usize,
@@ -105,6 +107,10 @@ impl PagingReport {
             overlap: share.unwrap_or(0.0),
             resident_cpu_bytes: plan.resident_bytes,
             resident_gpu_bytes: plan.gpu.map_or(0, |g| g.resident_bytes),
+            kv_tier: match engine.kv_in_host() {
+                true => Tier::Cpu.name(),
+                false => Tier::Gpu.name(),
+            },
             prefetch_depth: plan.depth,
             page_size: settings.page_bytes,
             queue_depth: settings.queue_depth,
@@ -296,6 +302,9 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
             paging.stall_disk_s,
             paging.stall_copy_s,
         );
+        if engine.kv_in_host() {
+            text += "keys and values in RAM; ";
+        }
         if let Some(why) = engine.pager().pin_note() {
             text += &format!("host memory is not pinned ({why}); ");
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use tensorpager::engine::{DeviceChoice, Engine, EngineOptions, Event};
+use tensorpager::engine::{DeviceChoice, Engine, EngineOptions, Event, KvPlace};
 use tensorpager::error::{Code, Error, Result};
 use tensorpager::io::{Faults, Reader, ReaderKind};
 use tensorpager::paging::{PagerOptions, Placement, Tier};
@@ -232,8 +232,9 @@ fn tokens(engine: &mut Engine, cancel: &AtomicBool) -> (Vec<u32>, usize) {
 fn stopped_in_passes() {
     let dir = tempfile::tempdir().unwrap();
     let store = packed(MODEL, dir.path());
-    for depth in [0, 2] {
+    for (depth, kv_place) in [(0, KvPlace::Gpu), (2, KvPlace::Gpu), (1, KvPlace::Host)] {
         let options = |wrap| EngineOptions {
+            kv_place,
             prefetch_depth: Some(depth),
             keep_logits: true,
             logits_rows: 1,

@@ -14,7 +14,7 @@ use crate::faulty_readers::{file_of, flip_byte};
 use crate::run::Run;
 use crate::stops::{Calls, interrupt};
 
-fn batch(driver: &Path, model: &str, dir: &Path, output: &str) -> Run {
+pub fn batch(driver: &Path, model: &str, dir: &Path, output: &str) -> Run {
     let mut run = Run::new(driver, "batch", model).env("SOURCE_DATE_EPOCH", "1700000000");
     run.command
         .arg("--in-place")
@@ -26,7 +26,7 @@ fn batch(driver: &Path, model: &str, dir: &Path, output: &str) -> Run {
     run
 }
 
-fn write(dir: &Path, rows: &[Value]) {
+pub fn write(dir: &Path, rows: &[Value]) {
     let text: String = rows.iter().map(|r| format!("{r}\n")).collect();
     fs::write(dir.join("job.jsonl"), text).unwrap();
 }
@@ -40,14 +40,14 @@ fn rows(n: usize) -> Vec<Value> {
 }
 
 #[track_caller]
-fn ended(run: Run, expected: i32) -> String {
+pub fn ended(run: Run, expected: i32) -> String {
     let done = run.output();
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert_eq!(done.status.code(), Some(expected), "{said}");
     said
 }
 
-fn read(path: &Path) -> Vec<Value> {
+pub fn read(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let lines = text.lines();
     lines.map(|l| serde_json::from_str(l).unwrap()).collect()

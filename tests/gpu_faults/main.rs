@@ -13,20 +13,21 @@ mod engine_common;
 mod faulty_readers;
 mod inside;
 mod jobs;
+mod kv;
 #[path = "../emulated/run.rs"]
 mod run;
 mod stops;
 
 use std::process::Command;
 
-/// Runs the ignored test `inside::name` of this file on the emulated driver.
+/// Runs the ignored test `name` on the emulated driver.
 #[track_caller]
 fn inside(name: &str, settings: &[(&str, &str)]) {
     let Some(driver) = emulated::driver() else {
         return;
     };
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", &format!("inside::{name}"), "--ignored"]);
+    command.args(["--exact", name, "--ignored"]);
     emulated::on(&mut command, driver, settings);
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -42,37 +43,37 @@ fn inside(name: &str, settings: &[(&str, &str)]) {
 #[test]
 fn passing_faults_change_no_bit() {
     for order in ["drawn", "lazy", "eager"] {
-        inside("passing_faults", &[("EMUCUDA_ORDER", order)]);
+        inside("inside::passing_faults", &[("EMUCUDA_ORDER", order)]);
     }
 }
 
 // hazard: bit-rot: on the way to a GPU: read once more, no bit changes; again and again: one error
 #[test]
 fn a_flipped_bit_is_read_once_more_and_then_named() {
-    inside("flipped_bits", &[]);
+    inside("inside::flipped_bits", &[]);
 }
 
 // hazard: bit-rot: on disk, for a GPU: one error; names unit, file and block
 #[test]
 fn a_flipped_byte_on_disk_is_named_whatever_the_tier() {
-    inside("flipped_bytes_on_disk", &[]);
+    inside("inside::flipped_bytes_on_disk", &[]);
 }
 
 // hazard: eio: on the way to a GPU: one error; names layer, file and errno
 #[test]
 fn a_read_error_names_its_own_layer() {
-    inside("read_errors", &[]);
+    inside("inside::read_errors", &[]);
 }
 
 // hazard: stall: on the way to a GPU: one error within the time limit; names the file
 #[test]
 fn a_read_that_never_completes_is_named_within_the_limit() {
-    inside("lost_reads", &[]);
+    inside("inside::lost_reads", &[]);
 }
 
 #[test]
 fn passes_that_are_cut_off_spoil_nothing() {
     for order in ["drawn", "lazy"] {
-        inside("stopped_in_passes", &[("EMUCUDA_ORDER", order)]);
+        inside("inside::stopped_in_passes", &[("EMUCUDA_ORDER", order)]);
     }
 }

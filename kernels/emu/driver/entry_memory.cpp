@@ -49,7 +49,8 @@ CUresult to_device(CUdeviceptr to, const void* from, size_t bytes, CUstream stre
     return CUDA_SUCCESS;
   }
   item.accesses.push_back(range(from, bytes, false));
-  const bool check = settings().check_frames;
+  // What the device is still to write there changes it rightly, where the streams are ordered: that is another check.
+  const bool check = settings().check_frames && pending_use((uint64_t)from, (uint64_t)from + bytes, true).empty();
   const uint64_t before = check ? digest(from, bytes) : 0;
   const std::string name = item.what;
   item.run = [=] {
@@ -69,7 +70,9 @@ CUresult to_host(void* to, CUdeviceptr from, size_t bytes, CUstream stream, bool
   if (where == Pinned::Partly) return CUDA_ERROR_INVALID_VALUE;
   Item item = {Item::Copy, what("copy to the host", bytes), {range(from, bytes, false), range(to, bytes, true)}, nullptr, nullptr, {}};
   item.run = [=] { return memcpy(to, (const void*)from, bytes), CUDA_SUCCESS; };
-  if (where == Pinned::Yes && !waits && settings().check_frames) memset(to, 0xFF, bytes);  // nobody may read it yet
+  // Nobody may read it yet, but copies that come before this one.
+  if (where == Pinned::Yes && !waits && settings().check_frames && pending_use((uint64_t)to, (uint64_t)to + bytes).empty())
+    memset(to, 0xFF, bytes);
   const TokenP token = submit(stream, std::move(item));
   return waits || where == Pinned::No ? wait(token) : CUDA_SUCCESS;
 }

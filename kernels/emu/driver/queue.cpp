@@ -324,12 +324,12 @@ void forget(uint64_t from, uint64_t to) {
     list.erase(std::remove_if(list.begin(), list.end(), [&](const Record& r) { return overlap(r.access, {from, to, true}); }), list.end());
 }
 
-std::string pending_use(uint64_t from, uint64_t to) {
+std::string pending_use(uint64_t from, uint64_t to, bool writes_only) {
   std::lock_guard<std::mutex> guard(q().lock);
   for (EmuStream* s : q().streams)
     for (const Item& item : s->items)
       for (const Access& a : item.accesses)
-        if (overlap(a, {from, to, true})) return item.what;
+        if (overlap(a, {from, to, true}) && (a.write || !writes_only)) return item.what;
   return "";
 }
 

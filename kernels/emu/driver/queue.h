@@ -72,7 +72,7 @@ CUresult query_stream(CUstream stream);
 
 // Forgets accesses to memory that is no longer what it was.
 void forget(uint64_t from, uint64_t to);
-// A pending item that reads or writes the range, or "".
-std::string pending_use(uint64_t from, uint64_t to);
+// A pending item that reads or writes the range (or only one that writes it), or "".
+std::string pending_use(uint64_t from, uint64_t to, bool writes_only = false);
 
 }  // namespace driver

@@ -153,6 +153,31 @@ void right_when_ordered() { HOLDS(pipeline(false)); }
 void wrong_without_waits() { HOLDS(pipeline(false)); }   // run with the waits ignored: must fail
 void frame_reused() { HOLDS(pipeline(true)); }           // must fail
 
+// The device writes pinned memory and reads it again on another stream, as a cache in host memory does; all of it given at once.
+bool through_host_memory() {
+  open_device();
+  const CUstream in = stream(), out = stream();
+  uint16_t* cache = host<uint16_t>(4096);
+  const CUdeviceptr slots[2] = {device(COUNT * 2), device(COUNT * 2)};
+  const CUevent loaded = event(), stored = event();
+  for (int i = 0; i < COUNT; i++) cache[i] = (uint16_t)i;
+  for (int round = 0; round < 6; round++) {
+    if (round) OK(cuStreamWaitEvent(in, stored, 0));
+    OK(cuMemcpyHtoDAsync_v2(slots[round % 2], cache, COUNT * 2, in));
+    OK(cuMemsetD8Async(slots[round % 2], (unsigned char)round, 2, in));
+    OK(cuEventRecord(loaded, in));
+    OK(cuStreamWaitEvent(out, loaded, 0));
+    OK(cuMemcpyDtoHAsync_v2(cache, slots[round % 2], COUNT * 2, out));
+    OK(cuEventRecord(stored, out));
+  }
+  OK(cuStreamSynchronize(out));
+  if (cache[0] != 0x0505) return false;
+  for (int i = 1; i < COUNT; i++)
+    if (cache[i] != (uint16_t)i) return false;
+  return true;
+}
+void host_cache() { HOLDS(through_host_memory()); }
+
 // A wait is for the record made before it, whatever the event is used for later.
 void waits_capture() {
   open_device();
@@ -359,6 +384,9 @@ const Case CASES[] = {
     {"frame reused, lazy", frame_reused, "EMUCUDA_ORDER=lazy", Case::FailsAtOnce, "changed pinned memory"},
     {"host wait ignored", right_when_ordered, "EMUCUDA_IGNORE=cuEventSynchronize EMUCUDA_ORDER=lazy", Case::FailsAtOnce, "changed pinned memory"},
     {"final wait ignored", right_when_ordered, "EMUCUDA_IGNORE=cuStreamSynchronize EMUCUDA_ORDER=lazy", Case::FailsAtOnce, "pipeline"},
+    {"host cache", host_cache, "", Case::Passes, nullptr},
+    {"host cache, lazy", host_cache, "EMUCUDA_ORDER=lazy", Case::Passes, nullptr},
+    {"host cache, waits ignored", host_cache, "EMUCUDA_IGNORE=cuStreamWaitEvent", Case::FailsAtOnce, "race"},
     {"waits capture", waits_capture, "", Case::Passes, nullptr},
     {"lazy is late", lazy_is_late, "EMUCUDA_ORDER=lazy", Case::Passes, nullptr},
     {"pageable", pageable_is_taken_at_once, "EMUCUDA_ORDER=lazy", Case::Passes, nullptr},

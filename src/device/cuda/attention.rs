@@ -1,10 +1,11 @@
 //! Attention on the GPU: what a pass shares is sent once, then each layer turns, appends and attends.
 
 use super::CudaDevice;
-use super::buffers::{CudaActs, CudaDense, CudaKv, CudaLists, CudaRows, F32, HALF};
+use super::buffers::{CudaActs, CudaDense, CudaLists, CudaRows, F32, HALF};
 use super::kernels::{
     AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, RopeAppend, RopeDense,
 };
+use super::kv::CudaKv;
 use super::memory::{DeviceBuffer, bytes_of};
 use super::ops::int;
 use crate::device::{AttnShape, DenseShape, Span};
@@ -65,7 +66,7 @@ impl CudaDevice {
                 sin: lists.sin.at(0, half),
                 slots: lists.list(&lists.lists.slots),
                 q_out: lists.q.at(0, rows * q_cols * HALF),
-                kv: kv.layer(layer),
+                kv: kv.enter(&self.compute, layer)?,
                 q_stride: q_cols as i64,
                 k_stride: kv_cols as i64,
                 v_stride: kv_cols as i64,
@@ -92,7 +93,8 @@ impl CudaDevice {
         let (segments, tables) = (lists.list(&l.segments), lists.list(&l.tables));
         let (heads, kv_heads) = (int(shape.heads)?, int(shape.kv_heads)?);
         let window = int(shape.window.unwrap_or(0))?;
-        let kv = kv.layer(layer);
+        let cache = kv;
+        let kv = cache.layer(layer);
         self.kernels.prefill.launch(
             &self.compute,
             (l.tiles.len() / 2, shape.kv_heads),
@@ -145,7 +147,7 @@ impl CudaDevice {
                 },
             )?;
         }
-        Ok(())
+        cache.leave(&self.compute, layer)
     }
 
     /// RoPE, then attention within windows, of rows `[q | k | v]`.

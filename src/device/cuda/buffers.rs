@@ -7,7 +7,7 @@ use super::CudaDevice;
 use super::context::Context;
 use super::lists::{ListShape, Lists};
 use super::memory::{Address, DeviceBuffer, HostBuffer};
-use crate::device::{DenseShape, KvShape};
+use crate::device::DenseShape;
 use crate::error::{Error, Result};
 use crate::units::Dtype;
 
@@ -26,12 +26,6 @@ pub struct CudaActs {
     /// Of what the last op wrote.
     pub(super) rows: usize,
     pub(super) cols: usize,
-}
-
-/// The KV cache on the device.
-pub struct CudaKv {
-    pub(super) buffer: DeviceBuffer,
-    pub(super) shape: KvShape,
 }
 
 /// Where the host reads results.
@@ -166,18 +160,6 @@ impl Best {
     }
 }
 
-impl CudaKv {
-    pub fn blocks(&self) -> usize {
-        self.shape.blocks
-    }
-
-    /// One layer's part.
-    pub(super) fn layer(&self, layer: usize) -> Address {
-        let bytes = self.shape.bytes() / self.shape.layers;
-        self.buffer.at(layer * bytes, bytes)
-    }
-}
-
 impl CudaDevice {
     fn buffer(&self, bytes: usize, what: &str) -> Result<DeviceBuffer> {
         DeviceBuffer::new(&self.context, bytes as u64, what)
@@ -232,16 +214,6 @@ impl CudaDevice {
             v: make(v)?,
             numbers: make(numbers)?,
             list: Vec::with_capacity(numbers / 4),
-        })
-    }
-
-    pub fn kv(&self, shape: &KvShape) -> Result<CudaKv> {
-        if shape.dtype != self.half {
-            return Err(Error::internal("KV of another type than the weights'"));
-        }
-        Ok(CudaKv {
-            buffer: self.buffer(shape.bytes(), "the KV cache")?,
-            shape: *shape,
         })
     }
 

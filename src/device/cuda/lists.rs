@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::device::{KV_BLOCK_TOKENS, Span};
 
 /// Keys of a chunk.
-const CHUNK: usize = 256;
+pub(super) const CHUNK: usize = 256;
 /// Rows of a decode tile.
 const DECODE_ROWS: usize = 16;
 /// Decode items of one launch, at least: what their partial sums take is bounded by it.

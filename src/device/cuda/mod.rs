@@ -11,6 +11,7 @@ mod context;
 mod cublaslt;
 mod ffi;
 mod kernels;
+mod kv;
 mod lists;
 mod memory;
 mod ops;
@@ -21,8 +22,9 @@ mod stream;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-pub use buffers::{Best, CudaActs, CudaDense, CudaKv, CudaLists, CudaRows, Mirror};
+pub use buffers::{Best, CudaActs, CudaDense, CudaLists, CudaRows, Mirror};
 pub use context::{Context, available};
+pub use kv::CudaKv;
 pub use lists::ListShape;
 pub use memory::{DeviceBuffer, Pin};
 pub use slots::{Compute, Copier, Piece, Slot, Ticks};

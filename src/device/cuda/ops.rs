@@ -1,6 +1,6 @@
 //! The ops: shapes checked, tiles and grids chosen, kernels launched. What each computes is said once, at [`crate::device::Device`].
 
-use super::buffers::{Best, CudaActs, CudaKv, CudaRows, F32, HALF, MOST_CANDIDATES, Mirror};
+use super::buffers::{Best, CudaActs, CudaRows, F32, HALF, MOST_CANDIDATES, Mirror};
 use super::cublaslt::{Operands, Shape};
 use super::kernels::{
     Argmax, BiasAdd, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk,
@@ -14,20 +14,6 @@ use crate::error::{Error, Result};
 const BLOCK_ELEMENTS: usize = 1024;
 
 impl CudaDevice {
-    pub fn kv_copy(&self, kv: &mut CudaKv, from: u32, to: u32) -> Result<()> {
-        let s = kv.shape;
-        let bytes = s.bytes() / s.layers / s.blocks;
-        for layer in 0..s.layers {
-            let at = |block: u32| {
-                kv.buffer
-                    .at((layer * s.blocks + block as usize) * bytes, bytes)
-            };
-            // SAFETY: two different blocks of the cache, in bounds (`at` checks); the cache waits for the GPU before it goes.
-            unsafe { self.compute.copy_within(at(to), at(from), bytes)? };
-        }
-        Ok(())
-    }
-
     /// Widens a weight's first row on the host and sends it.
     pub fn put_row(&self, weight: &WeightView<'_>, to: &mut CudaRows, first: usize) -> Result<()> {
         let row = weight.row(0);

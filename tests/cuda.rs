@@ -301,6 +301,7 @@ fn candidates_and_whole_rows_give_the_same_draws() {
     );
 }
 
+// hazard: gpu-full: a budget too small, on the emulated driver: refused before work starts, with the budget that would do
 #[test]
 fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     let Some(driver) = driver() else { return };
@@ -330,6 +331,10 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     run(&format!("{}MiB", mib - 3)).fails();
 }
 
+// hazard: gpu-absent: no driver, no device: one error; `--device auto` runs on the CPU
+// hazard: gpu-full: an allocation that the driver refuses: one error, its number and what to do
+// hazard: driver-old: one error; names what is needed and what is there
+// hazard: gpu-fails: one error that names it; nothing is printed as if it were sound
 #[test]
 fn what_is_missing_is_said_in_plain_words() {
     let Some(driver) = driver() else { return };

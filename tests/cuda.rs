@@ -5,112 +5,20 @@
 
 mod common;
 mod emulated;
+#[path = "emulated/run.rs"]
+mod run;
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use common::{Golden, fixtures, golden, nmse, read_safetensors};
 use emulated::driver;
+use run::Run;
 use serde_json::{Value, json};
 
 const MODELS: [&str; 3] = ["gpu-qwen2-bf16", "gpu-qwen3-f16-tied", "gpu-mistral-bf16"];
 
 /// The fixtures' tokenizer has so many ids; the models' padding above is never sampled.
 const TOKENIZER_IDS: usize = 283;
-
-/// One run of the program beside the emulated driver.
-struct Run {
-    command: Command,
-    folder: tempfile::TempDir,
-}
-
-impl Run {
-    fn new(driver: &Path, command: &str, model: &str) -> Run {
-        Run::on("cuda", driver, command, model)
-    }
-
-    fn on(device: &str, driver: &Path, command: &str, model: &str) -> Run {
-        let folder = tempfile::tempdir().unwrap();
-        let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
-        run.arg(command)
-            .arg(fixtures().join(model))
-            .args(["--device", device, "--threads", "2", "--context", "512"])
-            .arg("--offload-folder")
-            .arg(folder.path().join("offload"))
-            .env("LD_LIBRARY_PATH", driver)
-            .env("XDG_CACHE_HOME", folder.path());
-        Run {
-            command: run,
-            folder,
-        }
-    }
-
-    fn args<const N: usize>(mut self, args: [&str; N]) -> Run {
-        self.command.args(args);
-        self
-    }
-
-    fn env(mut self, name: &str, value: &str) -> Run {
-        self.command.env(name, value);
-        self
-    }
-
-    fn output(mut self) -> Output {
-        self.command.output().unwrap()
-    }
-
-    fn fails(self) -> String {
-        let done = self.output();
-        let text = String::from_utf8_lossy(&done.stderr).into_owned();
-        assert_eq!(done.status.code(), Some(1), "{text}");
-        text
-    }
-
-    /// The logits of every input, `[tokens, vocab]`.
-    fn score(self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
-        let lines = inputs.iter().map(|ids| json!({ "input_ids": ids }));
-        self.score_lines(lines.collect())
-    }
-
-    fn score_lines(mut self, inputs: Vec<Value>) -> Vec<Vec<f32>> {
-        let (from, to) = (
-            self.folder.path().join("in.jsonl"),
-            self.folder.path().join("out.safetensors"),
-        );
-        let lines: Vec<String> = inputs.iter().map(Value::to_string).collect();
-        std::fs::write(&from, lines.join("\n")).unwrap();
-        self.command
-            .arg("--input")
-            .arg(&from)
-            .arg("--output")
-            .arg(&to);
-        let done = self.command.output().unwrap();
-        assert!(
-            done.status.success(),
-            "{}",
-            String::from_utf8_lossy(&done.stderr)
-        );
-        let tensors = read_safetensors(&to);
-        (0..inputs.len())
-            .map(|i| tensors[&format!("logits.{i}")].f32s())
-            .collect()
-    }
-
-    /// The closing object of a run.
-    fn json(self) -> Value {
-        let done = self.args(["--json"]).output();
-        assert!(
-            done.status.success(),
-            "{}",
-            String::from_utf8_lossy(&done.stderr)
-        );
-        let text = String::from_utf8(done.stdout).unwrap();
-        let line = text.lines().rfind(|l| l.starts_with('{')).unwrap_or(&text);
-        serde_json::from_str(line)
-            .or_else(|_| serde_json::from_str(&text))
-            .unwrap()
-    }
-}
 
 fn inputs(all: &[Golden]) -> Vec<Vec<u32>> {
     all.iter().map(|g| g.ids.clone()).collect()
@@ -136,6 +44,7 @@ fn logits_are_nearer_to_float32_than_transformers_own_16_bit_run() {
     }
 }
 
+// hazard: gpu-unpinned: copies go through the driver's own memory; no bit changes
 #[test]
 fn tiers_readers_depths_pages_and_orders_change_no_bit() {
     let Some(driver) = driver() else { return };
@@ -301,7 +210,7 @@ fn candidates_and_whole_rows_give_the_same_draws() {
     );
 }
 
-// hazard: gpu-full: a budget too small, on the emulated driver: refused before work starts, with the budget that would do
+// hazard: budget: `--gpu-memory`: refused with the smallest that would do
 #[test]
 fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     let Some(driver) = driver() else { return };
@@ -331,10 +240,61 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     run(&format!("{}MiB", mib - 3)).fails();
 }
 
-// hazard: gpu-absent: no driver, no device: one error; `--device auto` runs on the CPU
-// hazard: gpu-full: an allocation that the driver refuses: one error, its number and what to do
-// hazard: driver-old: one error; names what is needed and what is there
-// hazard: gpu-fails: one error that names it; nothing is printed as if it were sound
+/// Before a weight is written: a large model packs for an hour.
+#[test]
+fn what_a_gpu_cannot_run_is_refused_before_packing() {
+    let Some(driver) = driver() else { return };
+    let refused = |command: &str, args: &[&str], words: &[&str]| {
+        let mut run = Run::new(driver, command, "gpu-qwen2-bf16");
+        run.command.args(args);
+        let run = run.env("EMUCUDA_CONTEXT", "100000000");
+        let (folder, done) = run.output_and_folder();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{args:?}: {said}");
+        assert!(words.iter().all(|w| said.contains(w)), "{words:?}: {said}");
+        assert!(!folder.path().join("offload").exists(), "{args:?}: packed");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let mixed = file(
+        "types.json",
+        json!({"model.embed_tokens": "float32"}).to_string(),
+    );
+    let ids = file("in.jsonl", json!({"input_ids": [1, 2, 3]}).to_string());
+    let job = file(
+        "job.jsonl",
+        json!({"custom_id": "a", "body": {"prompt": "T"}}).to_string(),
+    );
+    let answers = dir.path().join("out.jsonl");
+    let answers = answers.to_str().unwrap();
+    let commands: [(&str, &[&str]); 4] = [
+        ("run", &["--raw", "--prompt", "T"]),
+        ("score", &["--input", &ids]),
+        ("batch", &["-i", &job, "-o", answers]),
+        ("bench", &["-n", "1"]),
+    ];
+    for (command, args) in commands {
+        for (more, words) in [
+            (["--dtype", "float32"], ["float32", "--dtype bfloat16"]),
+            (["--dtype", &mixed], ["float32", "--dtype bfloat16"]),
+            (["--gpu-memory", "99MiB"], ["GPU memory", "--gpu-memory "]),
+        ] {
+            refused(command, &[args, &more].concat(), &words);
+        }
+    }
+    // What `auto` cannot run there runs on the CPU.
+    let auto = Run::on("auto", driver, "run", "gpu-qwen2-bf16").args(["--raw", "--prompt", "T"]);
+    let auto = auto.args(["--max-tokens", "1", "--dtype", &mixed]);
+    assert_eq!(auto.json()["device"], "cpu");
+}
+
+// hazard: gpu-absent: no driver, no device, or a GPU too old: one error; names what is missing
+// hazard: gpu-driver-old: one error; names the driver's CUDA and the one needed
+// hazard: gpu-full: one error; names the driver's code and what was being allocated
 #[test]
 fn what_is_missing_is_said_in_plain_words() {
     let Some(driver) = driver() else { return };

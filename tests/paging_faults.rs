@@ -4,24 +4,26 @@
 
 mod common;
 mod engine_common;
+#[path = "engine_common/readers.rs"]
+mod faulty_readers;
 
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use engine_common::{fixture, in_place, job, open, packed, same_bits, score, scoring};
+use faulty_readers::{
+    BadFile, Wrap, all_at_once, file_of, flip_all, flip_byte, flip_one, with, within,
+};
 use tensorpager::engine::{Engine, EngineOptions};
 use tensorpager::error::{Code, Error, Result};
-use tensorpager::io::{FaultReader, Faults, RawDone, ReadOp, Reader, ReaderKind};
+use tensorpager::io::{Faults, Reader, ReaderKind};
 use tensorpager::paging::{PagerOptions, Placement, VerifyWhen};
 use tensorpager::report::summary::{PagingReport, ReadSettings};
 use tensorpager::store::Store;
 use tensorpager::text::SamplingParams;
 
 const MODEL: &str = "qwen3-bf16";
-type Wrap = fn(Box<dyn Reader>) -> Box<dyn Reader>;
 
 fn prompts() -> Vec<Vec<u32>> {
     common::golden(&fixture(MODEL))
@@ -43,10 +45,6 @@ fn faulty(wrap: Option<Wrap>) -> EngineOptions {
         },
         ..scoring(512)
     }
-}
-
-fn with(faults: Faults, reader: Box<dyn Reader>) -> Box<dyn Reader> {
-    Box::new(FaultReader::new(reader, faults))
 }
 
 fn short(r: Box<dyn Reader>) -> Box<dyn Reader> {
@@ -101,20 +99,6 @@ fn reordered(r: Box<dyn Reader>) -> Box<dyn Reader> {
         r,
     )
 }
-fn all_at_once(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    let faults = Faults {
-        seed: 6,
-        short: 0.3,
-        eintr: 0.2,
-        eagain: 0.2,
-        delay: 0.2,
-        delay_by: Duration::from_millis(1),
-        reorder: true,
-        ..Faults::default()
-    };
-    with(faults, r)
-}
-
 // hazard: short-reads: no bit of the logits changes
 // hazard: eintr-eagain: no bit of the logits changes
 #[test]
@@ -142,61 +126,6 @@ fn passing_faults_change_no_bit() {
             );
         }
     }
-}
-
-/// Flips one bit of the first completions, each of its own read, and never again.
-struct FlipFirst {
-    inner: Box<dyn Reader>,
-    left: usize,
-    skip: usize,
-}
-
-impl Reader for FlipFirst {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-    fn capacity(&self) -> usize {
-        self.inner.capacity()
-    }
-    fn in_flight(&self) -> usize {
-        self.inner.in_flight()
-    }
-    fn submit(&mut self, op: ReadOp, skip: usize) -> std::result::Result<(), ReadOp> {
-        self.inner.submit(op, skip)
-    }
-    fn reap(&mut self, min: usize, timeout: Duration, out: &mut Vec<RawDone>) -> Result<()> {
-        let before = out.len();
-        let answer = self.inner.reap(min, timeout, out);
-        for done in &mut out[before..] {
-            if self.skip > 0 {
-                self.skip -= 1;
-            } else if self.left > 0 && done.result > 0 {
-                self.left -= 1;
-                // Inside what is wanted: the frame's tail is nobody's.
-                let at = done.op.want / 2;
-                done.op.frame[at] ^= 0x10;
-            }
-        }
-        answer
-    }
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-}
-
-fn flip_one(inner: Box<dyn Reader>) -> Box<dyn Reader> {
-    Box::new(FlipFirst {
-        inner,
-        left: 1,
-        skip: 6,
-    })
-}
-fn flip_all(inner: Box<dyn Reader>) -> Box<dyn Reader> {
-    Box::new(FlipFirst {
-        inner,
-        left: usize::MAX,
-        skip: 3,
-    })
 }
 
 // hazard: bit-rot: on the way: read once more, no bit changes
@@ -254,27 +183,6 @@ fn outcome(store: &Store, options: &EngineOptions) -> Result<()> {
     score(&mut engine, &prompts())?;
     score(&mut engine, &prompts())?;
     Ok(())
-}
-
-fn file_of(store: &Store, name: &str) -> PathBuf {
-    store
-        .files
-        .iter()
-        .map(|f| f.path.clone())
-        .find(|p| p.file_name().is_some_and(|n| n == name))
-        .unwrap_or_else(|| panic!("no {name}"))
-}
-
-fn flip_byte(path: &Path, at: u64) {
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-    file.sync_all().unwrap();
 }
 
 // hazard: bit-rot: on disk: one error; names unit, file and block
@@ -341,37 +249,6 @@ fn in_place_a_byte_that_changes_between_two_reads_is_caught() {
     );
 }
 
-/// EIO for every read of one file, whatever else is in flight.
-struct BadFile(Box<dyn Reader>, u32);
-
-impl Reader for BadFile {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-    fn capacity(&self) -> usize {
-        self.0.capacity()
-    }
-    fn in_flight(&self) -> usize {
-        self.0.in_flight()
-    }
-    fn submit(&mut self, op: ReadOp, skip: usize) -> std::result::Result<(), ReadOp> {
-        self.0.submit(op, skip)
-    }
-    fn reap(&mut self, min: usize, timeout: Duration, out: &mut Vec<RawDone>) -> Result<()> {
-        let before = out.len();
-        let answer = self.0.reap(min, timeout, out);
-        for done in &mut out[before..] {
-            if done.op.file == self.1 {
-                done.result = -libc::EIO;
-            }
-        }
-        answer
-    }
-    fn describe(&self) -> String {
-        self.0.describe()
-    }
-}
-
 // hazard: eio: one error; names layer, file, offset and errno
 #[test]
 fn a_read_error_names_its_own_layer_and_not_one_that_flies_beside_it() {
@@ -416,14 +293,6 @@ fn a_read_error_names_its_own_layer_and_not_one_that_flies_beside_it() {
             assert!(e.cause().contains("EIO"), "{e}");
         }
     }
-}
-
-fn within<T>(limit: Duration, what: &str, work: impl FnOnce() -> T) -> T {
-    let started = Instant::now();
-    let out = work();
-    let took = started.elapsed();
-    assert!(took < limit, "{what} took {took:?}");
-    out
 }
 
 // hazard: stall: one error within the time limit; names layer and file
@@ -513,6 +382,7 @@ fn a_slow_reader_lowers_the_share_of_the_bound_and_shows_as_stall() {
             self_recorded: false,
             // The best rate known of this disk: what another setting once reached, not this run.
             probed_disk_gb_per_s: Some(1.0),
+            probed_h2d_gb_per_s: None,
         };
         PagingReport::new(&engine, &engine.stats().since(&before), &settings)
     };

@@ -179,6 +179,7 @@ fn share(wrap: Option<WrapReader>) -> f64 {
         self_recorded: true,
         // Another setting once reached this: a slow run does not lower it.
         probed_disk_gb_per_s: Some(1.0),
+        probed_h2d_gb_per_s: None,
     };
     PagingReport::new(&engine, &during, &settings)
         .percent_of_bound

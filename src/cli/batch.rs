@@ -233,8 +233,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     }
     let shard = args.input.shard()?;
     let quiet = args.quiet || args.progress == ProgressArg::None;
-    let budget = args.machine.cpu_budget()?;
-    let model = Model::open_with_text(budget, &args.source, &signals.cancel, quiet)?;
+    let model = Model::open_with_text(&args.machine, &args.source, &signals.cancel, quiet)?;
     let texts = Texts {
         tokenizer: model.tokenizer()?,
         template: model.chat_template()?,

@@ -138,7 +138,12 @@ struct Row {
 pub fn run(args: ModelArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
     let tests = tests(&args)?;
-    let model = Model::open(&args.source, &cancel, args.output != Format::Md)?;
+    let model = Model::open_for(
+        &args.machine,
+        &args.source,
+        &cancel,
+        args.output != Format::Md,
+    )?;
     if args.output == Format::Md {
         super::run::print(&md_header())?;
     } else if args.output == Format::Csv {

@@ -14,6 +14,7 @@ mod completions;
 mod demo;
 mod doctor;
 mod generate;
+mod gpu;
 mod inspect;
 mod media;
 mod model;

@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::advice::{self, Advisor};
+use super::gpu;
 use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
 use crate::checkpoint::{Checkpoint, OpenOptions};
-use crate::device::cuda;
 use crate::engine::{
     DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, Engine, EngineOptions, EngineStats, HostMemory,
     SLACK_BYTES, kv_dtype,
@@ -70,30 +70,35 @@ impl Default for OpenFor {
 impl Model {
     /// Finds the checkpoint, packs it on first use (with a bar and an ETA) or opens it in place.
     pub fn open(source: &SourceOptions, cancel: &Arc<AtomicBool>, quiet: bool) -> Result<Model> {
-        Model::open_within(None, source, cancel, quiet)
-    }
-
-    /// [`Model::open`], packing within `budget` bytes of memory.
-    pub fn open_within(
-        budget: Option<u64>,
-        source: &SourceOptions,
-        cancel: &Arc<AtomicBool>,
-        quiet: bool,
-    ) -> Result<Model> {
         let ckpt = open_checkpoint(source, cancel, quiet)?;
-        Model::prepared(budget, &ckpt, source, cancel, quiet)
+        Model::prepared(None, &ckpt, source, cancel, quiet)
     }
 
-    /// [`Model::open_within`] for what cannot do without a tokenizer: one that is missing is told before hours of packing.
-    pub fn open_with_text(
-        budget: Option<u64>,
+    /// [`Model::open`] for a machine: packed within its memory, and refused before hours of packing where it cannot run there.
+    pub fn open_for(
+        machine: &MachineOptions,
         source: &SourceOptions,
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Model> {
+        machine.check()?;
+        let ckpt = open_checkpoint(source, cancel, quiet)?;
+        gpu::refuse_before_packing(machine, &ckpt, source, cancel)?;
+        Model::prepared(machine.cpu_budget()?, &ckpt, source, cancel, quiet)
+    }
+
+    /// [`Model::open_for`] what cannot do without a tokenizer: one that is missing is told before hours of packing too.
+    pub fn open_with_text(
+        machine: &MachineOptions,
+        source: &SourceOptions,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Model> {
+        machine.check()?;
         let ckpt = open_checkpoint(source, cancel, quiet)?;
         Tokenizer::expect_in(&ckpt.config_dir)?;
-        Model::prepared(budget, &ckpt, source, cancel, quiet)
+        gpu::refuse_before_packing(machine, &ckpt, source, cancel)?;
+        Model::prepared(machine.cpu_budget()?, &ckpt, source, cancel, quiet)
     }
 
     fn prepared(
@@ -236,6 +241,11 @@ impl Model {
             bar.update(done, of);
         });
         bar.finish();
+        if let Ok(engine) = &engine
+            && let Some(rate) = engine.h2d_gb_per_s()
+        {
+            self.rates().raise_h2d(&engine.device().describe(), rate);
+        }
         engine.map_err(|e| match Advisor::new(self, &options, host) {
             Ok(advisor) => advisor.too_little(e),
             Err(_) => e,
@@ -253,38 +263,10 @@ impl Model {
         want: &OpenFor,
         quiet: bool,
     ) -> Result<EngineOptions> {
-        let device = device_choice(&machine.device, &self.store, quiet)?;
-        let defaults = EngineOptions::default();
-        let reading = self.reading(machine);
+        let device =
+            gpu::device_choice(&machine.device, &self.store.spec, &self.store.units, quiet)?;
         let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
-        Ok(EngineOptions {
-            cpu_memory: machine.cpu_budget()?,
-            placement: placement(&machine.device_map, &kinds)?,
-            device,
-            gpu_memory: machine.gpu_budget()?,
-            gemm: gemm(machine.gemm, device)?,
-            prefetch_depth: Some(reading.prefetch_depth),
-            page_bytes: Some(reading.page_bytes),
-            pager: PagerOptions {
-                reader: reading.reader,
-                queue_depth: reading.queue_depth,
-                verify: verify_when(machine.verify),
-                // Allocated before the budget is divided, so that it is charged like everything else the process holds.
-                trace: (machine.trace.is_some() || machine.report.is_some())
-                    .then(|| Arc::new(Trace::new(TRACE_EVENTS))),
-                ..PagerOptions::default()
-            },
-            threads: machine.threads,
-            context: want.context,
-            max_sequences: want.max_sequences,
-            kv_tokens: want.kv_tokens,
-            pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
-            logits_rows: want.logits_rows,
-            keep_logits: want.keep_logits,
-            sample_limit: want.sample_limit,
-            vision: want.vision,
-            isa: None,
-        })
+        engine_options(machine, want, &self.reading(machine), &kinds, device)
     }
 
     /// Writes what `--trace` and `--report` ask for. To be called while the engine rests.
@@ -338,8 +320,48 @@ impl Model {
             verify: verify_when(machine.verify),
             self_recorded: self.store.checksums.recorded(),
             probed_disk_gb_per_s: self.rates().best(),
+            probed_h2d_gb_per_s: self.rates().h2d(),
         }
     }
+}
+
+/// What an engine on `device` is opened with; `kinds`: the model's units.
+pub(super) fn engine_options(
+    machine: &MachineOptions,
+    want: &OpenFor,
+    reading: &Setting,
+    kinds: &[UnitKind],
+    device: DeviceChoice,
+) -> Result<EngineOptions> {
+    let defaults = EngineOptions::default();
+    Ok(EngineOptions {
+        cpu_memory: machine.cpu_budget()?,
+        placement: placement(&machine.device_map, kinds)?,
+        device,
+        gpu_memory: machine.gpu_budget()?,
+        gemm: gpu::gemm(machine.gemm, device)?,
+        prefetch_depth: Some(reading.prefetch_depth),
+        page_bytes: Some(reading.page_bytes),
+        pager: PagerOptions {
+            reader: reading.reader,
+            queue_depth: reading.queue_depth,
+            verify: verify_when(machine.verify),
+            // Allocated before the budget is divided, so that it is charged like everything else the process holds.
+            trace: (machine.trace.is_some() || machine.report.is_some())
+                .then(|| Arc::new(Trace::new(TRACE_EVENTS))),
+            ..PagerOptions::default()
+        },
+        threads: machine.threads,
+        context: want.context,
+        max_sequences: want.max_sequences,
+        kv_tokens: want.kv_tokens,
+        pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
+        logits_rows: want.logits_rows,
+        keep_logits: want.keep_logits,
+        sample_limit: want.sample_limit,
+        vision: want.vision,
+        isa: None,
+    })
 }
 
 /// What `--device-map` asks for; `kinds`: the model's units.
@@ -469,66 +491,6 @@ fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
-    match (arg, device) {
-        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
-        (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
-            eprintln!(
-                "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
-            );
-            Ok(cuda::Gemm::CublasLt)
-        }
-        (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
-            Code::Usage,
-            "--gemm cublaslt makes no sense here",
-            "the CPU computes",
-            "leave it out, or run with --device cuda",
-        )),
-    }
-}
-
-/// `--device`, before anything is looked at.
-pub(super) fn check_device(device: &str) -> Result<()> {
-    let number = |d: &str| d.parse::<usize>().is_ok();
-    match device {
-        "auto" | "cpu" | "cuda" => Ok(()),
-        d if d.strip_prefix("cuda:").is_some_and(number) => Ok(()),
-        d => Err(Error::new(
-            Code::Usage,
-            format!("`{d}` is not a device"),
-            "the devices are auto, cpu, cuda and cuda:N",
-            "give --device cpu, or --device cuda for the first GPU",
-        )),
-    }
-}
-
-fn gpu_can_run(store: &Store) -> Result<()> {
-    let vision = store.spec.vision.as_ref().map(|v| v.hidden / v.heads);
-    cuda::can_run(kv_dtype(&store.units), store.spec.head_size, vision)
-}
-
-/// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
-fn device_choice(device: &str, store: &Store, quiet: bool) -> Result<DeviceChoice> {
-    check_device(device)?;
-    match device {
-        "cpu" => Ok(DeviceChoice::Cpu),
-        "cuda" => Ok(DeviceChoice::Cuda(0)),
-        "auto" => Ok(match gpu_can_run(store) {
-            Ok(()) => DeviceChoice::Cuda(0),
-            Err(e) => {
-                if !quiet && e.code() != Code::Device {
-                    eprintln!("on the CPU: {}: {}", e.what(), e.cause());
-                }
-                DeviceChoice::Cpu
-            }
-        }),
-        d => {
-            let number = d.strip_prefix("cuda:").and_then(|n| n.parse().ok());
-            Ok(DeviceChoice::Cuda(number.unwrap_or(0)))
-        }
-    }
-}
-
 fn read_device_map(file: &str) -> Result<serde_json::Value> {
     let bad = |cause: String| {
         Error::new(
@@ -545,9 +507,9 @@ fn read_device_map(file: &str) -> Result<serde_json::Value> {
 impl MachineOptions {
     /// What can be known to be wrong before a model is opened.
     pub fn check(&self) -> Result<()> {
-        check_device(&self.device)?;
+        gpu::check_device(&self.device)?;
         if !["auto", "cpu"].contains(&self.device.as_str()) {
-            cuda::available()?;
+            crate::device::cuda::available()?;
         }
         if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
             read_device_map(&self.device_map)?;

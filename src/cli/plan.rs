@@ -3,7 +3,8 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{check_device, open_checkpoint, pack_options, placement, reading};
+use super::gpu::check_device;
+use super::model::{open_checkpoint, pack_options, placement, reading};
 use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
@@ -48,7 +49,7 @@ pub struct PlanArgs {
     /// 10^9 floating point operations a second of a product of many rows [default: measured, and kept]
     #[arg(long, value_name = "RATE", help_heading = "Rates")]
     cpu_gflops: Option<f64>,
-    /// Host memory to the GPU, 10^9 bytes a second (with --gpu-memory)
+    /// Host memory to the GPU, 10^9 bytes a second (with --gpu-memory) [default: what a run measured, and kept]
     #[arg(long, value_name = "RATE", help_heading = "Rates")]
     h2d_gb_per_s: Option<f64>,
     /// Weights the GPU reads from its own memory, 10^9 bytes a second (with --gpu-memory)
@@ -460,8 +461,9 @@ fn rates(args: &PlanArgs, outline: &Outline, dtype: Dtype) -> Result<MachineRate
         points: Vec::new(),
     };
     if args.machine.gpu_budget()?.is_some() {
-        let (Some(h2d), Some(memory), Some(gflops)) =
-            (args.h2d_gb_per_s, args.gpu_gb_per_s, args.gpu_gflops)
+        let measured = DiskRates::of(&outline.dir, outline.ready && !outline.in_place).h2d();
+        let h2d = args.h2d_gb_per_s.or(measured);
+        let (Some(h2d), Some(memory), Some(gflops)) = (h2d, args.gpu_gb_per_s, args.gpu_gflops)
         else {
             return Err(Error::new(
                 Code::Usage,

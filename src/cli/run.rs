@@ -79,15 +79,9 @@ pub fn run(args: RunArgs) -> Result<u8> {
         ));
     }
     // What cannot be is refused before hours of packing.
-    args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open_with_text(
-        args.machine.cpu_budget()?,
-        &args.source,
-        &cancel,
-        args.quiet,
-    )?;
+    let model = Model::open_with_text(&args.machine, &args.source, &cancel, args.quiet)?;
     let tokenizer = model.tokenizer()?;
     let template = if args.prompt.raw {
         None

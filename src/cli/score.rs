@@ -66,14 +66,8 @@ struct Scored<'a> {
 }
 
 pub fn run(args: ScoreArgs) -> Result<u8> {
-    args.machine.check()?;
     let cancel = signals::cancel_flag()?;
-    let model = Model::open_within(
-        args.machine.cpu_budget()?,
-        &args.source,
-        &cancel,
-        args.quiet,
-    )?;
+    let model = Model::open_for(&args.machine, &args.source, &cancel, args.quiet)?;
     let inputs = read_inputs(&args, &model)?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     if longest == 0 {

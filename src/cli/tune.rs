@@ -69,7 +69,7 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
     let mut machine = args.machine.clone();
     machine.no_tune = true;
-    let model = Model::open(&args.source, &cancel, args.quiet)?;
+    let model = Model::open_for(&args.machine, &args.source, &cancel, args.quiet)?;
     let space = space(&args, &machine, &model)?;
     let kept = KeptSetting::of(&model.store.dir, !model.store.in_place);
     let options = model.engine_options(&machine, &OpenFor::default(), args.quiet)?;

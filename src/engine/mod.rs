@@ -3,6 +3,7 @@
 //! Each [`Engine::step`] is one pass over all units. It carries the next token of every running sequence and chunks of
 //! the prompts that are not in the KV cache yet, as many as the pass may hold, first come first served.
 
+mod gpu;
 pub mod jobs;
 mod memory;
 mod open;
@@ -20,10 +21,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+pub use gpu::{GpuRoom, gpu_dtype, refuse_for_gpu};
 pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
-    Fitted, GpuRoom, OpenProgress, fit, fit_on, kv_dtype,
+    Fitted, OpenProgress, fit, fit_on, kv_dtype,
 };
 pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
@@ -85,6 +87,8 @@ pub struct Engine {
     candidates: Vec<Vec<(u32, f32)>>,
     samplers: Samplers,
     pass_time: Duration,
+    /// What copies to the GPU took when it was opened.
+    h2d_gb_per_s: Option<f64>,
     rows: u64,
     cancel: Arc<AtomicBool>,
     vision: Option<Vision>,
@@ -319,6 +323,11 @@ impl Engine {
             pass: self.pass_time,
             rows: self.rows,
         }
+    }
+
+    /// The rate of copies from pinned memory to the GPU, measured when it was opened, 10⁹ bytes a second.
+    pub fn h2d_gb_per_s(&self) -> Option<f64> {
+        self.h2d_gb_per_s
     }
 
     pub fn spec(&self) -> &ModelSpec {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::gpu::{GpuRoom, gpu_pass, open_device};
 use super::memory::{Charges, HostMemory, SLACK_BYTES};
 use super::pacer::Pacer;
 use super::sample::Samplers;
@@ -11,7 +12,7 @@ use super::schedule::{Limits, Scheduler};
 use super::vision::{Vision, VisionNeed, VisionRoom};
 use super::{Engine, no_kv_room};
 use crate::device::cuda::Gemm;
-use crate::device::{CudaDevice, CudaOptions, Device, DeviceKind, KvShape};
+use crate::device::{CudaDevice, DeviceKind, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
 use crate::model::kv::KvPool;
@@ -113,11 +114,13 @@ impl Engine {
             .iter()
             .map(|u| SlotLayout::new(u, &file_bytes, page_bytes))
             .collect();
-        let device = open_device(store, options)?;
-        let gpu = device.as_cuda().map(|d| GpuRoom {
-            limit: d.limit(),
-            base: d.base(),
-        });
+        let device = open_device(&store.spec, &store.units, options)?;
+        let gpu = GpuRoom::of(&device);
+        // Now, while nothing of the model is there: later there is no room for it.
+        let h2d_gb_per_s = match device.as_cuda() {
+            Some(gpu) => gpu.measure_copies()?,
+            None => None,
+        };
         let size = match gpu {
             None => UnitSize::of,
             Some(_) => UnitSize::on_gpu,
@@ -188,6 +191,7 @@ impl Engine {
             streams: pager.plan().streamed_bytes > 0,
             context,
             pass_time: Duration::ZERO,
+            h2d_gb_per_s,
             rows: 0,
             cancel,
             vision,
@@ -216,15 +220,6 @@ pub struct Fitted {
     pub device_charges: u64,
     /// What pictures take, where there is room for any.
     pub vision: Option<VisionNeed>,
-}
-
-/// A GPU's memory, as an engine may use it.
-#[derive(Clone, Copy, Debug)]
-pub struct GpuRoom {
-    /// Bound on all that this process takes.
-    pub limit: u64,
-    /// What context, kernels and slack take of it.
-    pub base: u64,
 }
 
 /// [`fit_on`] a CPU.
@@ -344,97 +339,6 @@ fn pass_limits(
         table: kv_blocks.max(options.max_sequences * (KvPool::blocks_for(context) + 1)),
         context,
         select: options.keep_logits,
-    }
-}
-
-/// The largest pass under which the smallest plan fits on the GPU; it may take at most an eighth of the GPU from the weights.
-fn gpu_pass(
-    options: &EngineOptions,
-    limit: u64,
-    wanted: usize,
-    charges: &dyn Fn(usize) -> u64,
-    plan: &dyn Fn(u64) -> Result<Plan>,
-) -> Result<usize> {
-    let least = wanted.max(16).min(options.pass_tokens.max(1)).max(wanted);
-    let mut tokens = options.pass_tokens.max(least);
-    loop {
-        let taken = charges(tokens);
-        let modest = taken.saturating_sub(charges(least)) <= limit / 8;
-        let fitted = limit.checked_sub(taken).map(plan);
-        match fitted {
-            Some(Ok(_)) if modest => return Ok(tokens),
-            Some(Err(e)) if e.code() != Code::Memory => return Err(e),
-            _ if tokens == least => break,
-            _ => tokens = (tokens / 2).max(least),
-        }
-    }
-    let (mut low, mut high) = (0u64, 1u64 << 46);
-    while high - low > 1 << 20 {
-        let middle = low + (high - low) / 2;
-        match plan(middle) {
-            Ok(_) => high = middle,
-            Err(_) => low = middle,
-        }
-    }
-    let smallest = high + charges(least);
-    Err(Error::new(
-        Code::Memory,
-        format!(
-            "the model does not fit in {} of GPU memory",
-            human_bytes(limit)
-        ),
-        format!(
-            "the smallest plan takes {}: slots and residents {}, KV, activations, kernels and the driver's context {}",
-            human_bytes(smallest),
-            human_bytes(high),
-            human_bytes(charges(least))
-        ),
-        format!(
-            "give --gpu-memory {} or more, a smaller --context, or run with --device cpu",
-            flag_size(smallest)
-        ),
-    ))
-}
-
-/// The device the options ask for, fit for this model.
-fn open_device(store: &Store, options: &EngineOptions) -> Result<Device> {
-    let DeviceChoice::Cuda(ordinal) = options.device else {
-        return Device::cpu(options.threads, options.isa.as_deref());
-    };
-    let vision = store
-        .spec
-        .vision
-        .as_ref()
-        .filter(|_| options.vision.is_some());
-    Device::cuda(&CudaOptions {
-        ordinal,
-        half: one_half(store)?,
-        head_size: store.spec.head_size,
-        vision_head_size: vision.map(|v| v.hidden / v.heads),
-        memory: options.gpu_memory,
-        gemm: options.gemm,
-    })
-}
-
-/// The 16-bit type that all tensors share.
-fn one_half(store: &Store) -> Result<Dtype> {
-    let mut types: Vec<Dtype> = Vec::new();
-    for place in store.units.iter().flat_map(|u| &u.places) {
-        if !types.contains(&place.dtype) {
-            types.push(place.dtype);
-        }
-    }
-    match types[..] {
-        [half] if half != Dtype::F32 => Ok(half),
-        _ => {
-            let names: Vec<&str> = types.iter().map(|t| t.name()).collect();
-            Err(Error::new(
-                Code::Unsupported,
-                format!("{} weights do not run on the GPU", names.join(" and ")),
-                "its kernels take weights of one 16-bit type",
-                "run with --dtype bfloat16, or with --device cpu",
-            ))
-        }
     }
 }
 

@@ -70,10 +70,7 @@ impl Pager {
         let start_of = |token: u32| e.offset + token as u64 * row_bytes as u64;
         let mut next = 0;
         while next < order.len() {
-            let mut g = self
-                .gather
-                .take()
-                .ok_or_else(|| Error::internal("no room was planned for embedding rows"))?;
+            let mut g = self.room_for_rows()?;
             g.blocks.clear();
             g.region.rewind();
             let room = g.blocks.capacity();
@@ -96,13 +93,14 @@ impl Pager {
             let from = self.now_ns();
             let g = self.fetch(g)?;
             self.note(Happening::Gather, None, from, bytes);
-            for &i in &order[first..next] {
+            let given = order[first..next].iter().try_for_each(|&i| {
                 let at = start_of(tokens[i as usize]);
                 let k = g.blocks.partition_point(|b| *b < at / BLOCK_BYTES);
                 let from = k * BLOCK_BYTES as usize + (at % BLOCK_BYTES) as usize;
-                row(i as usize, &g.region.bytes()[from..from + row_bytes])?;
-            }
+                row(i as usize, &g.region.bytes()[from..from + row_bytes])
+            });
             self.gather = Some(g);
+            given?;
         }
         Ok(())
     }
@@ -116,13 +114,26 @@ impl Pager {
             .sum()
     }
 
+    /// Where a wait for rows was cut off, their room is still with the reading thread.
+    fn room_for_rows(&mut self) -> Result<Gather> {
+        match self.gather.take() {
+            Some(g) => Ok(g),
+            None if self.plan().gather_bytes > 0 => self.await_gathered(),
+            None => Err(Error::internal("no room was planned for embedding rows")),
+        }
+    }
+
     fn fetch(&mut self, g: Gather) -> Result<Gather> {
-        let started = Instant::now();
         let gone = || Error::internal("the reading thread is gone");
         let tx = self.gather_tx.as_ref().ok_or_else(gone)?;
         if tx.send(g).is_err() {
             return Err(self.reader_error());
         }
+        self.await_gathered()
+    }
+
+    fn await_gathered(&mut self) -> Result<Gather> {
+        let started = Instant::now();
         let answer = loop {
             match self.gathered.recv_timeout(Duration::from_millis(100)) {
                 Ok(g) => break Ok(g),

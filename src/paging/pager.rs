@@ -392,7 +392,13 @@ impl Pager {
             self.send_free(Space::Host(region.alias()))?;
         }
         self.taken += 1;
-        self.stats.used_bytes += self.shared.layouts[unit.index()].read_bytes;
+        let bytes = self.shared.layouts[unit.index()].read_bytes;
+        if self.plan.tiers[unit.index()] == Tier::Disk || ignored {
+            self.stats.used_bytes += bytes;
+        }
+        if self.gpu.is_some() {
+            self.stats.copied_bytes += bytes;
+        }
         self.handed_ns = self.now_ns();
         match (filled.space, &mut self.gpu) {
             (Space::Device(mut slot), Some(gpu)) => {

@@ -1,4 +1,5 @@
-//! The best disk rate any setting ever reached on a folder and this machine: what "share of the bound" is a share of.
+//! The best rates any setting ever reached on a folder and this machine, of the disk and of copies to the GPU: what "share of the bound" is
+//! a share of.
 //!
 //! Kept beside the weights where the folder is ours, else under the user's cache directory. A run never lowers it: the
 //! bound must not follow a slow run down.
@@ -22,6 +23,15 @@ struct Record {
     /// What the last pass that waited for the disk got out of it.
     #[serde(default)]
     streamed_gb_per_s: Option<f64>,
+    #[serde(default)]
+    h2d: Option<CopyRecord>,
+}
+
+/// From pinned memory to a GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct CopyRecord {
+    gpu: String,
+    gb_per_s: f64,
 }
 
 /// Where the record of one model's files lies.
@@ -41,12 +51,12 @@ impl DiskRates {
     fn record(&self) -> Option<Record> {
         let text = std::fs::read_to_string(&self.path).ok()?;
         let record: Record = serde_json::from_str(&text).ok()?;
-        (record.machine == machine_name() && record.disk_gb_per_s > 0.0).then_some(record)
+        (record.machine == machine_name()).then_some(record)
     }
 
     /// The best rate on record for this machine, 10⁹ bytes a second.
     pub fn best(&self) -> Option<f64> {
-        self.record().map(|r| r.disk_gb_per_s)
+        Some(self.record()?.disk_gb_per_s).filter(|r| *r > 0.0)
     }
 
     /// What the engine itself last read at, with computing and verifying beside it: what a pass is predicted from.
@@ -57,23 +67,45 @@ impl DiskRates {
     /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
     pub fn raise(&self, rate: f64) {
         if rate.is_finite() && rate > self.best().unwrap_or(0.0) {
-            self.write(&Record {
-                machine: machine_name(),
-                disk_gb_per_s: rate,
-                streamed_gb_per_s: self.streamed(),
-            });
+            self.keep(|r| r.disk_gb_per_s = rate);
         }
     }
 
     /// Keeps what passes that waited for the disk read at; it counts for the best rate too.
     pub fn ran_at(&self, rate: f64) {
         if rate.is_finite() && rate > 0.0 {
-            self.write(&Record {
-                machine: machine_name(),
-                disk_gb_per_s: self.best().unwrap_or(0.0).max(rate),
-                streamed_gb_per_s: Some(rate),
+            self.keep(|r| {
+                r.disk_gb_per_s = r.disk_gb_per_s.max(rate);
+                r.streamed_gb_per_s = Some(rate);
             });
         }
+    }
+
+    /// The best rate from pinned memory to a GPU of this machine, 10⁹ bytes a second.
+    pub fn h2d(&self) -> Option<f64> {
+        Some(self.record()?.h2d?.gb_per_s).filter(|r| *r > 0.0)
+    }
+
+    /// Keeps the rate of copies to `gpu` if it beats what is known of that one.
+    pub fn raise_h2d(&self, gpu: &str, rate: f64) {
+        let known = self.record().and_then(|r| r.h2d).filter(|h| h.gpu == gpu);
+        if rate.is_finite() && rate > known.map_or(0.0, |h| h.gb_per_s) {
+            self.keep(|r| {
+                r.h2d = Some(CopyRecord {
+                    gpu: gpu.to_string(),
+                    gb_per_s: rate,
+                });
+            });
+        }
+    }
+
+    fn keep(&self, change: impl FnOnce(&mut Record)) {
+        let mut record = self.record().unwrap_or_else(|| Record {
+            machine: machine_name(),
+            ..Record::default()
+        });
+        change(&mut record);
+        self.write(&record);
     }
 
     fn write(&self, record: &Record) {
@@ -201,5 +233,11 @@ mod tests {
         rates.ran_at(3.5);
         rates.raise(4.0);
         assert_eq!((rates.best(), rates.streamed()), (Some(4.0), Some(3.5)));
+        rates.raise_h2d("a GPU", 20.0);
+        rates.raise_h2d("a GPU", 10.0);
+        assert_eq!(rates.h2d(), Some(20.0));
+        // Another GPU has a rate of its own.
+        rates.raise_h2d("another", 12.0);
+        assert_eq!((rates.h2d(), rates.best()), (Some(12.0), Some(4.0)));
     }
 }

@@ -26,10 +26,12 @@ pub struct PagingStats {
     pub passes: u64,
     /// Units handed to the forward pass.
     pub units: u64,
-    /// Bytes of the streamed units handed to the forward pass, and of embedding blocks gathered for it.
+    /// Bytes of the units from disk handed to the forward pass, and of embedding blocks gathered for it.
     pub used_bytes: u64,
     /// The part of `used_bytes` that was embedding blocks.
     pub gathered_bytes: u64,
+    /// Bytes of units that went through the GPU's slots, from disk or host memory, for the forward pass.
+    pub copied_bytes: u64,
     /// Bytes read from disk, those read ahead included.
     pub disk_bytes: u64,
     pub verified_bytes: u64,
@@ -67,6 +69,7 @@ impl PagingStats {
             units: self.units + other.units,
             used_bytes: self.used_bytes + other.used_bytes,
             gathered_bytes: self.gathered_bytes + other.gathered_bytes,
+            copied_bytes: self.copied_bytes + other.copied_bytes,
             disk_bytes: self.disk_bytes + other.disk_bytes,
             verified_bytes: self.verified_bytes + other.verified_bytes,
             disk_busy: self.disk_busy + other.disk_busy,
@@ -87,6 +90,7 @@ impl PagingStats {
             units: self.units - earlier.units,
             used_bytes: self.used_bytes - earlier.used_bytes,
             gathered_bytes: self.gathered_bytes - earlier.gathered_bytes,
+            copied_bytes: self.copied_bytes - earlier.copied_bytes,
             disk_bytes: self.disk_bytes - earlier.disk_bytes,
             verified_bytes: self.verified_bytes - earlier.verified_bytes,
             disk_busy: self.disk_busy - earlier.disk_busy,

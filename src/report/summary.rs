@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::engine::{Engine, EngineStats, VisionStats};
-use crate::paging::{Tier, VerifyWhen};
+use crate::paging::{PagingStats, Tier, VerifyWhen};
 use crate::units::human_bytes;
 
 /// Seconds, each from the start of what it names.
@@ -49,6 +49,8 @@ pub struct PagingReport {
     pub verify: &'static str,
     pub verified_bytes: u64,
     pub probed_disk_gb_per_s: Option<f64>,
+    /// Of copies from pinned memory to the GPU.
+    pub probed_h2d_gb_per_s: Option<f64>,
     pub percent_of_bound: Option<f64>,
     pub peak_memory_bytes: u64,
 }
@@ -63,6 +65,8 @@ pub struct ReadSettings {
     pub self_recorded: bool,
     /// The best rate any setting reached on this folder and machine, 10⁹ bytes a second.
     pub probed_disk_gb_per_s: Option<f64>,
+    /// The best rate of copies from pinned memory to this machine's GPU, 10⁹ bytes a second.
+    pub probed_h2d_gb_per_s: Option<f64>,
 }
 
 impl PagingReport {
@@ -75,12 +79,12 @@ impl PagingReport {
         let disk_s = p.disk_busy.as_secs_f64();
         let compute_s = during.compute.as_secs_f64();
         let used_per_pass = p.used_bytes as f64 / passes;
-        let share = bound_share(
-            used_per_pass,
-            compute_s / passes,
-            during.pass.as_secs_f64() / passes,
-            settings.probed_disk_gb_per_s,
-        );
+        let bounds = Bounds {
+            disk_s: seconds_at(p.used_bytes, settings.probed_disk_gb_per_s),
+            copy_s: seconds_at(p.copied_bytes, settings.probed_h2d_gb_per_s),
+            compute_s,
+        };
+        let share = bounds.share_of(during.pass.as_secs_f64());
         PagingReport {
             passes: p.passes,
             units: p.units,
@@ -114,44 +118,66 @@ impl PagingReport {
             },
             verified_bytes: p.verified_bytes,
             probed_disk_gb_per_s: settings.probed_disk_gb_per_s,
+            probed_h2d_gb_per_s: settings.probed_h2d_gb_per_s,
             percent_of_bound: share.map(|s| s * 100.0),
             peak_memory_bytes: crate::engine::peak_bytes(),
         }
     }
 }
 
-/// The bound over the measured pass: max(bytes / best disk rate, compute) / pass. `None` where bytes were streamed and
-/// no rate of this disk is known, or nothing ran.
-fn bound_share(bytes: f64, compute_s: f64, pass_s: f64, best_gb_per_s: Option<f64>) -> Option<f64> {
-    if pass_s <= 0.0 {
-        return None;
+/// What each part of the passes takes at the best rate known of it. `None`: no rate is known of what was moved.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    disk_s: Option<f64>,
+    copy_s: Option<f64>,
+    compute_s: f64,
+}
+
+impl Bounds {
+    /// max(bytes / best disk rate, bytes / best copy rate, compute) over the measured time. `None` where the bound is not known, or nothing
+    /// ran.
+    fn share_of(&self, pass_s: f64) -> Option<f64> {
+        let bound = self.disk_s?.max(self.copy_s?).max(self.compute_s);
+        (pass_s > 0.0).then(|| bound / pass_s)
     }
-    let disk_s = match (bytes > 0.0, best_gb_per_s) {
-        (false, _) => 0.0,
-        (true, Some(rate)) if rate > 0.0 => bytes / (rate * 1e9),
-        (true, _) => return None,
-    };
-    Some(disk_s.max(compute_s) / pass_s)
+}
+
+/// `None` where bytes were moved and no rate is known.
+fn seconds_at(bytes: u64, best_gb_per_s: Option<f64>) -> Option<f64> {
+    match (bytes, best_gb_per_s) {
+        (0, _) => Some(0.0),
+        (bytes, Some(rate)) if rate > 0.0 => Some(bytes as f64 / (rate * 1e9)),
+        _ => None,
+    }
 }
 
 /// What kept the passes from their bound, each part as a share of the time; parts below a percent are left out. Against a
-/// bound of the disk: the disk slower than it can be, and the disk with nothing to do. Against one of computing: waits, and
-/// what is neither (rows of the embedding, sampling).
-fn where_the_rest_went(p: &PagingReport, pass_s: f64) -> Option<String> {
-    let best = p.probed_disk_gb_per_s.filter(|r| *r > 0.0)?;
-    let passes = p.passes.max(1) as f64;
-    let disk_bound_s = p.disk_bytes_per_pass as f64 * passes / (best * 1e9);
-    let parts = if disk_bound_s >= p.compute_s {
-        // More may have been read than was used: passes end with slots full.
-        let busy = p.disk_s.min(pass_s);
+/// bound of the disk: the disk slower than it can be, and the disk with nothing to do; against one of copies likewise. Against one of
+/// computing: waits, and what is neither (rows of the embedding, sampling).
+fn where_the_rest_went(p: &PagingReport, during: &PagingStats, pass_s: f64) -> Option<String> {
+    let disk_s = seconds_at(during.used_bytes, p.probed_disk_gb_per_s)?;
+    let copy_s = seconds_at(during.copied_bytes, p.probed_h2d_gb_per_s)?;
+    // More may have been moved than was used: passes end with slots full.
+    let busy = |s: f64| s.min(pass_s);
+    let parts = if copy_s >= disk_s.max(p.compute_s) {
         vec![
-            ("the disk below its best rate", busy - disk_bound_s),
-            ("the disk without a free slot", pass_s - busy),
+            ("copies below their best rate", busy(p.h2d_s) - copy_s),
+            ("waits for the disk", p.stall_disk_s),
+            (
+                "copies without a free slot",
+                pass_s - busy(p.h2d_s) - p.stall_disk_s,
+            ),
+        ]
+    } else if disk_s >= p.compute_s {
+        vec![
+            ("the disk below its best rate", busy(p.disk_s) - disk_s),
+            ("the disk without a free slot", pass_s - busy(p.disk_s)),
         ]
     } else {
         vec![
             ("waits for the disk", p.stall_disk_s),
-            ("outside the layers", pass_s - p.stall_disk_s - p.compute_s),
+            ("waits for copies", p.stall_copy_s),
+            ("outside the layers", pass_s - p.stall_s - p.compute_s),
         ]
     };
     let words: Vec<String> = parts
@@ -278,7 +304,9 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
     match paging.percent_of_bound {
         Some(p) => {
             text += &format!("{p:.0} % of this machine's bound");
-            if let Some(rest) = where_the_rest_went(paging, during.pass.as_secs_f64()) {
+            if let Some(rest) =
+                where_the_rest_went(paging, &during.paging, during.pass.as_secs_f64())
+            {
                 text += &format!(" ({rest})");
             }
             text += "; ";
@@ -294,10 +322,20 @@ mod tests {
 
     #[test]
     fn a_slower_pass_is_further_from_the_bound() {
-        let at = |pass| bound_share(1e9, 0.2, pass, Some(2.0)).unwrap();
+        let bytes = |rate| seconds_at(1_000_000_000, rate);
+        let bounds = |disk_s, copy_s| Bounds {
+            disk_s,
+            copy_s,
+            compute_s: 0.2,
+        };
+        let at = |pass| bounds(bytes(Some(2.0)), Some(0.0)).share_of(pass).unwrap();
         assert!((at(0.5) - 1.0).abs() < 1e-9, "the disk alone takes 0.5 s");
         assert!((at(1.0) - 0.5).abs() < 1e-9, "a sleep in the reader shows");
-        assert_eq!(bound_share(1e9, 0.2, 0.5, None), None);
-        assert_eq!(bound_share(0.0, 0.2, 0.4, None), Some(0.5));
+        assert_eq!(bounds(bytes(None), Some(0.0)).share_of(0.5), None);
+        assert_eq!(bounds(Some(0.0), Some(0.0)).share_of(0.4), Some(0.5));
+        let copied = bounds(bytes(Some(2.0)), bytes(Some(1.25)));
+        assert_eq!(copied.share_of(0.8), Some(1.0));
+        assert_eq!(copied.share_of(1.6), Some(0.5), "a sleep in the copy shows");
+        assert_eq!(bounds(Some(0.1), bytes(None)).share_of(0.5), None);
     }
 }

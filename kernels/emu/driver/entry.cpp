@@ -184,7 +184,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
 EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) {
   ENTER("cuDevicePrimaryCtxRelease");
   if (primary.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
-  primary.retained--;
+  if (--primary.retained == 0) uncharge(settings().context_bytes);
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuDevicePrimaryCtxSetFlags_v2(CUdevice, unsigned) {

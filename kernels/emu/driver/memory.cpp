@@ -98,6 +98,10 @@ void charge(size_t bytes) {
   std::lock_guard<std::mutex> guard(memory().lock);
   memory().used += bytes;
 }
+void uncharge(size_t bytes) {
+  std::lock_guard<std::mutex> guard(memory().lock);
+  memory().used -= bytes;
+}
 void memory_info(size_t* free, size_t* total) {
   std::lock_guard<std::mutex> guard(memory().lock);
   *total = settings().memory;

@@ -11,6 +11,7 @@ CUresult device_free(CUdeviceptr p);
 size_t device_size(CUdeviceptr p);  // of the allocation that begins there; 0: none does
 void memory_info(size_t* free, size_t* total);
 void charge(size_t bytes);  // to nobody: what the context itself takes
+void uncharge(size_t bytes);
 bool on_device(uint64_t from, uint64_t bytes);  // within one allocation
 
 CUresult host_alloc(void** out, size_t bytes);

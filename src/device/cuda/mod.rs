@@ -35,8 +35,14 @@ use kernels::{
     Kernel, Linear, Modules, Rmsnorm, RmsnormHeads, RopeAppend, RopeDense, Round, Swiglu, Topk,
     head_sizes, no_head_size,
 };
+use memory::HostBuffer;
 use staging::Staging;
-use stream::Stream;
+use stream::{Event, Stream};
+
+/// Of one copy that the rate of copies is measured with, at most.
+const PROBE_BYTES: u64 = 16 << 20;
+/// How many of them; the first is not counted.
+const PROBES: usize = 5;
 
 /// Kept aside in every GPU budget for what the driver takes by itself while running: local memory, its own buffers, pages not filled.
 const SLACK_BYTES: u64 = 64 << 20;
@@ -213,6 +219,35 @@ impl CudaDevice {
     /// What context, kernels and slack take of it.
     pub fn base(&self) -> u64 {
         self.base
+    }
+
+    /// The best rate of copies from pinned memory, 10⁹ bytes a second: what nothing that streams through this GPU can beat. Takes a few
+    /// milliseconds and, for so long, 16 MiB on either side, or what is left. `None` where nothing is left to measure with.
+    pub fn measure_copies(&self) -> Result<Option<f64>> {
+        let left = self.limit.saturating_sub(self.context.used());
+        let bytes = (left / 2).min(PROBE_BYTES) >> 20 << 20;
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let what = "a copy to be measured";
+        let from = HostBuffer::new(&self.context, bytes as usize, what)?;
+        let to = DeviceBuffer::new(&self.context, bytes, what)?;
+        let (start, end) = (Event::timing(&self.context)?, Event::timing(&self.context)?);
+        let mut best = f64::INFINITY;
+        for probe in 0..PROBES {
+            self.compute.mark(&start)?;
+            // SAFETY: both buffers are this function's; nothing writes them, and both wait for the GPU before they go.
+            unsafe {
+                self.compute
+                    .copy_in(to.address(), from.piece(0, bytes as usize))
+            }?;
+            self.compute.mark(&end)?;
+            self.compute.synchronize()?;
+            if probe > 0 {
+                best = best.min(end.since(&start)?.as_secs_f64());
+            }
+        }
+        Ok((best > 0.0).then(|| bytes as f64 / best / 1e9))
     }
 
     /// The host waits until the GPU has run everything it was given. What went wrong there is said here.

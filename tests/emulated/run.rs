@@ -1,0 +1,109 @@
+//! The program beside the emulated driver.
+#![allow(dead_code)] // each test file uses a part
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+use crate::common::{fixtures, read_safetensors};
+
+/// One run of the program beside the emulated driver.
+pub struct Run {
+    pub command: Command,
+    pub folder: tempfile::TempDir,
+}
+
+impl Run {
+    pub fn new(driver: &Path, command: &str, model: &str) -> Run {
+        Run::on("cuda", driver, command, model)
+    }
+
+    pub fn on(device: &str, driver: &Path, command: &str, model: &str) -> Run {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
+        run.arg(command)
+            .arg(fixtures().join(model))
+            .args(["--device", device, "--threads", "2", "--context", "512"])
+            .arg("--offload-folder")
+            .arg(folder.path().join("offload"))
+            .env("LD_LIBRARY_PATH", driver)
+            .env("XDG_CACHE_HOME", folder.path());
+        Run {
+            command: run,
+            folder,
+        }
+    }
+
+    pub fn args<const N: usize>(mut self, args: [&str; N]) -> Run {
+        self.command.args(args);
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Run {
+        self.command.env(name, value);
+        self
+    }
+
+    pub fn output(mut self) -> Output {
+        self.command.output().unwrap()
+    }
+
+    /// As [`Run::output`], with the folder that the run wrote to.
+    pub fn output_and_folder(mut self) -> (tempfile::TempDir, Output) {
+        let done = self.command.output().unwrap();
+        (self.folder, done)
+    }
+
+    pub fn fails(self) -> String {
+        let done = self.output();
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(1), "{text}");
+        text
+    }
+
+    /// The logits of every input, `[tokens, vocab]`.
+    pub fn score(self, inputs: &[Vec<u32>]) -> Vec<Vec<f32>> {
+        let lines = inputs.iter().map(|ids| json!({ "input_ids": ids }));
+        self.score_lines(lines.collect())
+    }
+
+    pub fn score_lines(mut self, inputs: Vec<Value>) -> Vec<Vec<f32>> {
+        let (from, to) = (
+            self.folder.path().join("in.jsonl"),
+            self.folder.path().join("out.safetensors"),
+        );
+        let lines: Vec<String> = inputs.iter().map(Value::to_string).collect();
+        std::fs::write(&from, lines.join("\n")).unwrap();
+        self.command
+            .arg("--input")
+            .arg(&from)
+            .arg("--output")
+            .arg(&to);
+        let done = self.command.output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let tensors = read_safetensors(&to);
+        (0..inputs.len())
+            .map(|i| tensors[&format!("logits.{i}")].f32s())
+            .collect()
+    }
+
+    /// The closing object of a run.
+    pub fn json(self) -> Value {
+        let done = self.args(["--json"]).output();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        let text = String::from_utf8(done.stdout).unwrap();
+        let line = text.lines().rfind(|l| l.starts_with('{')).unwrap_or(&text);
+        serde_json::from_str(line)
+            .or_else(|_| serde_json::from_str(&text))
+            .unwrap()
+    }
+}

@@ -118,6 +118,17 @@ pub(super) fn resolve_in(model: &str, cache: Option<&Path>) -> Result<ModelPath>
         ));
     };
     let store = cache.join(id.folder());
+    if !store.is_dir() && !id.repo.contains('/') {
+        return Err(Error::new(
+            Code::Usage,
+            format!("there is no model at `{}`", clip(model)),
+            format!(
+                "there is no such folder, the hub cache {} has nothing of that name, and only org/name is looked for on the hub",
+                cache.display()
+            ),
+            format!("check the path, or fetch it (`{DOWNLOAD} {}`)", id.repo),
+        ));
+    }
     if !store.is_dir() {
         return Err(absent(format!(
             "there is no such folder, and the hub cache {} does not have it",

@@ -3,13 +3,11 @@
 
 use std::path::Path;
 
-use super::model::Model;
+use super::machine::Weights;
 use crate::device::Device;
 use crate::engine::{DeviceChoice, EngineOptions, EngineStats, Fitted, HostMemory, fit, kv_dtype};
 use crate::error::{Code, Error, Result};
-use crate::paging::{
-    ComputeRates, KeptCompute, MachineRates, PassWork, SlotLayout, UnitSize, predict,
-};
+use crate::paging::{ComputeRates, KeptCompute, MachineRates, PassWork, UnitSize, predict};
 use crate::report::summary::PagingReport;
 use crate::spec::ModelSpec;
 use crate::store::list_packs;
@@ -33,27 +31,30 @@ pub(super) struct Advisor {
 }
 
 impl Advisor {
-    pub(super) fn new(model: &Model, options: &EngineOptions, host: HostMemory) -> Result<Advisor> {
-        let store = &model.store;
-        let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
+    pub(super) fn new(of: &Weights<'_>, options: &EngineOptions, host: HostMemory) -> Advisor {
         let page = options
             .page_bytes
             .unwrap_or(crate::engine::DEFAULT_PAGE_BYTES);
-        Ok(Advisor {
-            spec: store.spec.clone(),
-            dtype: kv_dtype(&store.units),
-            sizes: store
-                .units
-                .iter()
-                .map(|u| UnitSize::of(&SlotLayout::new(u, &file_bytes, page)))
-                .collect(),
+        Advisor {
+            spec: of.spec.clone(),
+            dtype: kv_dtype(of.units),
+            sizes: of.sizes(page),
             options: options.clone(),
             host,
-        })
+        }
     }
 
     fn on_cpu(&self) -> bool {
         matches!(self.options.device, DeviceChoice::Cpu)
+    }
+
+    /// That the options' own budget is enough for an engine on a CPU.
+    pub(super) fn expect_room(&self) -> Result<()> {
+        let budget = self.options.cpu_memory;
+        let budget = budget.unwrap_or_else(|| self.host.default_budget());
+        self.fitted(&self.options, budget)
+            .map(|_| ())
+            .map_err(|e| self.too_little(e))
     }
 
     fn fitted(&self, options: &EngineOptions, budget: u64) -> Result<Fitted> {

@@ -7,8 +7,9 @@ use clap::{Args, ValueEnum};
 
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
+use super::found::Found;
 use super::media::LookOptions;
-use super::model::{Model, OpenFor};
+use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
@@ -166,10 +167,6 @@ impl Texts {
         sampling: &SamplingOptions,
         context: Option<usize>,
     ) -> Result<Rules> {
-        let eos = match self.generation.eos_token_ids.is_empty() {
-            true => self.tokenizer.eos_id().into_iter().collect(),
-            false => self.generation.eos_token_ids.clone(),
-        };
         Ok(Rules {
             model: label.to_owned(),
             fingerprint,
@@ -178,7 +175,7 @@ impl Texts {
             stop: sampling.stop.clone(),
             stop_tokens: match sampling.ignore_eos {
                 true => Vec::new(),
-                false => eos,
+                false => stop_tokens(&self.generation, &self.tokenizer),
             },
             look: self.looker.as_ref().map(|l| *l.options()),
             chat_max_tokens: self.generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
@@ -233,7 +230,17 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     }
     let shard = args.input.shard()?;
     let quiet = args.quiet || args.progress == ProgressArg::None;
-    let model = Model::open_with_text(&args.machine, &args.source, &signals.cancel, quiet)?;
+    let budget = args.machine.cpu_budget()?;
+    args.machine.check()?;
+    let found = Found::open_with_text(&args.source, &signals.cancel, quiet)?;
+    // The least that any row takes: how much all want is known when they were read.
+    let least = OpenFor {
+        context: args.machine.context.unwrap_or(1),
+        kv_tokens: Some(1),
+        ..OpenFor::default()
+    };
+    found.expect_room(&args.machine, &least, quiet)?;
+    let model = found.prepare(budget, &args.source, &signals.cancel, quiet)?;
     let texts = Texts {
         tokenizer: model.tokenizer()?,
         template: model.chat_template()?,

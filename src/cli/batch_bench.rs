@@ -128,6 +128,7 @@ pub fn run(
         },
         paging: PagingReport::new(&engine, &m.during, &settings),
     };
+    model.write_records(how.machine, &engine, &report.timings, &report.paging)?;
     if how.json {
         let text = serde_json::to_string(&report)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

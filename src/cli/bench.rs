@@ -40,6 +40,14 @@ pub fn name_the_model(mut args: Vec<OsString>) -> Vec<OsString> {
     if bench && args.get(2).is_some_and(|a| !known.iter().any(|k| a == k)) {
         args.insert(2, "model".into());
     }
+    // llama-bench's spelling, which clap would read as -p with the value `g`.
+    for arg in args.iter_mut().filter(|_| bench) {
+        match arg.to_str() {
+            Some("-pg") => *arg = "--pg".into(),
+            Some(text) if text.starts_with("-pg=") => *arg = format!("-{text}").into(),
+            _ => {}
+        }
+    }
     args
 }
 

@@ -3,6 +3,7 @@
 //! Cold by construction: weights are read past the page cache, so no repetition profits from the one before. Each row is warmed by one
 //! repetition that does not count.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -10,12 +11,13 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::found::Found;
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SourceOptions};
 use super::signals;
 use crate::engine::{Engine, EngineStats, Job};
 use crate::error::{Code, Error, Result};
-use crate::report::summary::PagingReport;
+use crate::report::summary::{PagingReport, Timings};
 
 #[derive(Args)]
 pub struct ModelArgs {
@@ -29,7 +31,7 @@ pub struct ModelArgs {
     /// Tokens to generate, likewise
     #[arg(short = 'n', long = "n-gen", value_name = "N", default_value = "16", value_parser = counts)]
     generate: Counts,
-    /// Prompt and generation together, as P,G (may be given more than once)
+    /// Prompt and generation together, as P,G (may be given more than once; -pg as llama-bench has it)
     #[arg(long = "pg", value_name = "P,G", value_parser = pair)]
     pairs: Vec<(usize, usize)>,
     /// Sequences at once, a list or a range
@@ -110,8 +112,41 @@ impl Test {
         }
     }
 
+    /// Generation starts behind one token of prompt, whose pass is not counted.
+    fn open_for(&self, machine: &MachineOptions) -> OpenFor {
+        let prompt = self.prompt.max(1);
+        let context = prompt + self.generate + 1;
+        OpenFor {
+            context: machine.context.unwrap_or(context).max(context),
+            prompt_tokens: prompt * self.batch,
+            logits_rows: self.batch,
+            max_sequences: self.batch,
+            ..OpenFor::default()
+        }
+    }
+
+    /// The machine options with `--trace` and `--report` into files of this test's own, where there are `several`.
+    fn machine(&self, machine: &MachineOptions, several: bool) -> MachineOptions {
+        let mut own = machine.clone();
+        if several {
+            let end = format!("{}.b{}", self.name(), self.batch);
+            for path in own.trace.iter_mut().chain(&mut own.report) {
+                *path = with_part(path, &end);
+            }
+        }
+        own
+    }
+
     fn tokens(&self) -> usize {
         (self.prompt + self.generate) * self.batch
+    }
+}
+
+/// `run.json` → `run.PART.json`.
+fn with_part(path: &Path, part: &str) -> PathBuf {
+    match path.extension() {
+        Some(end) => path.with_extension(format!("{part}.{}", end.to_string_lossy())),
+        None => path.with_extension(part),
     }
 }
 
@@ -137,21 +172,26 @@ struct Row {
 
 pub fn run(args: ModelArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
+    args.machine.check()?;
     let tests = tests(&args)?;
-    let model = Model::open_for(
-        &args.machine,
-        &args.source,
-        &cancel,
-        args.output != Format::Md,
-    )?;
+    let quiet = args.output != Format::Md;
+    let found = Found::open(&args.source, &cancel, quiet)?;
+    for (i, test) in tests.iter().enumerate() {
+        let want = test.open_for(&args.machine);
+        found.expect_room(&args.machine, &want, quiet || i > 0)?;
+    }
+    let budget = args.machine.cpu_budget()?;
+    let model = found.prepare(budget, &args.source, &cancel, quiet)?;
     if args.output == Format::Md {
         super::run::print(&md_header())?;
     } else if args.output == Format::Csv {
         super::run::print(&format!("{}\n", CSV_COLUMNS.join(",")))?;
     }
     let mut rows = Vec::new();
+    let several = tests.len() > 1;
     for test in tests {
-        let row = measure(&args, &model, &test, &cancel)?;
+        let machine = test.machine(&args.machine, several);
+        let row = measure(&args, &machine, &model, &test, &cancel)?;
         let line = match args.output {
             Format::Md => md_row(&row),
             Format::Csv => csv_row(&row),
@@ -207,18 +247,16 @@ fn tests(args: &ModelArgs) -> Result<Vec<Test>> {
     Ok(tests)
 }
 
-fn measure(args: &ModelArgs, model: &Model, test: &Test, cancel: &Arc<AtomicBool>) -> Result<Row> {
-    // Generation starts behind one token of prompt, whose pass is not counted.
-    let prompt = test.prompt.max(1);
-    let context = prompt + test.generate + 1;
-    let open_for = OpenFor {
-        context: args.machine.context.unwrap_or(context).max(context),
-        prompt_tokens: prompt * test.batch,
-        logits_rows: test.batch,
-        max_sequences: test.batch,
-        ..OpenFor::default()
-    };
-    let mut engine = model.engine(&args.machine, &open_for, cancel, true)?;
+fn measure(
+    args: &ModelArgs,
+    machine: &MachineOptions,
+    model: &Model,
+    test: &Test,
+    cancel: &Arc<AtomicBool>,
+) -> Result<Row> {
+    let started = Instant::now();
+    let mut engine = model.engine(machine, &test.open_for(machine), cancel, true)?;
+    let load_s = started.elapsed().as_secs_f64();
     repetition(&mut engine, test, 0)?;
     let mut samples_s = Vec::new();
     let before = engine.stats();
@@ -234,11 +272,15 @@ fn measure(args: &ModelArgs, model: &Model, test: &Test, cancel: &Arc<AtomicBool
     }
     let rates: Vec<f64> = samples_s.iter().map(|s| test.tokens() as f64 / s).collect();
     let (mean, deviation) = mean_deviation(&rates);
-    let paging = PagingReport::new(
-        &engine,
-        &during,
-        &model.read_settings(&args.machine, &during),
-    );
+    let paging = PagingReport::new(&engine, &during, &model.read_settings(machine, &during));
+    let timings = Timings {
+        load_s,
+        decode_s: samples_s.iter().sum(),
+        output_tokens_per_s: mean,
+        total_s: started.elapsed().as_secs_f64(),
+        ..Timings::default()
+    };
+    model.write_records(machine, &engine, &timings, &paging)?;
     Ok(Row {
         model: model.label.clone(),
         size_bytes: model.store.units.iter().map(|u| u.bytes).sum(),
@@ -409,6 +451,13 @@ mod tests {
         }
         assert_eq!(pair("128,16").unwrap(), (128, 16));
         assert!(pair("128").is_err() && pair("0,1").is_err());
+    }
+
+    #[test]
+    fn each_of_several_tests_has_its_own_records() {
+        let part = |path: &str| with_part(Path::new(path), "pp512.b1");
+        assert_eq!(part("a/run.json"), Path::new("a/run.pp512.b1.json"));
+        assert_eq!(part("run"), Path::new("run.pp512.b1"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::generate::generate;
-use super::model::{Model, OpenFor};
+use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SourceOptions, size};
 use super::{signals, synthetic};
 use crate::engine::{Engine, EngineStats, Event, Job};
@@ -135,7 +135,7 @@ fn small_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Result<
     let options = SourceOptions::folder(&source, &dir.join("packed"), false);
     let model = Model::open(&options, cancel, true)?;
     let tokenizer = model.tokenizer()?;
-    let stop_tokens = model.stop_tokens(&model.generation_config()?, &tokenizer);
+    let stop_tokens = stop_tokens(&model.generation_config()?, &tokenizer);
     let machine = MachineOptions::all_on_disk(None, args.threads);
     let open_for = OpenFor {
         context: 64,

@@ -1,58 +1,11 @@
 //! What `--device`, `--gpu-memory` and `--gemm` ask for, and what of it cannot be.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
-use super::model::{OpenFor, engine_options, pack_options, reading};
-use super::options::{GemmArg, MachineOptions, SourceOptions};
-use crate::checkpoint::Checkpoint;
+use super::options::{GemmArg, MachineOptions};
 use crate::device::cuda;
-use crate::engine::{DeviceChoice, gpu_dtype, refuse_for_gpu};
+use crate::engine::{DeviceChoice, gpu_dtype};
 use crate::error::{Code, Error, Result};
-use crate::spec::{ModelSpec, UnitKind};
-use crate::store::{UnitLayout, outline};
-
-/// Where weights would have to be packed first: refuses what the GPU could not run then.
-pub(super) fn refuse_before_packing(
-    machine: &MachineOptions,
-    ckpt: &Checkpoint,
-    source: &SourceOptions,
-    cancel: &Arc<AtomicBool>,
-) -> Result<()> {
-    if machine.device == "cpu" || (machine.device == "auto" && cuda::available().is_err()) {
-        return Ok(());
-    }
-    let dtype = pack_options(source, cancel)?.dtype;
-    let outline = outline(ckpt, &dtype, &source.offload_folder, source.in_place)?;
-    if outline.ready {
-        return Ok(());
-    }
-    let device = device_choice(&machine.device, &outline.spec, &outline.units, true)?;
-    if device == DeviceChoice::Cpu {
-        return Ok(());
-    }
-    let machine = &MachineOptions {
-        // What only a run takes or tells.
-        trace: None,
-        report: None,
-        gemm: GemmArg::Own,
-        ..machine.clone()
-    };
-    let reading = reading(machine, &outline.dir, false);
-    let kinds: Vec<UnitKind> = outline.units.iter().map(|u| u.kind).collect();
-    let options = |want| engine_options(machine, &want, &reading, &kinds, device);
-    // What is asked for is known once the text is tokenized: no less than this, and not much more as a rule.
-    let least = OpenFor {
-        context: machine.context.unwrap_or(2),
-        prompt_tokens: 1,
-        ..OpenFor::default()
-    };
-    let usual = OpenFor {
-        context: machine.context.unwrap_or(OpenFor::default().context),
-        ..OpenFor::default()
-    };
-    refuse_for_gpu(&outline, &options(least)?, &options(usual)?)
-}
+use crate::spec::ModelSpec;
+use crate::store::UnitLayout;
 
 /// Whose products; says what the other one does not promise.
 pub(super) fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
@@ -96,19 +49,21 @@ fn can_run(spec: &ModelSpec, units: &[UnitLayout]) -> Result<()> {
 
 /// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
 pub(super) fn device_choice(
-    device: &str,
+    machine: &MachineOptions,
     spec: &ModelSpec,
     units: &[UnitLayout],
     quiet: bool,
 ) -> Result<DeviceChoice> {
-    check_device(device)?;
-    match device {
+    check_device(&machine.device)?;
+    match machine.device.as_str() {
         "cpu" => Ok(DeviceChoice::Cpu),
         "cuda" => Ok(DeviceChoice::Cuda(0)),
         "auto" => Ok(match can_run(spec, units) {
             Ok(()) => DeviceChoice::Cuda(0),
             Err(e) => {
-                if !quiet && e.code() != Code::Device {
+                // Without a GPU there is nothing to say, unless its memory was spoken of.
+                let unasked = e.code() == Code::Device && machine.gpu_memory.is_none();
+                if !quiet && !unasked {
                     eprintln!("on the CPU: {}: {}", e.what(), e.cause());
                 }
                 DeviceChoice::Cpu

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::model::Model;
 use super::prompt::{Prompt, PromptOptions, render};
 use crate::engine::{HostMemory, SLACK_BYTES, expand_pictures};
 use crate::error::{Code, Error, Result};
@@ -14,6 +13,7 @@ use crate::media::{
     Clock, Look, Measure, MediaRequest, Options, Processor, Sampling, VideoTools, Visual, requests,
     without_media,
 };
+use crate::spec::VisionSpec;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::units::{flag_size, human_bytes, parse_size};
 
@@ -129,7 +129,10 @@ pub struct Rendered {
 
 /// Turns prompts and messages of one model into ids and pictures. The preprocessor's configuration is read when the first picture comes.
 pub struct Renderer<'m> {
-    pub model: &'m Model,
+    /// Where the preprocessor's configuration lies.
+    dir: &'m Path,
+    /// None: the model cannot look at pictures.
+    tower: Option<&'m VisionSpec>,
     pub tokenizer: &'m Tokenizer,
     /// None: text is sent as it is.
     pub template: Option<&'m ChatTemplate>,
@@ -142,14 +145,16 @@ pub struct Renderer<'m> {
 
 impl<'m> Renderer<'m> {
     pub fn new(
-        model: &'m Model,
+        dir: &'m Path,
+        tower: Option<&'m VisionSpec>,
         tokenizer: &'m Tokenizer,
         template: Option<&'m ChatTemplate>,
         look: LookOptions,
         budget: Option<u64>,
     ) -> Renderer<'m> {
         Renderer {
-            model,
+            dir,
+            tower,
             tokenizer,
             template,
             look,
@@ -239,7 +244,7 @@ impl<'m> Renderer<'m> {
         wanted: &[MediaRequest],
         base: &Path,
     ) -> Result<Rendered> {
-        let spec = self.model.store.spec.vision.as_ref();
+        let spec = self.tower;
         let mut media = Vec::with_capacity(wanted.len());
         for request in wanted {
             let Some(spec) = spec else {
@@ -247,7 +252,7 @@ impl<'m> Renderer<'m> {
             };
             let processor = match &mut self.processor {
                 Some(p) => p,
-                none => none.insert(Processor::load(&self.model.store.text_dir, spec)?),
+                none => none.insert(Processor::load(self.dir, spec)?),
             };
             let measure = processor.measure(request, base, &self.tools, Look::Header)?;
             fits(request, &measure, self.budget)?;

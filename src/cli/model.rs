@@ -1,4 +1,4 @@
-//! From a MODEL argument to something that runs: found, packed if need be, opened under its budget.
+//! A model that is packed, or streamed in place, and ready to be opened under its budget.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,27 +6,19 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::advice::{self, Advisor};
-use super::gpu;
-use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, SourceOptions, VerifyArg};
+use super::machine::{Weights, verify_when};
+use super::options::{MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, Engine, EngineOptions, EngineStats, HostMemory,
-    SLACK_BYTES, kv_dtype,
+    Engine, EngineOptions, EngineStats, HostMemory, SLACK_BYTES, VisionRoom, kv_dtype,
 };
-use crate::engine::{DeviceChoice, VisionRoom};
-use crate::error::{Code, Error, Result};
-use crate::io::ReaderKind;
-use crate::paging::{
-    DiskRates, KeptSetting, PagerOptions, Placement, Setting, TRACE_EVENTS, Tier, Trace,
-    VerifyWhen, parse_device_map, unit_name,
-};
+use crate::error::Result;
+use crate::paging::{DiskRates, KeptSetting, Placement, Setting, unit_name};
 use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
 use crate::report::summary::{PagingReport, ReadSettings, Timings};
-use crate::spec::UnitKind;
 use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
-use crate::units::parse_size;
 
 /// Bytes from which on a run's own disk rate means something.
 const MEASURABLE_BYTES: u64 = 1 << 30;
@@ -74,34 +66,8 @@ impl Model {
         Model::prepared(None, &ckpt, source, cancel, quiet)
     }
 
-    /// [`Model::open`] for a machine: packed within its memory, and refused before hours of packing where it cannot run there.
-    pub fn open_for(
-        machine: &MachineOptions,
-        source: &SourceOptions,
-        cancel: &Arc<AtomicBool>,
-        quiet: bool,
-    ) -> Result<Model> {
-        machine.check()?;
-        let ckpt = open_checkpoint(source, cancel, quiet)?;
-        gpu::refuse_before_packing(machine, &ckpt, source, cancel)?;
-        Model::prepared(machine.cpu_budget()?, &ckpt, source, cancel, quiet)
-    }
-
-    /// [`Model::open_for`] what cannot do without a tokenizer: one that is missing is told before hours of packing too.
-    pub fn open_with_text(
-        machine: &MachineOptions,
-        source: &SourceOptions,
-        cancel: &Arc<AtomicBool>,
-        quiet: bool,
-    ) -> Result<Model> {
-        machine.check()?;
-        let ckpt = open_checkpoint(source, cancel, quiet)?;
-        Tokenizer::expect_in(&ckpt.config_dir)?;
-        gpu::refuse_before_packing(machine, &ckpt, source, cancel)?;
-        Model::prepared(machine.cpu_budget()?, &ckpt, source, cancel, quiet)
-    }
-
-    fn prepared(
+    /// `ckpt`, packed within `budget` bytes of memory where it is not yet.
+    pub(super) fn prepared(
         budget: Option<u64>,
         ckpt: &Checkpoint,
         source: &SourceOptions,
@@ -159,15 +125,6 @@ impl Model {
 
     pub fn generation_config(&self) -> Result<GenerationConfig> {
         GenerationConfig::load(&self.store.text_dir)
-    }
-
-    /// Ids that end an answer: the model's own, else the tokenizer's end-of-text.
-    pub fn stop_tokens(&self, generation: &GenerationConfig, tokenizer: &Tokenizer) -> Vec<u32> {
-        if generation.eos_token_ids.is_empty() {
-            tokenizer.eos_id().into_iter().collect()
-        } else {
-            generation.eos_token_ids.clone()
-        }
     }
 
     /// `float16`, `bfloat16`, `float32` or `mixed`.
@@ -246,15 +203,11 @@ impl Model {
         {
             self.rates().raise_h2d(&engine.device().describe(), rate);
         }
-        engine.map_err(|e| match Advisor::new(self, &options, host) {
-            Ok(advisor) => advisor.too_little(e),
-            Err(_) => e,
-        })
+        engine.map_err(|e| Advisor::new(&Weights::from(&self.store), &options, host).too_little(e))
     }
 
-    /// How its units are read: as the user says, else as `tune` found on this machine, else the defaults.
     pub fn reading(&self, machine: &MachineOptions) -> Setting {
-        reading(machine, &self.store.dir, !self.store.in_place)
+        Weights::from(&self.store).reading(machine)
     }
 
     pub(super) fn engine_options(
@@ -263,10 +216,7 @@ impl Model {
         want: &OpenFor,
         quiet: bool,
     ) -> Result<EngineOptions> {
-        let device =
-            gpu::device_choice(&machine.device, &self.store.spec, &self.store.units, quiet)?;
-        let kinds: Vec<UnitKind> = self.store.units.iter().map(|u| u.kind).collect();
-        engine_options(machine, want, &self.reading(machine), &kinds, device)
+        Weights::from(&self.store).engine_options(machine, want, quiet)
     }
 
     /// Writes what `--trace` and `--report` ask for. To be called while the engine rests.
@@ -325,68 +275,6 @@ impl Model {
     }
 }
 
-/// What an engine on `device` is opened with; `kinds`: the model's units.
-pub(super) fn engine_options(
-    machine: &MachineOptions,
-    want: &OpenFor,
-    reading: &Setting,
-    kinds: &[UnitKind],
-    device: DeviceChoice,
-) -> Result<EngineOptions> {
-    let defaults = EngineOptions::default();
-    Ok(EngineOptions {
-        cpu_memory: machine.cpu_budget()?,
-        placement: placement(&machine.device_map, kinds)?,
-        device,
-        gpu_memory: machine.gpu_budget()?,
-        gemm: gpu::gemm(machine.gemm, device)?,
-        prefetch_depth: Some(reading.prefetch_depth),
-        page_bytes: Some(reading.page_bytes),
-        pager: PagerOptions {
-            reader: reading.reader,
-            queue_depth: reading.queue_depth,
-            verify: verify_when(machine.verify),
-            // Allocated before the budget is divided, so that it is charged like everything else the process holds.
-            trace: (machine.trace.is_some() || machine.report.is_some())
-                .then(|| Arc::new(Trace::new(TRACE_EVENTS))),
-            ..PagerOptions::default()
-        },
-        threads: machine.threads,
-        context: want.context,
-        max_sequences: want.max_sequences,
-        kv_tokens: want.kv_tokens,
-        pass_tokens: defaults.pass_tokens.min(want.prompt_tokens.max(1)),
-        logits_rows: want.logits_rows,
-        keep_logits: want.keep_logits,
-        sample_limit: want.sample_limit,
-        vision: want.vision,
-        isa: None,
-    })
-}
-
-/// What `--device-map` asks for; `kinds`: the model's units.
-pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
-    match map {
-        "auto" => Ok(Placement::Auto),
-        "cpu" => Ok(Placement::Cpu),
-        "disk" => Ok(Placement::Disk),
-        "gpu" => Ok(Placement::Units(vec![Tier::Gpu; kinds.len()])),
-        file => {
-            let bad = |cause: String| {
-                Error::new(
-                    Code::Usage,
-                    format!("the device map {file} cannot be used"),
-                    cause,
-                    "give auto, cpu, disk, or a JSON file of module → tier",
-                )
-            };
-            let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-            let json = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
-            Ok(Placement::Units(parse_device_map(&json, kinds)?))
-        }
-    }
-}
-
 /// Opens the source, downloaded first where it is a hub id that the local cache lacks.
 pub(super) fn open_checkpoint(
     source: &SourceOptions,
@@ -414,6 +302,14 @@ pub(super) fn pack_options(
         cancel: cancel.clone(),
         ..PackOptions::new(&source.offload_folder)
     })
+}
+
+/// Ids that end an answer: the model's own, else the tokenizer's end-of-text.
+pub(super) fn stop_tokens(generation: &GenerationConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+    match generation.eos_token_ids.is_empty() {
+        true => tokenizer.eos_id().into_iter().collect(),
+        false => generation.eos_token_ids.clone(),
+    }
 }
 
 type Prepare = fn(&Checkpoint, &PackOptions, &mut dyn FnMut(PackProgress)) -> Result<Prepared>;
@@ -458,126 +354,6 @@ pub(super) fn prepare(
         }
     }
     Ok(prepared)
-}
-
-/// [`Model::reading`] of the pack in `dir`, or the source streamed in place (`ours` false).
-pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
-    let tuned = match machine.no_tune {
-        true => None,
-        false => KeptSetting::of(dir, ours).best(),
-    };
-    let usual = tuned.unwrap_or(Setting {
-        reader: ReaderKind::Auto,
-        page_bytes: DEFAULT_PAGE_BYTES,
-        queue_depth: PagerOptions::default().queue_depth,
-        prefetch_depth: DEFAULT_PREFETCH_DEPTH,
-    });
-    Setting {
-        reader: match machine.io {
-            IoArg::Auto => usual.reader,
-            io => super::bench::kind(io),
-        },
-        page_bytes: machine.page_size.or(usual.page_bytes),
-        queue_depth: machine.queue_depth.or(usual.queue_depth).max(1),
-        prefetch_depth: machine.prefetch_depth.or(usual.prefetch_depth),
-    }
-}
-
-fn verify_when(arg: VerifyArg) -> VerifyWhen {
-    match arg {
-        VerifyArg::Always => VerifyWhen::Always,
-        VerifyArg::First => VerifyWhen::First,
-        VerifyArg::Never => VerifyWhen::Never,
-    }
-}
-
-fn read_device_map(file: &str) -> Result<serde_json::Value> {
-    let bad = |cause: String| {
-        Error::new(
-            Code::Usage,
-            format!("the device map {file} cannot be used"),
-            cause,
-            "give auto, cpu, disk, or a JSON file of module → tier",
-        )
-    };
-    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-    serde_json::from_str(&text).map_err(|e| bad(e.to_string()))
-}
-
-impl MachineOptions {
-    /// What can be known to be wrong before a model is opened.
-    pub fn check(&self) -> Result<()> {
-        gpu::check_device(&self.device)?;
-        if !["auto", "cpu"].contains(&self.device.as_str()) {
-            crate::device::cuda::available()?;
-        }
-        if !["auto", "cpu", "disk", "gpu"].contains(&self.device_map.as_str()) {
-            read_device_map(&self.device_map)?;
-        }
-        self.gpu_budget()?;
-        self.cpu_budget().map(|_| ())
-    }
-
-    /// `--cpu-memory`, or what `--max-memory` says of the CPU.
-    pub fn cpu_budget(&self) -> Result<Option<u64>> {
-        match self.cpu_memory {
-            None => self.max_memory_of(|device| device == "cpu"),
-            given => Ok(given),
-        }
-    }
-
-    /// `--gpu-memory`, or what `--max-memory` says of a GPU.
-    pub fn gpu_budget(&self) -> Result<Option<u64>> {
-        match self.gpu_memory {
-            None => self.max_memory_of(|device| device != "cpu" && device != "disk"),
-            given => Ok(given),
-        }
-    }
-
-    fn max_memory_of(&self, wanted: impl Fn(&str) -> bool) -> Result<Option<u64>> {
-        let Some(map) = &self.max_memory else {
-            return Ok(None);
-        };
-        let mut budget = None;
-        for entry in map.split(',') {
-            let (device, amount) = entry.split_once('=').ok_or_else(|| {
-                Error::new(
-                    Code::Usage,
-                    format!("`{entry}` in --max-memory makes no sense"),
-                    "an entry is a device and a size",
-                    "write 0=8GiB,cpu=16GiB",
-                )
-            })?;
-            let bytes = parse_size(amount)?;
-            if wanted(device.trim()) {
-                budget = Some(bytes);
-            }
-        }
-        Ok(budget)
-    }
-
-    /// Everything on disk, as the demonstrations want it. Without a budget the smallest plan is what it takes.
-    pub fn all_on_disk(cpu_memory: Option<u64>, threads: Option<usize>) -> MachineOptions {
-        MachineOptions {
-            device: "cpu".into(),
-            device_map: "disk".into(),
-            cpu_memory,
-            gpu_memory: None,
-            gemm: GemmArg::Own,
-            max_memory: None,
-            prefetch_depth: OrAuto::Auto,
-            page_size: OrAuto::Auto,
-            queue_depth: OrAuto::Auto,
-            io: IoArg::Auto,
-            // The same figures on every machine the demonstration runs on.
-            no_tune: true,
-            verify: VerifyArg::Always,
-            threads,
-            context: None,
-            trace: None,
-            report: None,
-        }
-    }
 }
 
 impl SourceOptions {

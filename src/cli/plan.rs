@@ -4,7 +4,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::gpu::check_device;
-use super::model::{open_checkpoint, pack_options, placement, reading};
+use super::machine::{placement, reading};
+use super::model::{open_checkpoint, pack_options};
 use super::options::{MachineOptions, SourceOptions};
 use crate::device::Device;
 use crate::engine::{
@@ -200,6 +201,7 @@ fn usage(flag: &str, value: f64, why: &str) -> Error {
 
 impl Planned {
     fn new(args: &PlanArgs) -> Result<Planned> {
+        args.machine.refuse_records("plan")?;
         let cancel = super::signals::cancel_flag()?;
         let ckpt = open_checkpoint(&args.source, &cancel, args.json)?;
         let policy = pack_options(&args.source, &cancel)?.dtype;
@@ -209,6 +211,7 @@ impl Planned {
             &args.source.offload_folder,
             args.source.in_place,
         )?;
+        args.machine.note_context(&outline.spec, args.json);
         let reading = reading(
             &args.machine,
             &outline.dir,

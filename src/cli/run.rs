@@ -9,16 +9,18 @@ use clap::Args;
 use serde::Serialize;
 
 use super::advice::Advisor;
+use super::found::Found;
 use super::generate::{Answer, generate};
+use super::machine::Weights;
 use super::media::{LookOptions, PictureOptions, Renderer};
-use super::model::{Model, OpenFor};
+use super::model::{OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
 use crate::engine::{Engine, HostMemory, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
-use crate::text::{GenerationConfig, StopStrings};
+use crate::text::{ChatTemplate, GenerationConfig, StopStrings, Tokenizer};
 
 /// Tokens generated where neither the user nor the model says how many.
 const DEFAULT_MAX_TOKENS: usize = 512;
@@ -68,8 +70,9 @@ struct RunReport<'a> {
 
 pub fn run(args: RunArgs) -> Result<u8> {
     let started = Instant::now();
-    let cancel = signals::cancel_flag()?;
+    // Before Ctrl-C is heeded by us: a prompt may come from a pipe that nobody writes to.
     let prompt = args.prompt.read()?;
+    let cancel = signals::cancel_flag()?;
     if matches!(prompt, Prompt::Chat) && args.json {
         return Err(Error::new(
             Code::Usage,
@@ -79,22 +82,21 @@ pub fn run(args: RunArgs) -> Result<u8> {
         ));
     }
     // What cannot be is refused before hours of packing.
+    args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
     let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
-    let model = Model::open_with_text(&args.machine, &args.source, &cancel, args.quiet)?;
-    let tokenizer = model.tokenizer()?;
+    let found = Found::open_with_text(&args.source, &cancel, args.quiet)?;
+    let tokenizer = Tokenizer::load(found.text_dir())?;
     let template = if args.prompt.raw {
         None
     } else {
-        model.chat_template()?
+        ChatTemplate::load(found.text_dir())?
     };
     let budget = args.machine.cpu_budget()?;
-    let rendered = Renderer::new(&model, &tokenizer, template.as_ref(), args.look, budget).prompt(
-        &prompt,
-        &args.prompt,
-        &args.pictures,
-    )?;
-    let generation = model.generation_config()?;
+    let (dir, tower) = (found.text_dir(), found.spec().vision.as_ref());
+    let rendered = Renderer::new(dir, tower, &tokenizer, template.as_ref(), args.look, budget)
+        .prompt(&prompt, &args.prompt, &args.pictures)?;
+    let generation = GenerationConfig::load(found.text_dir())?;
     let max_tokens = args
         .sampling
         .max_tokens
@@ -107,7 +109,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
         stop_tokens: if args.sampling.ignore_eos {
             Vec::new()
         } else {
-            model.stop_tokens(&generation, &tokenizer)
+            stop_tokens(&generation, &tokenizer)
         },
         prompt: rendered.ids,
         media: rendered.media,
@@ -118,7 +120,6 @@ pub fn run(args: RunArgs) -> Result<u8> {
         (None, Prompt::Chat) => repl::DEFAULT_CONTEXT,
         (None, _) => job.prompt.len().saturating_add(max_tokens),
     };
-    let load = Instant::now();
     let open_for = OpenFor {
         context,
         prompt_tokens: match prompt {
@@ -130,11 +131,14 @@ pub fn run(args: RunArgs) -> Result<u8> {
         vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
         ..OpenFor::default()
     };
+    found.expect_room(&args.machine, &open_for, args.quiet)?;
+    let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
+    let load = Instant::now();
     let advisor = Advisor::new(
-        &model,
+        &Weights::from(&model.store),
         &model.engine_options(&args.machine, &open_for, true)?,
         HostMemory::read(),
-    )?;
+    );
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {

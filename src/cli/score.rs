@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::found::Found;
 use super::media::{LookOptions, Renderer};
-use super::model::{Model, OpenFor};
+use super::model::OpenFor;
 use super::options::{MachineOptions, SourceOptions};
 use super::signals;
 use crate::engine::{ScoreBlock, ScoreInput, VisionRoom};
 use crate::error::{Code, Error, Result};
-use crate::text::Message;
+use crate::text::{ChatTemplate, Message, Tokenizer};
 
 /// Tokens of pictures kept at once where there are more: a few dozen images.
 const WAVE_TOKENS: usize = 16384;
@@ -66,15 +67,21 @@ struct Scored<'a> {
 }
 
 pub fn run(args: ScoreArgs) -> Result<u8> {
+    args.machine.check()?;
+    // Before Ctrl-C is heeded by us: they may come from a pipe that nobody writes to.
+    let lines = read_lines(&args.input)?;
     let cancel = signals::cancel_flag()?;
-    let model = Model::open_for(&args.machine, &args.source, &cancel, args.quiet)?;
-    let inputs = read_inputs(&args, &model)?;
+    let found = Found::open(&args.source, &cancel, args.quiet)?;
+    let inputs = read_inputs(&args, &found, lines)?;
     let longest = inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0);
     if longest == 0 {
         return Err(Error::new(
             Code::Usage,
             "there is nothing to score",
-            format!("{} has no inputs", args.input.display()),
+            match args.input == Path::new("-") {
+                true => "standard input has no inputs".to_string(),
+                false => format!("{} has no inputs", args.input.display()),
+            },
             "give lines like {\"input_ids\": [1, 2, 3]}",
         ));
     }
@@ -87,6 +94,9 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
         vision: vision_room(&inputs),
         ..OpenFor::default()
     };
+    found.expect_room(&args.machine, &open_for, args.quiet)?;
+    let budget = args.machine.cpu_budget()?;
+    let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let vocab = engine.spec().vocab;
     let file = match &args.output {
@@ -137,8 +147,8 @@ fn vision_room(inputs: &[ScoreInput]) -> Option<VisionRoom> {
     })
 }
 
-fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
-    let path = args.input.as_path();
+/// The lines that are not blank, with their numbers from 1.
+fn read_lines(path: &Path) -> Result<Vec<(usize, String)>> {
     let reader: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
     } else {
@@ -146,10 +156,7 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
             .map_err(|e| Error::io(format!("{} cannot be opened", path.display()), &e))?;
         Box::new(BufReader::new(file))
     };
-    let budget = args.machine.cpu_budget()?;
-    let mut inputs = Vec::new();
-    let text = OnceCell::new();
-    let mut renderer: Option<Renderer<'_>> = None;
+    let mut lines = Vec::new();
     for (i, line) in reader.lines().enumerate() {
         let line = line.map_err(|e| match e.kind() {
             std::io::ErrorKind::InvalidData => Error::new(
@@ -163,13 +170,29 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
                 &e,
             ),
         })?;
-        if line.trim().is_empty() {
-            continue;
+        if !line.trim().is_empty() {
+            lines.push((i + 1, line));
         }
+    }
+    Ok(lines)
+}
+
+fn read_inputs(
+    args: &ScoreArgs,
+    found: &Found,
+    lines: Vec<(usize, String)>,
+) -> Result<Vec<ScoreInput>> {
+    let path = args.input.as_path();
+    let (dir, spec) = (found.text_dir(), found.spec());
+    let budget = args.machine.cpu_budget()?;
+    let mut inputs = Vec::new();
+    let text = OnceCell::new();
+    let mut renderer: Option<Renderer<'_>> = None;
+    for (number, line) in lines {
         let bad = |cause: String| {
             Error::new(
                 Code::Usage,
-                format!("line {} of {} cannot be scored", i + 1, path.display()),
+                format!("line {number} of {} cannot be scored", path.display()),
                 cause,
                 "write {\"input_ids\": [1, 2, 3]} or {\"messages\": [{\"role\": \"user\", \"content\": \"…\"}]}",
             )
@@ -182,17 +205,18 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
             },
             (None, Some(messages)) => {
                 if text.get().is_none() {
-                    let _ = text.set((model.tokenizer()?, model.chat_template()?));
+                    let _ = text.set((Tokenizer::load(dir)?, ChatTemplate::load(dir)?));
                 }
                 let Some((tokenizer, Some(template))) = text.get() else {
                     return Err(bad("this model comes without a chat template".into()));
                 };
                 let renderer = renderer.get_or_insert_with(|| {
-                    Renderer::new(model, tokenizer, Some(template), args.look, budget)
+                    let tower = spec.vision.as_ref();
+                    Renderer::new(dir, tower, tokenizer, Some(template), args.look, budget)
                 });
                 let rendered = renderer
                     .messages(&messages, Path::new(""))
-                    .map_err(|e| in_line(&e, i + 1))?;
+                    .map_err(|e| in_line(&e, number))?;
                 ScoreInput {
                     tokens: rendered.ids,
                     media: rendered.media,
@@ -204,7 +228,6 @@ fn read_inputs(args: &ScoreArgs, model: &Model) -> Result<Vec<ScoreInput>> {
         if ids.is_empty() {
             return Err(bad("it has no tokens".into()));
         }
-        let spec = &model.store.spec;
         if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
             return Err(bad(format!(
                 "token id {id} is outside the vocabulary of {}",

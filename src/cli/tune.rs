@@ -7,6 +7,7 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::found::Found;
 use super::model::{Model, OpenFor};
 use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, size};
 use super::signals;
@@ -67,9 +68,14 @@ pub struct TuneArgs {
 
 pub fn run(args: TuneArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
+    args.machine.check()?;
+    args.machine.refuse_records("tune")?;
     let mut machine = args.machine.clone();
     machine.no_tune = true;
-    let model = Model::open_for(&args.machine, &args.source, &cancel, args.quiet)?;
+    let found = Found::open(&args.source, &cancel, args.quiet)?;
+    found.expect_room(&machine, &OpenFor::default(), args.quiet)?;
+    let budget = machine.cpu_budget()?;
+    let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
     let space = space(&args, &machine, &model)?;
     let kept = KeptSetting::of(&model.store.dir, !model.store.in_place);
     let options = model.engine_options(&machine, &OpenFor::default(), args.quiet)?;

@@ -234,7 +234,14 @@ struct Run {
 }
 
 impl Run {
-    fn start(mut command: Command, program: &Path, limit: Duration) -> Result<Run> {
+    fn start(command: Command, program: &Path, limit: Duration) -> Result<Run> {
+        if !is_there(program) {
+            return Err(not_started(program, &std::io::ErrorKind::NotFound.into()));
+        }
+        let mut command = match Path::new(SHELL).exists() {
+            true => behind_limits(&command, limit),
+            false => command,
+        };
         command
             .env_clear()
             .envs(std::env::var_os("PATH").map(|p| ("PATH", p)))
@@ -243,6 +250,7 @@ impl Run {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|e| not_started(program, &e))?;
+        // Once more from outside: there may be no shell, or one that does not know every limit.
         confine(&child, limit);
         let (stdout, stderr) = match (child.stdout.take(), child.stderr.take()) {
             (Some(o), Some(e)) => (o, e),
@@ -342,6 +350,49 @@ fn kill(child: &Mutex<Child>) {
     let _ = child.wait();
 }
 
+/// Sets limits on itself and becomes the decoder: they hold from its first instruction on, and nothing of this process runs
+/// between fork and exec, which would have to be `unsafe`.
+const SHELL: &str = "/bin/sh";
+
+fn behind_limits(command: &Command, limit: Duration) -> Command {
+    let set: String = limits(limit)
+        .into_iter()
+        .map(|(flag, _, most)| {
+            // Address space is counted in KiB; of files none may be written, so their unit does not matter.
+            let most = if flag == 'v' { most / 1024 } else { most };
+            format!("ulimit -{flag} {most} 2>/dev/null; ")
+        })
+        .collect();
+    let mut shell = Command::new(SHELL);
+    shell
+        .arg("-c")
+        .arg(format!("{set}exec \"$0\" \"$@\""))
+        .arg(command.get_program())
+        .args(command.get_args());
+    shell
+}
+
+/// Whether a program of this name can be found, here or on the PATH.
+fn is_there(program: &Path) -> bool {
+    if program.components().count() > 1 {
+        return program.exists();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+/// What a decoder may take: the shell's letter, the system's name, the most.
+fn limits(limit: Duration) -> [(char, Resource, u64); 4] {
+    // Two decoding threads, and what starts and ends them.
+    let cpu_s = limit.as_secs().saturating_mul(4).max(1);
+    [
+        ('v', Resource::As, CHILD_MEMORY_BYTES),
+        ('f', Resource::Fsize, 0),
+        ('c', Resource::Core, 0),
+        ('t', Resource::Cpu, cpu_s),
+    ]
+}
+
 /// Limits that hold whatever the file makes the decoder do. Setting them may fail where a container forbids it; the watch on time remains.
 fn confine(child: &Child, limit: Duration) {
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
@@ -351,14 +402,7 @@ fn confine(child: &Child, limit: Duration) {
         current: Some(n),
         maximum: Some(n),
     };
-    // Two decoding threads, and what starts and ends them.
-    let cpu_s = limit.as_secs().saturating_mul(4).max(1);
-    for (resource, most) in [
-        (Resource::As, CHILD_MEMORY_BYTES),
-        (Resource::Fsize, 0),
-        (Resource::Core, 0),
-        (Resource::Cpu, cpu_s),
-    ] {
+    for (_, resource, most) in limits(limit) {
         let _ = prlimit(Some(pid), resource, at_most(most));
     }
 }

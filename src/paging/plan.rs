@@ -371,10 +371,15 @@ fn all_resident(units: &[UnitSize], tied_head: bool) -> Vec<Tier> {
 }
 
 fn check_tiers(tiers: &[Tier], units: usize, placement: &Placement) -> Result<()> {
+    // A map is as long as the model; whoever wrote it knows which one it is.
+    let name = match placement {
+        Placement::Units(_) => "of units".to_string(),
+        other => format!("{other:?}"),
+    };
     let bad = |cause: String| {
         Error::new(
             Code::Usage,
-            format!("the placement {placement:?} cannot be followed"),
+            format!("the placement {name} cannot be followed"),
             cause,
             "give a tier of cpu or disk for every unit, or run with --device cuda",
         )

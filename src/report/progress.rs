@@ -9,7 +9,9 @@ use crate::units::human_bytes;
 
 /// Progress of something counted in bytes, with rate and ETA.
 pub struct ByteProgress {
+    /// From the first figures on: before them there is nothing to show.
     bar: Option<ProgressBar>,
+    live: bool,
     label: String,
     started: Instant,
     last: Instant,
@@ -23,25 +25,31 @@ const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
 impl ByteProgress {
     pub fn new(label: &str, quiet: bool) -> ByteProgress {
-        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
-            if let Ok(style) = ProgressStyle::with_template(
-                "{prefix} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}",
-            ) {
-                bar.set_style(style);
-            }
-            bar.set_prefix(label.to_string());
-            bar
-        });
         let now = Instant::now();
         ByteProgress {
-            bar,
+            bar: None,
+            live: !quiet && std::io::stderr().is_terminal(),
             label: label.to_string(),
             started: now,
             last: now,
             quiet,
             before: None,
         }
+    }
+
+    fn bar(&mut self, total: u64) -> Option<&ProgressBar> {
+        if self.live && total > 0 && self.bar.is_none() {
+            let target = ProgressDrawTarget::stderr_with_hz(8);
+            let bar = ProgressBar::with_draw_target(Some(total), target);
+            if let Ok(style) = ProgressStyle::with_template(
+                "{prefix} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}",
+            ) {
+                bar.set_style(style);
+            }
+            bar.set_prefix(self.label.clone());
+            self.bar = Some(bar);
+        }
+        self.bar.as_ref()
     }
 
     /// A line of its own, above the bar.
@@ -57,7 +65,7 @@ impl ByteProgress {
     pub fn resume_at(&mut self, done: u64, total: u64) {
         self.before = Some(done);
         self.started = Instant::now();
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.bar(total) {
             bar.set_length(total);
             bar.set_position(done);
             bar.reset_eta();
@@ -65,10 +73,10 @@ impl ByteProgress {
     }
 
     pub fn update(&mut self, done: u64, total: u64) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.bar(total) {
             bar.set_length(total);
             bar.set_position(done);
-        } else if !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
+        } else if !self.live && !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
             self.last = Instant::now();
             let s = self.started.elapsed().as_secs_f64();
             let fresh = done.saturating_sub(self.before.unwrap_or(0));

@@ -260,11 +260,25 @@ pub fn closing_lines(
     engine: &Engine,
 ) -> String {
     format!(
-        "{prompt_tokens} prompt tokens, first token after {:.2} s; {tokens} tokens at {:.2} tokens/s\n{}",
+        "{}, first token after {:.2} s; {}{}\n{}",
+        counted(prompt_tokens, "prompt token"),
         t.time_to_first_token_s,
-        t.output_tokens_per_s,
+        counted(tokens, "token"),
+        // The rate is that from the first to the last.
+        match tokens {
+            0 | 1 => String::new(),
+            _ => format!(" at {:.2} tokens/s", t.output_tokens_per_s),
+        },
         paging_line(paging, during, engine)
     )
+}
+
+/// `1 token`, `2 tokens`.
+fn counted(n: usize, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        n => format!("{n} {what}s"),
+    }
 }
 
 /// One line for people: where the weights were, what came from disk, and how near the bound it was.

@@ -104,9 +104,7 @@ impl Store {
                 "wait until it has finished",
             ));
         };
-        let manifest = Manifest::load(dir)?.ok_or_else(|| {
-            manifest::invalid(dir, "it has no manifest.json: packing did not finish")
-        })?;
+        let manifest = Manifest::load(dir)?.ok_or_else(|| unpacked(dir))?;
         let opened = manifest::validate(dir, &manifest)?;
         check_files_on_disk(dir, &manifest)?;
         check_copies(dir, &manifest)?;
@@ -200,6 +198,41 @@ impl Store {
             in_place: false,
             _lock: Some(lock),
         })
+    }
+}
+
+/// What a folder without a manifest is instead of a pack.
+fn unpacked(dir: &Path) -> Error {
+    if clean::is_begun(dir) {
+        return manifest::invalid(dir, "it has no manifest.json: packing did not finish");
+    }
+    let not_a_pack = |cause: String, fix: String| {
+        Error::new(
+            Code::Usage,
+            format!("{} is not a packed folder", dir.display()),
+            cause,
+            fix,
+        )
+    };
+    let packs = list_packs(dir).unwrap_or_default();
+    let ours = packs.iter().find(|p| p.state != PackState::Foreign);
+    match ours {
+        Some(pack) => not_a_pack(
+            format!("it is a folder in which packs lie, such as {}", pack.name),
+            format!("name one: {}", pack.dir.display()),
+        ),
+        None if dir.join("config.json").exists() => not_a_pack(
+            "it has a config.json and no manifest.json: a model as it was downloaded, which has no checksums to compare with"
+                .into(),
+            format!(
+                "`tensorpager pack {}` makes a pack of it, and `tensorpager verify` without a name checks every pack",
+                dir.display()
+            ),
+        ),
+        None => not_a_pack(
+            "it has no manifest.json".into(),
+            "`tensorpager inspect` lists the packs".into(),
+        ),
     }
 }
 

@@ -13,7 +13,7 @@ use super::direct::{AlignedBuf, DirectFile};
 use super::layout::UnitLayout;
 use super::lock::{self, LockMode};
 use super::manifest::{self, CHECKSUMS, MANIFEST, Manifest};
-use super::{LAST_USED, load_checksums};
+use super::{LAST_USED, load_checksums, unpacked};
 use crate::error::{Code, Error, Result};
 use crate::units::{ALIGN_BYTES, BLOCK_BYTES, FileId};
 
@@ -86,8 +86,7 @@ pub fn verify(
             "wait until it has finished",
         ));
     };
-    let manifest = Manifest::load(dir)?
-        .ok_or_else(|| manifest::invalid(dir, "it has no manifest.json: packing did not finish"))?;
+    let manifest = Manifest::load(dir)?.ok_or_else(|| unpacked(dir))?;
     let opened = manifest::validate(dir, &manifest)?;
     let checksums = load_checksums(dir, &manifest)?;
     let scan = Scan {

@@ -56,6 +56,24 @@ impl Place {
         copy
     }
 
+    /// Names of what lies here, hidden caches aside.
+    pub fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name != "cache")
+            .collect();
+        names.sort();
+        names
+    }
+
+    pub fn fifo(&self, name: &str) -> String {
+        let path = self.path(name);
+        let made = Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        path.to_str().unwrap().to_string()
+    }
+
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
         for (name, _) in std::env::vars_os() {

@@ -32,6 +32,102 @@ fn models_that_are_none() {
 }
 
 #[test]
+fn a_name_that_is_no_folder_is_not_looked_for_on_the_hub() {
+    let p = Place::new();
+    // Nothing answers there: asking would fail with other words.
+    let mut command = p.command(&["run", "Qwen2.5-7B", "-p", "x"]);
+    command
+        .env_remove("HF_HUB_OFFLINE")
+        .env("HF_ENDPOINT", "http://127.0.0.1:9");
+    super::process::Ran::from(command.output().unwrap()).refused(
+        2,
+        &[
+            "there is no model at `Qwen2.5-7B`",
+            "only org/name",
+            "pull Qwen2.5-7B",
+        ],
+    );
+}
+
+#[test]
+fn jobs_of_what_is_no_file_are_refused_and_leave_nothing() {
+    let p = Place::new();
+    let model = qwen2();
+    let rows = p.file(
+        "rows.jsonl",
+        "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\"}}\n",
+    );
+    let fifo = p.fifo("fifo");
+    std::fs::create_dir(p.path("folder")).unwrap();
+    p.run(&["pack", &model]).done();
+    let before = p.files();
+    for output in ["folder", fifo.as_str(), "-", "/dev/null"] {
+        let ran = run_briefly(&p, &["batch", &model, "-i", &rows, "-o", output]);
+        ran.refused(2, &["cannot hold results"]);
+        assert_eq!(p.files(), before, "-o {output}");
+    }
+    let errors = [
+        "batch",
+        &model,
+        "-i",
+        &rows,
+        "-o",
+        "out.jsonl",
+        "--errors",
+        "folder",
+    ];
+    run_briefly(&p, &errors).refused(2, &["folder cannot hold results"]);
+    for input in ["folder", fifo.as_str(), "-"] {
+        let ran = run_briefly(&p, &["batch", &model, "-i", input, "-o", "out.jsonl"]);
+        ran.refused(
+            2,
+            &["cannot be the input of a job", "put the rows into a file"],
+        );
+    }
+    assert_eq!(p.files(), before);
+}
+
+#[test]
+fn what_is_not_packed_is_not_verified_and_why() {
+    let p = Place::new();
+    let model = p.copy("qwen2-bf16", "model");
+    p.run(&["verify", str(&model)]).refused(
+        2,
+        &["is not a packed folder", "as it was downloaded", "pack"],
+    );
+    p.run(&["pack", str(&model)]).done();
+    p.run(&["verify", str(&p.offload())])
+        .refused(2, &["in which packs lie", "model--bf16"]);
+    std::fs::remove_file(p.offload().join("model--bf16/manifest.json")).unwrap();
+    p.run(&["verify", "model--bf16"])
+        .refused(1, &["packing did not finish"]);
+}
+
+#[test]
+fn records_that_could_not_be_written_are_refused_before_the_run() {
+    let p = Place::new();
+    std::fs::create_dir(p.path("folder")).unwrap();
+    for (flag, path) in [("--trace", "nowhere/t.json"), ("--report", "folder")] {
+        p.run(&["run", &qwen2(), "-p", "x", flag, path])
+            .refused(2, &[path, "cannot be written"]);
+    }
+    p.run(&["tune", &qwen2(), "--trace", "t.json"])
+        .refused(2, &["`tune` writes no --trace"]);
+    p.run(&[
+        "run",
+        &qwen2(),
+        "-p",
+        "x",
+        "--device-map",
+        "gpu",
+        "--device",
+        "cpu",
+    ])
+    .refused(2, &["--device-map gpu"]);
+    assert!(!p.offload().exists());
+}
+
+#[test]
 fn broken_configs() {
     let config = |change: &dyn Fn(&mut Value)| -> (Place, String) {
         let p = Place::new();
@@ -389,6 +485,7 @@ fn run_briefly(p: &Place, args: &[&str]) -> super::process::Ran {
     let mut command = std::process::Command::new("timeout");
     let plain = p.command(args);
     command.arg("30").arg(plain.get_program()).args(args);
+    command.current_dir(plain.get_current_dir().unwrap());
     for (key, value) in plain.get_envs() {
         match value {
             Some(value) => command.env(key, value),

@@ -79,6 +79,30 @@ fn run_stops_at_the_next_unit_with_130() {
     }
 }
 
+// hazard: sigint: while a prompt is waited for that nobody writes: ends at once
+#[test]
+fn waiting_for_a_prompt_ends_with_the_first_signal() {
+    let p = Place::new();
+    let fifo = p.fifo("fifo");
+    let model = super::process::fixture("qwen2-bf16");
+    for args in [
+        ["run", str(&model), "--prompt-file", &fifo],
+        ["score", str(&model), "--input", &fifo],
+    ] {
+        let child = p.command(&args).spawn().unwrap();
+        // Long enough to come to the waiting: earlier it would end just as well.
+        std::thread::sleep(Duration::from_millis(300));
+        let asked = Instant::now();
+        interrupt(&child);
+        let ended = child.wait_with_output().unwrap().status;
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&ended),
+            Some(libc::SIGINT)
+        );
+        assert!(asked.elapsed() < Duration::from_secs(5));
+    }
+}
+
 #[test]
 fn an_interrupted_score_leaves_no_output() {
     let p = Place::new();

@@ -174,6 +174,7 @@ fn too_little_memory_is_answered_with_this_machines_numbers() {
     ];
     let ran = p.run(&args);
     ran.refused(1, &["--cpu-memory ", "this machine has "]);
+    assert!(!p.offload().exists(), "refused before anything is packed");
     // What is named as enough is enough.
     let named = ran.stderr.split("--cpu-memory ").nth(1).unwrap();
     let named = named.split_whitespace().next().unwrap();
@@ -189,6 +190,47 @@ fn too_little_memory_is_answered_with_this_machines_numbers() {
         "-q",
     ])
     .done();
+}
+
+#[test]
+fn too_little_memory_is_told_by_every_command_before_anything_is_made() {
+    let p = Place::new();
+    let model = qwen2();
+    let rows = p.file(
+        "rows.jsonl",
+        "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\"}}\n",
+    );
+    let ids = p.file("ids.jsonl", "{\"input_ids\": [1, 2, 3]}\n");
+    let before = p.files();
+    for args in [
+        &["batch", &model, "-i", &rows, "-o", "out.jsonl"][..],
+        &["score", &model, "--input", &ids],
+        &["bench", &model, "-o", "json"],
+        &["tune", &model],
+    ] {
+        let ran = p.run(&[args, &["--cpu-memory", "1MiB"]].concat());
+        ran.refused(1, &["does not fit in 1.0 MB", "give --cpu-memory "]);
+        assert_eq!(p.files(), before, "{args:?}");
+    }
+}
+
+#[test]
+fn a_context_beyond_the_models_is_said_once() {
+    let p = Place::new();
+    let run = |more: &[&str]| {
+        p.run(&[&["run", &qwen2(), "-p", "x", "-n", "1"], more].concat())
+            .done()
+            .stderr
+    };
+    let said = run(&["--context", "9000000"]);
+    assert_eq!(
+        said.matches("--context 9000000: this model goes up to ")
+            .count(),
+        1,
+        "{said}"
+    );
+    assert!(!run(&["--context", "9000000", "-q"]).contains("--context"));
+    assert!(!run(&["--context", "64"]).contains("--context"));
 }
 
 #[test]

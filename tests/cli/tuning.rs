@@ -275,3 +275,55 @@ fn plan_for_a_gpu_that_is_not_here() {
     let pass = |plan: &serde_json::Value| plan["rows"][0]["pass_s"].as_f64().unwrap();
     assert!(pass(&host) > pass(&all), "copying costs");
 }
+
+#[test]
+fn bench_records_each_test_and_reads_llama_benchs_spelling() {
+    let p = Place::new();
+    let model = fixture("qwen2-bf16");
+    let args = [
+        "bench",
+        str(&model),
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-pg",
+        "8,4",
+        "-r",
+        "1",
+        "-o",
+        "json",
+        "--trace",
+        "t.json",
+        "--report",
+        "r.html",
+    ];
+    let report = p.run(&args).json();
+    let tests: Vec<&str> = report["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| r["test"].as_str().unwrap())
+        .collect();
+    assert_eq!(tests, ["pp8", "pp8+tg4"]);
+    for name in tests {
+        let trace = std::fs::read(p.path(&format!("t.{name}.b1.json"))).unwrap();
+        let trace: serde_json::Value = serde_json::from_slice(&trace).unwrap();
+        assert!(!trace["traceEvents"].as_array().unwrap().is_empty());
+        assert!(p.path(&format!("r.{name}.b1.html")).is_file());
+    }
+    let one = [
+        "bench",
+        str(&model),
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-r",
+        "1",
+        "--trace",
+        "one.json",
+    ];
+    p.run(&one).done();
+    assert!(p.path("one.json").is_file());
+}

@@ -90,7 +90,8 @@ pub struct Hub {
 /// Whether `model` is a hub id whose weights or config the local cache lacks, so that only a download can help. False for
 /// everything else: folders, nonsense, and what is here already.
 pub fn wants_download(model: &str) -> bool {
-    let Some(id) = hub_id(model) else {
+    // A bare name is far more often a misspelt folder than one of the hub's oldest models: `pull` takes it.
+    let Some(id) = hub_id(model).filter(|id| id.repo.contains('/')) else {
         return false;
     };
     let cache = hub::cache_dir(&|key| std::env::var_os(key));

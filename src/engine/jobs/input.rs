@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// Bytes a row may have: more than any context holds, images inline included.
 pub const MAX_ROW_BYTES: usize = 64 << 20;
@@ -25,8 +25,31 @@ impl Source {
         }
     }
 
+    /// Looks before it opens: a pipe that nobody writes to would be waited for.
+    fn expect_file(&self) -> Result<()> {
+        let path = self.path();
+        let cause = match std::fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => "it is a folder",
+            Ok(meta) if !meta.is_file() => {
+                "it is a pipe or a device, and the rows are read more than once"
+            }
+            Err(_) if path == Path::new("-") => {
+                "the rows are read more than once, and standard input cannot be"
+            }
+            // What is not there at all opening names best.
+            Ok(_) | Err(_) => return Ok(()),
+        };
+        Err(Error::new(
+            Code::Usage,
+            format!("{} cannot be the input of a job", path.display()),
+            cause,
+            "put the rows into a file and give its path",
+        ))
+    }
+
     pub fn lines(&self) -> Result<Lines> {
         let path = self.path();
+        self.expect_file()?;
         let file = File::open(path)
             .map_err(|e| Error::io(format!("{} cannot be opened", path.display()), &e))?;
         Ok(Lines {

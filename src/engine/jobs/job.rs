@@ -244,6 +244,29 @@ fn now() -> u64 {
 }
 
 /// No file may serve two purposes.
+/// Before anything is made beside them: results are read back to resume, so they lie in files.
+fn expect_files(paths: &Paths) -> Result<()> {
+    for path in [&paths.output, &paths.errors] {
+        let cause = match std::fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => "it is a folder",
+            Ok(meta) if !meta.is_file() => {
+                "it is not a regular file, and results are read back to resume"
+            }
+            _ if path == std::path::Path::new("-") => {
+                "results are read back to resume, and standard output cannot be"
+            }
+            _ => continue,
+        };
+        return Err(Error::new(
+            Code::Usage,
+            format!("{} cannot hold results", path.display()),
+            cause,
+            "give the path of a file",
+        ));
+    }
+    Ok(())
+}
+
 fn check_paths(spec: &JobSpec) -> Result<()> {
     let real = |p: &std::path::Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
     let input = real(spec.source.path());
@@ -252,7 +275,7 @@ fn check_paths(spec: &JobSpec) -> Result<()> {
         () if output == input => "the output is the input",
         () if errors == input => "the errors file is the input",
         () if errors == output => "the errors file is the output",
-        () => return Ok(()),
+        () => return expect_files(&spec.paths),
     };
     Err(Error::new(
         Code::Usage,

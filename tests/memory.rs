@@ -2,9 +2,9 @@
 //!
 //! Whole processes over a synthetic checkpoint of about 150 MB, measured by the kernel (`ru_maxrss`), not by the program.
 
-use std::io::Write;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
@@ -42,31 +42,64 @@ struct Ran {
     peak: u64,
 }
 
+/// Names the folder with what [`measured`] is to run.
+const MEASURED: &str = "MEASURED_PROCESS";
+
+/// Runs the program and says what the kernel counted for it.
+///
+/// `ru_maxrss` outlives `exec`, and a child that is spawned as `vfork` does it lives in its parent's memory until then: its figure is at
+/// least the parent's own peak. A test process is small, until one panic makes it read its debug information for a backtrace. So the
+/// child is that of a process in between, started for it, whose own peak is known.
 fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
     // One at a time: what is measured is a process, not what the others leave of the machine.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    // wait4 below reaps it, for the sake of its resource usage.
-    #[allow(clippy::zombie_processes)]
-    let mut child = Command::new(env!("CARGO_BIN_EXE_tensorpager"))
-        .args(args)
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name);
+    std::fs::write(file("stdin"), input).unwrap();
+    std::fs::write(file("args"), json!(args).to_string()).unwrap();
+    let between = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "measured", "--test-threads=1"])
+        .env(MEASURED, dir.path())
         .env("TENSORPAGER_OFFLOAD_FOLDER", offload)
         .env("XDG_CACHE_HOME", offload)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert!(between.status.success(), "{between:?}");
+    let read = |name: &str| std::fs::read_to_string(file(name)).unwrap();
+    let told: [u64; 3] = serde_json::from_str(&read("usage")).unwrap();
+    let [code, peak, floor] = told;
+    assert!(
+        floor < peak,
+        "the process in between took {floor} bytes, so {peak} says nothing of the program"
+    );
+    Ran {
+        code: code as i32,
+        stdout: read("stdout"),
+        stderr: read("stderr"),
+        peak,
+    }
+}
+
+/// The process in between: not a test of its own.
+#[test]
+fn measured() {
+    let Some(dir) = std::env::var_os(MEASURED) else {
+        return;
+    };
+    let file = |name: &str| Path::new(&dir).join(name);
+    let args: Vec<String> =
+        serde_json::from_str(&std::fs::read_to_string(file("args")).unwrap()).unwrap();
+    // wait4 below reaps it, for the sake of its resource usage.
+    #[allow(clippy::zombie_processes)]
+    let child = Command::new(env!("CARGO_BIN_EXE_tensorpager"))
+        .args(args)
+        .env_remove(MEASURED)
+        .stdin(File::open(file("stdin")).unwrap())
+        .stdout(File::create(file("stdout")).unwrap())
+        .stderr(File::create(file("stderr")).unwrap())
         .spawn()
         .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(input.as_bytes())
-        .unwrap();
-    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
-    let errors = std::thread::spawn(move || std::io::read_to_string(&mut err).unwrap());
-    let stdout = std::io::read_to_string(&mut out).unwrap();
-    let stderr = errors.join().unwrap();
     let mut status = 0;
     // SAFETY: both are plain data that the kernel fills, and the child is this process's own, reaped only here.
     let usage = unsafe {
@@ -75,16 +108,33 @@ fn tensorpager(offload: &Path, args: &[&str], input: &str) -> Ran {
         assert_eq!(libc::wait4(pid, &mut status, 0, &mut usage), pid);
         usage
     };
-    Ran {
-        code: if libc::WIFEXITED(status) {
-            libc::WEXITSTATUS(status)
-        } else {
-            -1
-        },
-        stdout,
-        stderr,
-        peak: usage.ru_maxrss as u64 * 1024,
-    }
+    assert!(libc::WIFEXITED(status), "status {status}");
+    let told = [
+        libc::WEXITSTATUS(status) as u64,
+        usage.ru_maxrss as u64 * 1024,
+        own_peak(),
+    ];
+    std::fs::write(file("usage"), json!(told).to_string()).unwrap();
+}
+
+/// Peak of this process since its own `exec`, bytes.
+fn own_peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib * 1024
+}
+
+/// What makes the figures below the program's own: whoever measures may be larger.
+#[test]
+fn a_figure_owes_nothing_to_whoever_measures() {
+    let large = std::hint::black_box(vec![1u8; 200 << 20]);
+    assert!(own_peak() > 200 * MIB);
+    let dir = tempfile::tempdir().unwrap();
+    let ran = tensorpager(dir.path(), &["--version"], "");
+    drop(large);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.peak < 100 * MIB, "{} MiB", ran.peak / MIB);
 }
 
 fn flag(bytes: u64) -> String {

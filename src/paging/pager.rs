@@ -333,11 +333,15 @@ impl Pager {
         self.stats.passes += 1;
         let now = self.now_ns();
         self.note(Happening::Pass, None, now, 0);
-        self.send_cycle(self.tail..self.due)?;
-        if self.stats.passes == 1 && planted::is(Bug::NoPrefetchAcrossPasses) {
-            return Ok(());
+        let late = planted::is(Bug::NoPrefetchAcrossPasses);
+        if late && self.stats.passes > 1 {
+            self.send_cycle(0..self.tail)?;
         }
-        self.send_cycle(0..self.tail)
+        self.send_cycle(self.tail..self.due)?;
+        match late {
+            true => Ok(()),
+            false => self.send_cycle(0..self.tail),
+        }
     }
 
     fn send_cycle(&self, units: std::ops::Range<usize>) -> Result<()> {

@@ -37,8 +37,15 @@ const MOST: usize = 500;
 fn enumerate(calls: &[&str], sample: usize, at: &mut dyn FnMut(&str) -> bool) -> usize {
     let (mut hits, mut total) = (0, 0);
     let mut sample = Sample::new(sample);
-    for call in calls {
-        for fault in FAULTS {
+    for call in chosen(calls) {
+        let before = hits;
+        // A close that strace lets fail does not close: locks and pipes stay open for ever, which no failing close on Linux does.
+        let faults = if call == "close" {
+            &FAULTS[..1]
+        } else {
+            &FAULTS[..]
+        };
+        for fault in faults {
             for n in 1.. {
                 assert!(n < MOST, "{call} does not come to an end");
                 // The end of a kind of call is met by the next point taken.
@@ -53,6 +60,7 @@ fn enumerate(calls: &[&str], sample: usize, at: &mut dyn FnMut(&str) -> bool) ->
                 hits += 1;
             }
         }
+        println!("{call}: {} crash points hit", hits - before);
     }
     println!("{hits} crash points hit in {total} runs");
     hits
@@ -77,7 +85,7 @@ fn a_pack_survives_a_kill_and_an_error_in_every_call() {
         repair(&offload, inject);
         ended.hit
     });
-    assert!(hits > 20, "only {hits} crash points");
+    assert_more_than(20, hits);
 }
 
 /// Not every file system is as kind as ext4, where syncing one file brings the records of all others along: so the order of the
@@ -187,5 +195,5 @@ fn a_job_survives_a_kill_and_an_error_in_every_call() {
     let hits = enumerate(&JOB_CALLS, 13, &mut |inject| {
         crash_and_resume(dir.path(), inject, &expected)
     });
-    assert!(hits > 10, "only {hits} crash points");
+    assert_more_than(10, hits);
 }

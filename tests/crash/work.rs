@@ -41,6 +41,22 @@ impl Sample {
     }
 }
 
+/// Of these kinds of call those that `CRASH_CALLS` names (`write,fsync`), so that all crash points can be gone through in pieces;
+/// all of them where it is not set.
+pub fn chosen<'a>(calls: &[&'a str]) -> Vec<&'a str> {
+    let Ok(asked) = std::env::var("CRASH_CALLS") else {
+        return calls.to_vec();
+    };
+    let is_asked = |call: &&str| asked.split(',').any(|a| a == *call);
+    calls.iter().copied().filter(is_asked).collect()
+}
+
+/// At least so many points must have been hit, where all kinds of call are taken.
+pub fn assert_more_than(least: usize, hits: usize) {
+    let all = std::env::var_os("CRASH_CALLS").is_none();
+    assert!(hits > least || !all, "only {hits} crash points");
+}
+
 /// The program under strace with `inject` (several, as strace takes them); plainly where there are none.
 fn program(inject: &[&str], log: &Path) -> Command {
     let binary = env!("CARGO_BIN_EXE_tensorpager");

@@ -171,6 +171,10 @@ fn mutations() -> Vec<(&'static str, Vec<u8>)> {
             "offsets overlap",
             field("c", "data_offsets", json!([33, 49])),
         ),
+        (
+            "two tensors in one place",
+            edited(&|v| v["f"] = v["c"].clone()),
+        ),
         ("a hole", field("c", "data_offsets", json!([35, 51]))),
         (
             "offsets beyond the file",
@@ -222,6 +226,26 @@ fn mutations() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// What the refusal of a mutation must say: else it is refused for another reason than its own.
+const SAID: [(&str, &str); 16] = [
+    ("length beyond the file", "but the file ends at"),
+    ("length above the limit", "the limit is"),
+    ("truncated in the header", "truncated"),
+    ("truncated by one byte", "truncated"),
+    ("one trailing byte", "trailing bytes"),
+    ("duplicate tensor", "`c` appears twice"),
+    ("duplicate tensor by escape", "`c` appears twice"),
+    ("duplicate field", "`a.weight` has a key twice"),
+    ("duplicate metadata", "appears twice"),
+    ("offsets overlap", "`c` overlaps"),
+    ("two tensors in one place", "overlaps the one before it"),
+    ("a hole", "`c` leaves a hole"),
+    ("shape overflows to fit", "`a.weight`"),
+    ("shape overflows with the type", "`a.weight`"),
+    ("name with a slash", "has slashes"),
+    ("hidden name", "a tensor name"),
+];
+
 // hazard: truncated: refused; names the file, says truncated or trailing bytes
 // hazard: header-length: refused; names the file and the length claimed
 // hazard: header-layout: refused; names the tensor
@@ -242,7 +266,12 @@ fn each_mutation_is_refused_and_named() {
         );
         assert!(error.what().contains("x.safetensors"), "{what}: {error}");
         assert!(error.to_string().len() < 1000, "{what}");
+        for (_, words) in SAID.iter().filter(|(of, _)| *of == what) {
+            assert!(error.to_string().contains(words), "{what}: {error}");
+        }
     }
+    let named = |what: &str| mutations().iter().any(|(of, _)| *of == what);
+    assert!(SAID.iter().all(|(what, _)| named(what)));
 }
 
 #[test]
@@ -341,12 +370,21 @@ fn expensive(which: usize) -> Vec<u8> {
         9 => repeat("{\"__metadata__\":{\"a\":\"", "\\n\\\"", "\"}}"),
         10 => repeat("{", "\n\t ", "}"),
         11 => repeat("{\"a\":{\"dtype\":\"F16\",\"shape\":[", "9", "]}}"),
-        // As many tensors as are allowed, with the longest names.
+        12 => repeat("{\"__metadata__\":{\"a\":\"", "xxxxxxx\\n", "\"}}"),
+        13 => repeat("{\"__metadata__\":{\"a\":\"", "\u{e9}\\n", "\"}}"),
+        14 => most_tensors(|i| format!("{i:0>256}")),
+        // Names that are equal but for their ends, in an order that is nobody's.
+        15 => most_tensors(|i| format!("{:x>256}", i * 40_503 % 65_536)),
+        // Names that are all escapes, six bytes for one.
         _ => {
             let mut text = String::from("{");
-            for i in 0..65_536 {
+            while text.len() < SIZE - 2000 {
+                let name: String = format!("{:0>256}", text.len() % 1_000_003)
+                    .bytes()
+                    .map(|b| format!("\\u{b:04x}"))
+                    .collect();
                 text.push_str(&format!(
-                    "\"{i:0>256}\":{{\"dtype\":\"F16\",\"shape\":[0,1,1,1,1,1,1,1],\"data_offsets\":[0,0]}},"
+                    "\"{name}\":{{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[0,0]}},"
                 ));
             }
             text.pop();
@@ -356,7 +394,20 @@ fn expensive(which: usize) -> Vec<u8> {
     testing::assemble(text.as_bytes(), &[])
 }
 
-const KINDS: usize = 13;
+const KINDS: usize = 17;
+
+/// As many tensors as are allowed, of as many dimensions.
+fn most_tensors(name: impl Fn(usize) -> String) -> String {
+    let mut text = String::from("{");
+    for i in 0..65_536 {
+        text.push_str(&format!(
+            "\"{}\":{{\"dtype\":\"F16\",\"shape\":[0,1,1,1,1,1,1,1],\"data_offsets\":[0,0]}},",
+            name(i)
+        ));
+    }
+    text.pop();
+    text + "}"
+}
 
 fn peak_kb() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -364,10 +415,11 @@ fn peak_kb() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Processor time of this thread: what others on the machine do does not count.
-fn cpu_ns() -> u64 {
+/// Nanoseconds that this thread has computed, and that it has waited for a processor which others had.
+fn scheduled() -> (u64, u64) {
     let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    text.split_whitespace().next().unwrap().parse().unwrap()
+    let mut numbers = text.split_whitespace().map(|w| w.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 /// The part of the test below that runs in a process of its own, so that its peak is its own.
@@ -380,49 +432,71 @@ fn hostile_header_child() {
     let bytes = fs::metadata(path).unwrap().len();
     let file = fs::File::open(path).unwrap();
     let before = peak_kb();
-    let start = (Instant::now(), cpu_ns());
+    let (start, (ran, queued)) = (Instant::now(), scheduled());
     let result = header::read(&file, path, bytes);
-    let cpu_ms = (cpu_ns() - start.1) / 1_000_000;
-    let wall_ms = start.0.elapsed().as_millis();
+    let wall = start.elapsed();
+    let (ran, queued) = (scheduled().0 - ran, scheduled().1 - queued);
     drop(result);
+    let ms = |ns: u64| ns / 1_000_000;
+    let own_ms = ms((wall.as_nanos() as u64).saturating_sub(queued));
     println!(
-        "cost: {} kB {cpu_ms} ms, wall {wall_ms} ms",
-        peak_kb() - before
+        "cost: {} kB, {} ms computing, {own_ms} ms, {} ms with those that others had the processor",
+        peak_kb() - before,
+        ms(ran),
+        wall.as_millis()
     );
 }
 
-/// At most 64 MiB and twice its size, and not much time. The time that is promised (200 ms) is measured on an idle machine;
-/// here it has room for a busy one.
-// hazard: header-cost: at most 64 MiB + twice its size; 200 ms on an idle machine
+/// What reading the header at `path` costs a process of its own: `(peak in kB, ms)`.
+fn cost_of(path: &Path, which: usize) -> (u64, u64) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "checkpoint::tests::headers::hostile_header_child",
+            "--nocapture",
+        ])
+        .env("TENSORPAGER_HOSTILE_HEADER", path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let cost = text
+        .lines()
+        .find_map(|l| l.split_once("cost: "))
+        .unwrap_or_else(|| panic!("{text}"));
+    println!("kind {which}: {}", cost.1);
+    let words = cost.1.split_whitespace();
+    let numbers: Vec<u64> = words.filter_map(|w| w.parse().ok()).collect();
+    (numbers[0], numbers[2])
+}
+
+/// At most 64 MiB and twice its size in every run, and 200 ms in the best of up to twelve. Time in which others had the processor
+/// does not count; that they push its caches and clock about only ever adds. The promise is the release build's.
+// hazard: header-cost: at most 64 MiB + twice its size, and 200 ms (best of several runs)
 #[test]
 fn a_hostile_header_is_cheap() {
+    const TRIES: usize = 12;
+    const MOST_MS: u64 = 200;
     let dir = tempfile::tempdir().unwrap();
     for which in 0..KINDS {
         let path = dir.path().join("hostile.safetensors");
         let bytes = expensive(which);
+        assert!(bytes.len() as u64 <= 8 + header::MAX_HEADER_BYTES);
         fs::write(&path, &bytes).unwrap();
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "checkpoint::tests::headers::hostile_header_child",
-                "--nocapture",
-            ])
-            .env("TENSORPAGER_HOSTILE_HEADER", &path)
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let cost = text
-            .lines()
-            .find_map(|l| l.split_once("cost: "))
-            .unwrap_or_else(|| panic!("{text}"));
-        let mut words = cost.1.split_whitespace();
-        let kb: u64 = words.next().unwrap().parse().unwrap();
-        let ms: u64 = words.nth(1).unwrap().parse().unwrap();
-        println!("kind {which}: {} bytes cost {}", bytes.len(), cost.1);
+        let mut best = u64::MAX;
+        for _ in 0..TRIES {
+            let (kb, ms) = cost_of(&path, which);
+            assert!(
+                kb * 1024 <= (64 << 20) + 2 * bytes.len() as u64,
+                "kind {which}: {kb} kB"
+            );
+            best = best.min(ms);
+            if best <= MOST_MS {
+                break;
+            }
+        }
         assert!(
-            kb * 1024 <= (64 << 20) + 2 * bytes.len() as u64,
-            "kind {which}: {kb} kB"
+            best <= MOST_MS || cfg!(debug_assertions),
+            "kind {which}: {best} ms"
         );
-        assert!(ms < 1000, "kind {which}: {ms} ms");
     }
 }

@@ -308,6 +308,10 @@ fn kind_of(folder: &Folder) -> Result<SourceKind> {
 }
 
 fn no_weights(folder: &Folder) -> Error {
+    // Of a folder that may not be looked into nothing else is known.
+    if let Err(e) = std::fs::read_dir(&folder.dir) {
+        return Error::io(format!("cannot open {}", folder.dir.display()), &e);
+    }
     let names = folder.names();
     let foreign = |n: &&String| {
         let ends = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".pkl"];

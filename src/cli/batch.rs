@@ -14,7 +14,7 @@ use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
     BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowSample, Rules, Shard, Sizing,
-    SizingInput, Source, TextTools, default_errors, fingerprint,
+    SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
 use crate::engine::{Engine, HostMemory, KvPlace};
 use crate::error::{Code, Error, Result};
@@ -232,6 +232,13 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let quiet = args.quiet || args.progress == ProgressArg::None;
     let budget = args.machine.cpu_budget()?;
     args.machine.check()?;
+    if let Some(output) = &args.output {
+        // The template decides how rows are read, not where they are.
+        check_paths(
+            &args.input.source(true)?,
+            &paths(&args, shard, shard.path(output)),
+        )?;
+    }
     let found = Found::open_with_text(&args.source, &signals.cancel, quiet)?;
     // The least that any row takes: how much all want is known when they were read.
     let least = OpenFor {
@@ -322,6 +329,16 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     })
 }
 
+fn paths(args: &BatchArgs, shard: Shard, output: PathBuf) -> Paths {
+    Paths {
+        errors: match &args.errors {
+            Some(path) => shard.path(path),
+            None => default_errors(&output),
+        },
+        output,
+    }
+}
+
 fn job_spec(
     args: &BatchArgs,
     model: &Model,
@@ -337,13 +354,7 @@ fn job_spec(
     let print = fingerprint(&model.store)?;
     Ok(JobSpec {
         source: args.input.source(texts.template.is_some())?,
-        paths: Paths {
-            errors: match &args.errors {
-                Some(path) => shard.path(path),
-                None => default_errors(&output),
-            },
-            output,
-        },
+        paths: paths(args, shard, output),
         rules: texts.rules(label, print, &args.sampling, args.machine.context)?,
         shard,
         order: match args.order {

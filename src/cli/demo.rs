@@ -215,8 +215,11 @@ fn synthetic_model(args: &DemoArgs, dir: &Path, cancel: &Arc<AtomicBool>) -> Res
     let options = SourceOptions::folder(&source, &dir.join("packed"), true);
     let model = Model::open(&options, cancel, true)?;
     say!(
-        "A synthetic checkpoint with a 7B model's layers: {} layers, {}, streamed from its safetensors file.",
-        made.layers,
+        "A synthetic checkpoint with a 7B model's layers: {}, {}, streamed from its safetensors file.",
+        match made.layers {
+            1 => "1 layer".to_string(),
+            n => format!("{n} layers"),
+        },
         human_bytes(made.bytes)
     );
     live("measuring the disk …");

@@ -59,7 +59,7 @@ fn jobs_of_what_is_no_file_are_refused_and_leave_nothing() {
     );
     let fifo = p.fifo("fifo");
     std::fs::create_dir(p.path("folder")).unwrap();
-    p.run(&["pack", &model]).done();
+    // Before anything is packed.
     let before = p.files();
     for output in ["folder", fifo.as_str(), "-", "/dev/null"] {
         let ran = run_briefly(&p, &["batch", &model, "-i", &rows, "-o", output]);
@@ -77,6 +77,12 @@ fn jobs_of_what_is_no_file_are_refused_and_leave_nothing() {
         "folder",
     ];
     run_briefly(&p, &errors).refused(2, &["folder cannot hold results"]);
+    for (input, output) in [("nowhere.jsonl", "out.jsonl"), (&rows, "nowhere/out.jsonl")] {
+        let ran = p.run(&["batch", &model, "-i", input, "-o", output]);
+        assert_ne!(ran.code, 0);
+        ran.refused(ran.code, &["nowhere"]);
+        assert_eq!(p.files(), before, "{input} {output}");
+    }
     for input in ["folder", fifo.as_str(), "-"] {
         let ran = run_briefly(&p, &["batch", &model, "-i", input, "-o", "out.jsonl"]);
         ran.refused(

@@ -89,7 +89,7 @@ impl BatchJob {
         looker: Option<&Looker>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<BatchJob> {
-        check_paths(&spec)?;
+        check_paths(&spec.source, &spec.paths)?;
         let rules_key = spec.rules.key();
         let ids = RowIds {
             key: rules_key,
@@ -255,7 +255,12 @@ fn expect_files(paths: &Paths) -> Result<()> {
             _ if path == std::path::Path::new("-") => {
                 "results are read back to resume, and standard output cannot be"
             }
-            _ => continue,
+            _ => match path.parent() {
+                Some(folder) if folder != std::path::Path::new("") && !folder.is_dir() => {
+                    "its folder is not there"
+                }
+                _ => continue,
+            },
         };
         return Err(Error::new(
             Code::Usage,
@@ -267,19 +272,24 @@ fn expect_files(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-fn check_paths(spec: &JobSpec) -> Result<()> {
+/// That a job could read its rows and write its results, which is worth knowing before hours of packing. Makes nothing.
+///
+/// # Errors
+/// `Usage`: input or output is no file or has no folder, or one is the other; `Io`: the input cannot be read.
+pub fn check_paths(source: &Source, paths: &Paths) -> Result<()> {
     let real = |p: &std::path::Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
-    let input = real(spec.source.path());
-    let (output, errors) = (real(&spec.paths.output), real(&spec.paths.errors));
+    source.lines()?;
+    let input = real(source.path());
+    let (output, errors) = (real(&paths.output), real(&paths.errors));
     let clash = match () {
         () if output == input => "the output is the input",
         () if errors == input => "the errors file is the input",
         () if errors == output => "the errors file is the output",
-        () => return expect_files(&spec.paths),
+        () => return expect_files(paths),
     };
     Err(Error::new(
         Code::Usage,
-        format!("{} cannot be written", spec.paths.output.display()),
+        format!("{} cannot be written", paths.output.display()),
         clash,
         "give each its own file",
     ))

@@ -46,7 +46,7 @@ pub use check::{CheckReport, check};
 pub use files::{Paths, default_errors};
 pub use fingerprint::fingerprint;
 pub use input::Source;
-pub use job::{BatchJob, JobSpec, MaxErrors, Order};
+pub use job::{BatchJob, JobSpec, MaxErrors, Order, check_paths};
 pub use merge::{MergeReport, merge};
 pub use pictures::Looker;
 pub use request::{Endpoint, Request, RowError, RowIds, Rules, TextTools};

@@ -69,7 +69,9 @@ impl Found {
         let options = |want| weights.engine_options(machine, want, true);
         let least = options(want)?;
         if least.device == DeviceChoice::Cpu {
-            return Advisor::new(&weights, &least, HostMemory::read()).expect_room();
+            let mut host = HostMemory::read();
+            host.resident += self.outline.opening_bytes();
+            return Advisor::new(&weights, &least, host).expect_room();
         }
         if self.outline.ready {
             // Opening it comes next, and says the same.

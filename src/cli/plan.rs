@@ -234,13 +234,7 @@ impl Planned {
         // What a run holds before it plans: the tokenizer and the checksums.
         let tokenizer = Tokenizer::load(&outline.text_dir).ok();
         let mut host = HostMemory::read();
-        if !outline.ready || outline.in_place {
-            host.resident += outline
-                .file_bytes
-                .iter()
-                .map(|b| b.div_ceil(1 << 16) * 8)
-                .sum::<u64>();
-        }
+        host.resident += outline.opening_bytes();
         drop(tokenizer);
         let kinds: Vec<UnitKind> = outline.units.iter().map(|u| u.kind).collect();
         let dtype = kv_dtype(&outline.units);

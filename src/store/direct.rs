@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use memmap2::MmapMut;
 use rustix::fs::{Advice, fadvise};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
@@ -13,29 +14,51 @@ use crate::units::{ALIGN_BYTES, align_down, align_up};
 
 const ALIGN: usize = ALIGN_BYTES as usize;
 
-/// Bytes whose address is a multiple of 4096, as O_DIRECT wants it.
+/// Bytes whose address is a multiple of 4096, as O_DIRECT wants it. They lie in a mapping of their own, which goes back to the
+/// system when it is dropped: the heap would keep it, and a run that packs first would hold tens of megabytes more than one that
+/// finds its pack.
 pub(crate) struct AlignedBuf {
-    raw: Vec<u8>,
-    start: usize,
+    memory: Memory,
     len: usize,
+}
+
+enum Memory {
+    Mapped(MmapMut),
+    /// Where the system gives no mapping: the heap then decides whether there is memory at all.
+    Heap {
+        raw: Vec<u8>,
+        start: usize,
+    },
 }
 
 impl AlignedBuf {
     /// `len` zeros.
     pub fn new(len: usize) -> AlignedBuf {
-        let raw = vec![0; len + ALIGN];
-        let start = raw.as_ptr().align_offset(ALIGN);
-        // align_offset may give up (it never does on real machines): then O_DIRECT fails with EINVAL, nothing worse.
-        let start = if start > ALIGN { 0 } else { start };
-        AlignedBuf { raw, start, len }
+        let memory = MmapMut::map_anon(len.max(1)).map_or_else(
+            |_| {
+                let raw = vec![0; len + ALIGN];
+                let start = raw.as_ptr().align_offset(ALIGN);
+                // align_offset may give up (it never does on real machines): then O_DIRECT fails with EINVAL, nothing worse.
+                let start = if start > ALIGN { 0 } else { start };
+                Memory::Heap { raw, start }
+            },
+            Memory::Mapped,
+        );
+        AlignedBuf { memory, len }
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.raw[self.start..self.start + self.len]
+        match &self.memory {
+            Memory::Mapped(map) => &map[..self.len],
+            Memory::Heap { raw, start } => &raw[*start..start + self.len],
+        }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.raw[self.start..self.start + self.len]
+        match &mut self.memory {
+            Memory::Mapped(map) => &mut map[..self.len],
+            Memory::Heap { raw, start } => &mut raw[*start..*start + self.len],
+        }
     }
 }
 

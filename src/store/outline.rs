@@ -9,6 +9,7 @@ use super::{Store, space};
 use crate::checkpoint::{Checkpoint, SourceKind};
 use crate::error::Result;
 use crate::spec::ModelSpec;
+use crate::units::BLOCK_BYTES;
 
 /// A model's units and files before anything is opened for reading.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub struct Outline {
     pub text_dir: PathBuf,
     /// Bytes that packing would write; 0 in place or when the pack is there.
     pub pack_bytes: u64,
+    /// Of the configs and the tokenizer among them, which opening a pack reads to compare.
+    pub copy_bytes: u64,
     /// The pack itself, or the source read in place, as opposed to one still to be made.
     pub ready: bool,
     pub in_place: bool,
@@ -57,6 +60,7 @@ pub fn outline(
     Ok(Outline {
         label: ckpt.label.clone(),
         pack_bytes: plan.bytes(),
+        copy_bytes: plan.copies.iter().map(|(_, raw)| raw.len() as u64).sum(),
         file_bytes: plan.files.iter().map(|f| f.bytes).collect(),
         files: ckpt.files.iter().map(|f| f.path.clone()).collect(),
         dir: ckpt.dir.clone(),
@@ -80,8 +84,21 @@ fn of_store(store: Store) -> Outline {
         dir: store.dir.clone(),
         text_dir: store.text_dir.clone(),
         pack_bytes: 0,
+        copy_bytes: 0,
         ready: true,
         in_place: store.in_place,
+    }
+}
+
+impl Outline {
+    /// Memory that its checksums take once it is opened for reading, where they are not held yet, and opening it leaves behind.
+    pub fn opening_bytes(&self) -> u64 {
+        if self.ready && !self.in_place {
+            return 0;
+        }
+        let blocks = self.file_bytes.iter().map(|b| b.div_ceil(BLOCK_BYTES));
+        // The copies are read once to be written and once to be compared.
+        blocks.sum::<u64>() * 8 + 2 * self.copy_bytes
     }
 }
 

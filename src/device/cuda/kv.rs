@@ -323,14 +323,19 @@ mod tests {
     #[test]
     fn a_pass_moves_its_own_blocks_and_joins_near_ones() {
         let found = |blocks: &[usize], gap| {
-            let mut out = vec![7..9];
+            let mut out = vec![7..9, 11..12];
             runs(&mut blocks.to_vec(), gap, &mut out);
             out
         };
         assert!(found(&[], 3).is_empty());
         assert_eq!(found(&[5, 3, 4, 4, 9], 0), [3..6, 9..10]);
         assert_eq!(found(&[5, 3, 4, 9], 2), [3..6, 9..10]);
-        assert_eq!(found(&[5, 3, 4, 9], 3), [3..10]);
+        assert!(
+            found(&[5, 3, 4, 9], 3)
+                .iter()
+                .cloned()
+                .eq([(3, 10)].map(|(a, b)| a..b))
+        );
     }
 
     #[test]

@@ -3,9 +3,11 @@
 //! In host memory the cache lies as it would on the GPU, `[layer][block][k|v][kv head][16 tokens][head size]`. Two slots on the GPU each hold
 //! one layer's part of it, addressed by the same block numbers, so kernels see no difference:
 //!
-//!     load stream     blocks the pass sees, layer L+1 ─► its slot      while layer L computes
-//!     compute stream  waits for the load of L; appends, attends in slot L mod 2
-//!     store stream    waits for the attention of L; blocks the pass writes ─► host
+//! ```text
+//! load stream     blocks the pass sees, layer L+1 ─► its slot      while layer L computes
+//! compute stream  waits for the load of L; appends, attends in slot L mod 2
+//! store stream    waits for the attention of L; blocks the pass writes ─► host
+//! ```
 //!
 //! A load waits for the latest store, which is that of the slot's last layer: what it overwrites is in host memory then, and what it reads
 //! too. Moved are a pass's own blocks only: 2 · head size · kv heads · 2 bytes a token and layer up, a block a sequence and layer down.

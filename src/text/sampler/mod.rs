@@ -97,8 +97,9 @@ impl Sampler {
             self.truncate(params);
             return Ok(pick(&self.candidates, draw.uniform()));
         }
-        let total = self.weigh_all(params.temperature);
-        Ok(self.pick_any(params.temperature, draw.uniform() * total))
+        let best = largest(&self.scores) + 0.0;
+        let total = self.weigh_all(best, params.temperature);
+        Ok(self.pick_any(best, params.temperature, draw.uniform() * total))
     }
 
     /// Ids from here on are never chosen.
@@ -187,12 +188,13 @@ impl Sampler {
     /// Without top-k: only scores that top-p and min-p can leave become candidates. Those so light that all of a row of them would
     /// weigh less than top-p leaves out are no part of the nucleus.
     fn truncate_all(&mut self, params: &SamplingParams) {
-        let total = self.weigh_all(params.temperature);
+        // Adding zero turns −0 into +0, so that total_cmp agrees with equality.
+        let best = largest(&self.scores) + 0.0;
+        let total = self.weigh_all(best, params.temperature);
         let (top_p, n) = (f64::from(params.top_p), self.scores.len());
         // Half, and never the best itself: sums are rounded.
         let light = (0.5 * (1.0 - top_p).max(0.0) * total / n as f64).min(0.5);
         let least = light.max(f64::from(params.min_p)) as f32;
-        let best = largest(&self.scores) + 0.0;
         self.candidates.clear();
         for (i, part) in self.scores.chunks(STRIDE).enumerate() {
             if self.masses[i] < f64::from(least) {
@@ -216,8 +218,7 @@ impl Sampler {
     }
 
     /// Fills `masses`; their sum.
-    fn weigh_all(&mut self, temperature: f32) -> f64 {
-        let best = largest(&self.scores) + 0.0;
+    fn weigh_all(&mut self, best: f32, temperature: f32) -> f64 {
         self.masses.clear();
         for part in self.scores.chunks(STRIDE) {
             let mass: f32 = exp::sum(&weights(part, best, temperature));
@@ -227,7 +228,7 @@ impl Sampler {
     }
 
     /// Inverse transform over all scores in their order, after [`Sampler::weigh_all`].
-    fn pick_any(&self, temperature: f32, target: f64) -> u32 {
+    fn pick_any(&self, best: f32, temperature: f32, target: f64) -> u32 {
         let mut before = 0.0;
         let mut at = 0;
         for (i, mass) in self.masses.iter().enumerate().filter(|(_, m)| **m > 0.0) {
@@ -237,7 +238,6 @@ impl Sampler {
             }
             before += mass;
         }
-        let best = largest(&self.scores) + 0.0;
         let part = &self.scores[at * STRIDE..][..STRIDE.min(self.scores.len() - at * STRIDE)];
         let mut last = 0;
         for (j, weight) in weights(part, best, temperature)[..part.len()]

@@ -33,8 +33,8 @@ pub enum Mode {
 /// Bytes of activations that stay in a second-level cache beside the weights: a block of rows × a block of K, or more of K where rows
 /// are few.
 const ACTS_BYTES: usize = 256 * 1024;
-/// Weight rows of a panel: with a block of K they take half of a first-level cache.
-const PANEL_ROWS: usize = 8;
+/// Weight rows of a panel, and of a tile: with a block of K they take half of a first-level cache.
+const PANEL_ROWS: usize = 4;
 /// Least bytes of weights a task takes: below this, starting a stream costs more than an even share saves.
 const LEAST_TASK_BYTES: usize = 96 * 1024;
 /// Bytes of a cache line.
@@ -322,7 +322,7 @@ impl Task<'_> {
             false => (panel, span.min(w.cols - k) * P::WEIGHT_BYTES),
         };
         let lines = chunks * chunk_bytes.div_ceil(LINE);
-        let steps = rows.div_ceil(S::TILE_ROWS) * PANEL_ROWS.div_ceil(4) * span.div_ceil(P::STEP);
+        let steps = rows.div_ceil(S::TILE_ROWS) * span.div_ceil(P::STEP);
         let first = w.host().as_ptr() as usize + next * w.row_stride + k * P::WEIGHT_BYTES;
         let acts = match block {
             Some((r, _, k)) if job.rows > rows || span < w.cols => {
@@ -444,7 +444,7 @@ impl Tiles {
         }
     }
 
-    /// R rows from `r0` on, four weight rows at a time; where fewer are left the last is repeated and its results dropped.
+    /// R rows from `r0` on; where the panel has fewer weight rows than a tile, the last is repeated and its results dropped.
     #[inline(always)]
     unsafe fn strip<S: Simd, P: Product<S>, const R: usize>(
         &self,
@@ -453,28 +453,29 @@ impl Tiles {
         ahead: &mut Ahead,
     ) {
         let mut acts = [self.acts; R];
-        // SAFETY: the caller's promise: rows r0..r0 + R and `cols` weight rows exist; sums holds whole groups of four.
+        let mut weights = [self.weights; PANEL_ROWS];
+        // SAFETY: the caller's promise: rows r0..r0 + R and `cols` weight rows exist; sums holds a whole tile.
         unsafe {
             for (r, a) in acts.iter_mut().enumerate() {
                 *a = a.add((r0 + r) * self.act_stride);
             }
-            for n in (0..self.cols).step_by(4) {
-                let mut weights = [self.weights; 4];
-                for (i, w) in weights.iter_mut().enumerate() {
-                    *w = w.add((n + i).min(self.cols - 1) * self.weight_stride);
-                }
-                let at = self.sums.add(r0 * SUMS_STRIDE + n);
-                let mut sums = [[0f32; 4]; R];
-                for (r, row) in sums.iter_mut().enumerate() {
-                    *row = at.add(r * SUMS_STRIDE).cast::<[f32; 4]>().read_unaligned();
-                }
-                let asked = ahead.take(self.len / P::STEP);
-                tile4::<S, P, R>(s, acts, weights, self.len, asked, &mut sums);
-                for (r, row) in sums.iter().enumerate() {
-                    at.add(r * SUMS_STRIDE)
-                        .cast::<[f32; 4]>()
-                        .write_unaligned(*row);
-                }
+            for (i, w) in weights.iter_mut().enumerate() {
+                *w = w.add(i.min(self.cols - 1) * self.weight_stride);
+            }
+            let at = self.sums.add(r0 * SUMS_STRIDE);
+            let mut sums = [[0f32; PANEL_ROWS]; R];
+            for (r, row) in sums.iter_mut().enumerate() {
+                *row = at
+                    .add(r * SUMS_STRIDE)
+                    .cast::<[f32; PANEL_ROWS]>()
+                    .read_unaligned();
+            }
+            let asked = ahead.take(self.len / P::STEP);
+            tile4::<S, P, R>(s, acts, weights, self.len, asked, &mut sums);
+            for (r, row) in sums.iter().enumerate() {
+                at.add(r * SUMS_STRIDE)
+                    .cast::<[f32; PANEL_ROWS]>()
+                    .write_unaligned(*row);
             }
         }
     }

@@ -32,7 +32,7 @@ pub(crate) const SWEEP_COLS: usize = 128;
 /// Sums from one row to the next: a cache line more than a sweep, so that the rows do not share a few sets of a cache.
 pub(crate) const SUMS_STRIDE: usize = SWEEP_COLS + MAX_LANES;
 /// Elements of K summed in one go; the sums of the blocks are added in order. Part of the definition of a product.
-pub(crate) const K_BLOCK: usize = 1024;
+pub(crate) const K_BLOCK: usize = 2048;
 
 /// Query vectors an attention task holds × padded head size, at most.
 pub(crate) const QUERY_FLOATS: usize = 48 * 128;

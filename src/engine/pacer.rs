@@ -6,8 +6,9 @@
 
 /// Weight of the past after each pass.
 const DECAY: f64 = 0.9;
-/// Rows beyond the estimate: filling a pass a little too much costs nothing, filling it too little wastes the stream.
-const GENEROUS: f64 = 1.25;
+/// Rows beyond the estimate. Where compute equals the stream each waits for the other in turn; a pass that is twice as full
+/// hides the stream whole, shares what reading and checking take of the cores among more rows, and costs nothing but KV room.
+const GENEROUS: f64 = 2.0;
 /// Where compute is bound by its fixed cost (weights through memory) rows are nearly free up to a multiple of it.
 const FIXED_SHARES: f64 = 4.0;
 /// Never fewer: below this the fixed cost of anything rules.
@@ -77,22 +78,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settles_where_compute_meets_the_stream() {
+    fn settles_where_compute_hides_the_stream() {
         let mut pacer = Pacer::default();
         assert_eq!(pacer.budget(4096), 4096, "nothing is known yet");
-        // 1 s of stream; 0.05 s and 2 ms a row of compute: 475 rows hide behind the stream.
+        // 1 s of stream; 0.05 s and 2 ms a row of compute: 475 rows hide behind the stream, and hide it as well.
         let mut rows = 4096;
         for _ in 0..40 {
             pacer.record(rows, 0.05 + 0.002 * rows as f64, 1.0);
             rows = pacer.budget(4096);
         }
-        assert!((475..=640).contains(&rows), "{rows}");
+        assert!((475..=1000).contains(&rows), "{rows}");
         // The disk becomes four times as fast.
         for _ in 0..60 {
             pacer.record(rows, 0.05 + 0.002 * rows as f64, 0.25);
             rows = pacer.budget(4096);
         }
-        assert!((100..=140).contains(&rows), "{rows}");
+        assert!((100..=200).contains(&rows), "{rows}");
     }
 
     #[test]

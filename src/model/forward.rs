@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::pass::Pass;
 use super::rope::Rope;
-use super::scratch::{HEAD_TILE_ROWS, MLP_TILE_ROWS, Scratch};
+use super::scratch::{HEAD_TILE_ROWS, Scratch, mlp_tile_rows};
 use super::{UnitSource, UnitView};
 use crate::device::{AttnShape, Device, DeviceKind, Into, Kv, PassRows, Room, Span};
 use crate::error::{Error, Result};
@@ -307,8 +307,11 @@ impl Forward {
         let norm = unit.need(Role::PostNorm)?;
         let down = unit.need(Role::DownProj)?;
         s.mlp.round_to(down.dtype);
-        for first in (0..rows).step_by(MLP_TILE_ROWS) {
-            let n = MLP_TILE_ROWS.min(rows - first);
+        // As even as can be: each tile goes over all weights.
+        let tiles = rows.div_ceil(mlp_tile_rows(device.kind()));
+        let tile = rows.div_ceil(tiles);
+        for first in (0..rows).step_by(tile) {
+            let n = tile.min(rows - first);
             let mut rounded_to = None;
             for (role, bias, out) in [
                 (Role::GateProj, Role::GateBias, &mut s.gate),

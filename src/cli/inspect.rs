@@ -7,7 +7,7 @@ use clap::Args;
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::error::{Error, Result};
 use crate::store::{ModelInfo, PackInfo, PackState, describe, list_packs};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 #[derive(Args)]
 pub struct InspectArgs {
@@ -80,7 +80,7 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
         .map(|(dtype, bytes)| format!("{dtype} {}", human_bytes(*bytes)))
         .collect();
     let mut text = format!(
-        "{}\n  {} ({}), {} layers, hidden {}, vocabulary {}{}\n  {} parameters, {} in {} files: {}\n",
+        "{}\n  {} ({}), {} layers, hidden {}, vocabulary {}{}\n  {} parameters, {} in {}: {}\n",
         m.model,
         m.model_type,
         m.kind,
@@ -90,7 +90,7 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
         if m.tied_head { ", tied head" } else { "" },
         m.parameters,
         human_bytes(m.bytes),
-        m.files,
+        counted(m.files as u64, "file"),
         by_dtype.join(", ")
     );
     for note in &m.notes {
@@ -99,12 +99,12 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
     if units {
         for u in &m.units {
             text += &format!(
-                "  {:>4}  {:<20} {:>10}  {} tensors in {} extents\n",
+                "  {:>4}  {:<20} {:>10}  {} in {}\n",
                 u.id,
                 u.unit,
                 human_bytes(u.bytes),
-                u.tensors,
-                u.extents
+                counted(u.tensors as u64, "tensor"),
+                counted(u.extents as u64, "extent")
             );
         }
     }

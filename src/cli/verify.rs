@@ -8,7 +8,7 @@ use super::signals;
 use crate::error::{Code, Error, Result};
 use crate::report::progress::ByteProgress;
 use crate::store::{PackState, VerifyReport, list_packs, verify};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 #[derive(Args)]
 pub struct VerifyArgs {
@@ -57,19 +57,17 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
     } else if dirs.is_empty() && !args.quiet {
         super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
     }
-    let bad: Vec<String> = reports
-        .iter()
-        .filter(|r| !r.is_good())
-        .map(|r| r.dir.display().to_string())
-        .collect();
-    if bad.is_empty() {
+    let bad: Vec<&VerifyReport> = reports.iter().filter(|r| !r.is_good()).collect();
+    let Some(first) = bad.first() else {
         return Ok(0);
-    }
+    };
+    let all: Vec<String> = bad.iter().map(|r| r.dir.display().to_string()).collect();
+    let name = first.dir.file_name().unwrap_or_default().display();
     Err(Error::new(
         Code::Corrupt,
-        format!("{} cannot be trusted", bad.join(", ")),
+        format!("{} cannot be trusted", all.join(", ")),
         "bytes on disk differ from those that were packed",
-        "`tensorpager clean` it and pack again; check the drive if it happens twice",
+        format!("`tensorpager clean {name}` and pack again; check the drive if it happens twice"),
     ))
 }
 
@@ -92,10 +90,10 @@ fn find(name: &str, offload_folder: &Path) -> Result<PathBuf> {
 
 fn lines(r: &VerifyReport) -> String {
     let mut text = format!(
-        "{}: {} in {} files, {} at {:.2} GB/s",
+        "{}: {} in {}, {} at {:.2} GB/s",
         r.dir.display(),
         if r.is_good() { "good" } else { "DAMAGED" },
-        r.files,
+        counted(r.files as u64, "file"),
         human_bytes(r.bytes),
         r.bytes as f64 / r.seconds.max(1e-9) / 1e9
     );

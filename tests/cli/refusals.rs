@@ -94,6 +94,62 @@ fn jobs_of_what_is_no_file_are_refused_and_leave_nothing() {
 }
 
 #[test]
+fn files_that_are_no_jobs_are_refused_before_anything_is_made() {
+    let p = Place::new();
+    let model = qwen2();
+    let row = "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\", \"max_tokens\": 1}}\n";
+    let noise: Vec<u8> = (0..100_000u32).map(|i| (i * i >> 7) as u8).collect();
+    let wide: Vec<u8> = row.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (i, (bytes, word)) in [
+        (&noise[..], "not text"),
+        (&[b"\xff\xfe", &wide[..]].concat(), "UTF-16"),
+        (&wide[..], "not text"),
+        (b"id,prompt\n1,hello\n2,bye\n", "first 3 lines"),
+        (
+            b"[\n{\"custom_id\": \"a\",\n\"body\": {}}\n]\n",
+            "first 4 lines",
+        ),
+        (b"hello", "only line"),
+        (b"\n \n", "blank"),
+        (b"", "blank"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let input = p.file(&format!("in{i}.jsonl"), bytes);
+        let before = p.files();
+        for args in [
+            &["batch", &model, "-i", &input, "-o", "out.jsonl"][..],
+            &["batch-check", &model, "-i", &input],
+        ] {
+            p.run(args).refused(2, &[&input, "has no rows", word]);
+            assert_eq!(p.files(), before, "{args:?}");
+        }
+    }
+    let latin = p.file("latin.txt", b"caf\xe9\nna\xefve\n");
+    p.run(&["batch", &model, "--prompts", &latin, "-o", "out.jsonl"])
+        .refused(2, &["has no rows", "UTF-8"]);
+    // One bad line among good ones, a mark at the beginning, and a row longer than what is looked at, are rows.
+    let long = format!(
+        "{{\"custom_id\": \"long\", \"body\": {{\"prompt\": \"x\", \"max_tokens\": 1, \"user\": \"{}\"}}}}\n",
+        "y".repeat(2 << 20)
+    );
+    for (bytes, rows, bad) in [
+        (format!("nonsense\n{row}"), 2, 1),
+        (format!("\u{feff}{row}"), 1, 0),
+        (long, 1, 0),
+    ] {
+        let input = p.file("good.jsonl", bytes);
+        let ran = p.run(&["batch-check", &model, "-i", &input, "--json"]);
+        let said: Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert_eq!(
+            (&said["rows"], &said["rows_bad"]),
+            (&json!(rows), &json!(bad))
+        );
+    }
+}
+
+#[test]
 fn what_is_not_packed_is_not_verified_and_why() {
     let p = Place::new();
     let model = p.copy("qwen2-bf16", "model");
@@ -453,7 +509,7 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
             "1",
         ],
         &["pack", &model],
-        &["clean"],
+        &["clean", "--all"],
     ] {
         let mut command = p.command(args);
         let (reader, writer) = std::io::pipe().unwrap();

@@ -1,9 +1,10 @@
 //! `clean`: remove packed models. Only files that tensorpager made are ever deleted.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 
+use super::options::KeptIn;
 use crate::error::{Code, Error, Result};
 use crate::store::{CleanOptions, Cleaned, clean};
 use crate::units::human_bytes;
@@ -22,14 +23,8 @@ pub struct CleanArgs {
     /// Only unfinished or damaged packs, and those whose checkpoint is gone or has changed
     #[arg(long)]
     stale: bool,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// Say what would go and leave it
     #[arg(long)]
     dry_run: bool,
@@ -43,7 +38,7 @@ pub fn run(args: CleanArgs) -> Result<u8> {
     let unasked = args.pack.is_none() && !args.all && !args.stale && !args.dry_run;
     let dry_run = args.dry_run || unasked;
     let cleaned = clean(
-        &args.offload_folder,
+        &args.kept.offload_folder,
         &CleanOptions {
             stale: args.stale,
             name: args.pack,
@@ -51,7 +46,7 @@ pub fn run(args: CleanArgs) -> Result<u8> {
         },
     )?;
     if unasked && !cleaned.removed.is_empty() {
-        return Err(nothing_named(&args.offload_folder, &cleaned));
+        return Err(nothing_named(&args.kept.offload_folder, &cleaned));
     }
     let text = match args.json {
         true => serde_json::to_string(&cleaned).map_err(|e| Error::internal(e.to_string()))? + "\n",

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::options::KeptIn;
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::error::{Error, Result};
 use crate::store::{ModelInfo, PackInfo, PackState, describe, list_packs};
@@ -13,14 +14,8 @@ use crate::units::{counted, human_bytes};
 pub struct InspectArgs {
     /// A model; the offload folder's packs are listed when left out
     model: Option<String>,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// config.json for an accelerate folder that lacks it
     #[arg(long, value_name = "DIR")]
     config_from: Option<PathBuf>,
@@ -53,11 +48,14 @@ pub fn run(args: InspectArgs) -> Result<u8> {
             }
         }
         None => {
-            let packs = list_packs(&args.offload_folder)?;
+            let packs = list_packs(&args.kept.offload_folder)?;
             if args.json {
                 json(&serde_json::json!({"packs": packs}))?;
             } else if packs.is_empty() {
-                super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
+                super::run::print(&format!(
+                    "no packs in {}\n",
+                    args.kept.offload_folder.display()
+                ))?;
             } else {
                 for pack in &packs {
                     super::run::print(&format!("{}\n", pack_line(pack)))?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::options::KeptIn;
 use super::signals;
 use crate::error::{Code, Error, Result};
 use crate::report::progress::ByteProgress;
@@ -14,14 +15,8 @@ use crate::units::{counted, human_bytes};
 pub struct VerifyArgs {
     /// A packed folder, or the name of one in the offload folder; all of them when left out
     pack: Option<String>,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -33,8 +28,8 @@ pub struct VerifyArgs {
 pub fn run(args: VerifyArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
     let dirs = match &args.pack {
-        Some(name) => vec![find(name, &args.offload_folder)?],
-        None => list_packs(&args.offload_folder)?
+        Some(name) => vec![find(name, &args.kept.offload_folder)?],
+        None => list_packs(&args.kept.offload_folder)?
             .into_iter()
             .filter(|p| p.state != PackState::Foreign)
             .map(|p| p.dir)
@@ -55,7 +50,10 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
         let object = serde_json::json!({"packs": reports});
         super::run::print(&format!("{object}\n"))?;
     } else if dirs.is_empty() && !args.quiet {
-        super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
+        super::run::print(&format!(
+            "no packs in {}\n",
+            args.kept.offload_folder.display()
+        ))?;
     }
     let bad: Vec<&VerifyReport> = reports.iter().filter(|r| !r.is_good()).collect();
     let Some(first) = bad.first() else {

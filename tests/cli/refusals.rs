@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use tensorpager::checkpoint::TEXT_FILES;
 
 use super::process::{Place, fixture, str};
 
@@ -524,24 +525,6 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
     }
 }
 
-/// The files beside the weights that are read, or copied into a pack.
-const TEXT_FILES: [&str; 14] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-];
-
 /// As [`Place::run`], but ended after half a minute.
 fn run_briefly(p: &Place, args: &[&str]) -> super::process::Ran {
     let mut command = std::process::Command::new("timeout");
@@ -572,8 +555,7 @@ fn no_file_of_a_model_folder_makes_the_process_wait_or_look_elsewhere() {
         let copy = p.copy("qwen2-bf16", &format!("model-{i}"));
         let place = copy.join(name);
         let _ = std::fs::remove_file(&place);
-        let made = std::process::Command::new("mkfifo").arg(&place).status();
-        assert!(made.unwrap().success());
+        p.fifo(&format!("model-{i}/{name}"));
         for args in [
             &["run", str(&copy), "-p", "x", "-n", "1"][..],
             &["pack", str(&copy)],

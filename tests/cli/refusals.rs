@@ -99,7 +99,9 @@ fn files_that_are_no_jobs_are_refused_before_anything_is_made() {
     let p = Place::new();
     let model = qwen2();
     let row = "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\", \"max_tokens\": 1}}\n";
-    let noise: Vec<u8> = (0..100_000u32).map(|i| (i * i >> 7) as u8).collect();
+    let noise: Vec<u8> = (0..100_000u32)
+        .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+        .collect();
     let wide: Vec<u8> = row.encode_utf16().flat_map(u16::to_le_bytes).collect();
     for (i, (bytes, word)) in [
         (&noise[..], "not text"),
@@ -313,7 +315,11 @@ fn flags_that_make_no_sense_are_usage_errors() {
         (&["--seed", "x"], &["--seed"]),
         (&["--stop", ""], &["stop"]),
         (&["--prompt-file", "also.txt"], &["--prompt-file"]),
-        (&["--messages", "also.json"], &["--messages"]),
+        (
+            &["--messages", "also.json"],
+            &["--messages", "leave one of them out"],
+        ),
+        (&["--seed"], &["--seed", "without its value"]),
     ] {
         let mut args = vec!["run", &model, "--prompt", "hi"];
         args.extend(flags);

@@ -60,6 +60,8 @@ pub enum Bug {
     FillsMixedUp = 26,
     /// A write of a pack that fails is taken for one that went well.
     PackWriteIgnored = 27,
+    /// A write of results that fails is taken for one that went well.
+    ResultWriteIgnored = 28,
 }
 
 /// Is this bug switched on?

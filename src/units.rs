@@ -143,6 +143,14 @@ pub fn human_bytes(bytes: u64) -> String {
     }
 }
 
+/// So many of something whose plural ends in s: `1 file`, `3 files`.
+pub fn counted(n: u64, one: &str) -> String {
+    match n {
+        1 => format!("1 {one}"),
+        n => format!("{n} {one}s"),
+    }
+}
+
 /// A number of bytes as a flag takes it: the smallest whole `MiB` that holds it, so that it can be pasted.
 pub fn flag_size(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
@@ -162,6 +170,13 @@ mod tests {
         for bad in ["", "GiB", "-1", "1.2.3", "8 parsecs", "1e400", "99999999T"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn one_is_not_a_plural() {
+        assert_eq!(counted(0, "file"), "0 files");
+        assert_eq!(counted(1, "file"), "1 file");
+        assert_eq!(counted(2, "file"), "2 files");
     }
 
     #[test]

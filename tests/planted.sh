@@ -38,6 +38,7 @@ BUGS='
 25|tensors of a header may overlap|--lib|checkpoint::tests::headers
 26|a read is counted for another unit|--lib|paging::pager::sim
 27|a failed write of a pack is ignored|--test store_faults|an_error_at_any_step
+28|a failed write of results is ignored|--test batch|a_full_disk
 '
 SUITES='--lib|
 --test readers|

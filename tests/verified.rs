@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use tensorpager::checkpoint::write_synthetic;
 use tensorpager::engine::{Engine, EngineOptions};
 use tensorpager::error::Code;
-use tensorpager::paging::{PagingStats, Placement};
+use tensorpager::paging::{PagingStats, Placement, Tier};
+use tensorpager::spec::UnitKind;
 use tensorpager::store::{PackOptions, Store};
 
 const BLOCK: usize = 65_536;
@@ -74,11 +75,39 @@ fn bytes_used_are_bytes_verified_on_every_way_in() {
     }
 }
 
+/// Every other layer in RAM, the rest on disk.
+fn half_in_ram(store: &Store) -> Placement {
+    let tiers = store.units.iter().map(|u| match u.kind {
+        UnitKind::Layer(i) if i % 2 == 0 => Tier::Cpu,
+        UnitKind::Norm => Tier::Cpu,
+        _ => Tier::Disk,
+    });
+    Placement::Units(tiers.collect())
+}
+
 #[test]
 fn a_pass_reads_what_is_not_resident_and_the_next_one_is_read_ahead() {
     let dir = tempfile::tempdir().unwrap();
     let store = packed("qwen2-bf16", dir.path());
     let ids = [vec![1, 2, 3]];
+    // A part in RAM: passes use what is not, once each, and rows of the embedding from whole blocks.
+    let mut engine = open(&store, &options(half_in_ram(&store), 1)).unwrap();
+    let streamed = engine.plan().streamed_bytes;
+    assert!(streamed > 0 && engine.plan().resident_bytes > streamed / 4);
+    let before = settled(&engine);
+    const PASSES: u64 = 3;
+    for _ in 0..PASSES {
+        score(&mut engine, &ids).unwrap();
+    }
+    let now = settled(&engine);
+    let of_units =
+        (now.used_bytes - now.gathered_bytes) - (before.used_bytes - before.gathered_bytes);
+    assert_eq!(
+        of_units,
+        PASSES * streamed,
+        "what rests in RAM is read again, or something is left out"
+    );
+    drop(engine);
     // All in RAM: after loading, a pass takes nothing but embedding rows, and those come from RAM too or from one block.
     let mut engine = open(&store, &options(Placement::Cpu, 1)).unwrap();
     let before = settled(&engine);

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::files::{self, Folder, MAX_INDEX_BYTES, base_name, clip};
 use super::header::{self, MAX_DIMS, MAX_NAME_BYTES, Stored, Tensor};
@@ -60,7 +60,7 @@ pub(super) fn parse_index(bytes: &[u8]) -> Parsed<Vec<Entry>> {
         if entries.len() == super::MAX_TENSORS {
             return r.flaw(format!("more than {} tensors", super::MAX_TENSORS));
         }
-        if !names.insert(xxh3_64(name.as_bytes())) {
+        if !names.insert(XxHash3_64::oneshot(name.as_bytes())) {
             return r.flaw(format!("tensor `{name}` appears twice"));
         }
         entries.push(parse_entry(r, name.into_owned())?);
@@ -136,7 +136,7 @@ fn add_dat(folder: &Folder, entry: Entry, listing: &mut Listing) -> Result<()> {
     let identity = FileIdentity {
         name,
         bytes,
-        header_hash: xxh3_64(format!("{} {dtype} {shape:?}", entry.name).as_bytes()),
+        header_hash: XxHash3_64::oneshot(format!("{} {dtype} {shape:?}", entry.name).as_bytes()),
         mtime_ns: files::mtime_ns(&metadata),
     };
     let file = listing.add_file(&path, identity);

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::files;
 use super::json::{Flaw, Parsed, Reader};
@@ -93,7 +93,7 @@ pub(super) fn read(file: &File, path: &Path, file_bytes: u64) -> Result<Header> 
     if bytes.len() != wanted {
         return Err(broken("it was truncated while it was read".to_string()));
     }
-    let hash = xxh3_64(&bytes);
+    let hash = XxHash3_64::oneshot(&bytes);
     let tensors = parse(&bytes[8..], file_bytes - data_offset)
         .map_err(|flaw| broken(format!("{} (byte {})", flaw.why, flaw.at + 8)))?;
     Ok(Header {

@@ -1,7 +1,9 @@
 //! Which checkpoint this is, without reading its weights.
 
+use std::hash::Hasher;
+
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 /// What a source is known by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,10 +31,10 @@ impl Identity {
     /// One number for all of it. Times count only where no commit vouches for the content: a model retrained in place has
     /// the same header as before, while a copy of a hub cache is the same model.
     pub fn hash(&self) -> u64 {
-        let mut hasher = Xxh3::new();
+        let mut hasher = XxHash3_64::new();
         let mut field = |bytes: &[u8]| {
-            hasher.update(&(bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
+            hasher.write(&(bytes.len() as u64).to_le_bytes());
+            hasher.write(bytes);
         };
         field(self.revision.as_deref().unwrap_or("").as_bytes());
         field(&self.config_hash.to_le_bytes());
@@ -44,7 +46,7 @@ impl Identity {
                 field(&file.mtime_ns.to_le_bytes());
             }
         }
-        hasher.digest()
+        hasher.finish()
     }
 }
 

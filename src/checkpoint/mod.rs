@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 #[cfg(feature = "hub")]
 pub use self::download::{DownloadProgress, Downloaded, Hub, wants_download};
-pub(crate) use self::files::TEXT_FILES;
+pub use self::files::TEXT_FILES;
 use self::files::{Folder, MAX_CONFIG_BYTES, clip};
 use self::header::Stored;
 pub use self::hub::{ModelPath, resolve_model};
@@ -366,7 +366,7 @@ fn read_config(folder: &Folder, kind: SourceKind) -> Result<(serde_json::Value, 
             "restore config.json from the model's repository",
         )
     })?;
-    Ok((config, xxhash_rust::xxh3::xxh3_64(&bytes)))
+    Ok((config, twox_hash::XxHash3_64::oneshot(&bytes)))
 }
 
 /// What the readers of the formats fill.

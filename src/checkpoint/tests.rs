@@ -1,5 +1,6 @@
 mod accelerate;
 mod folders;
+mod header_cost;
 mod headers;
 mod hub;
 

@@ -18,7 +18,7 @@ use crate::media::Look;
 use crate::paging::DiskRates;
 use crate::spec::{ModelSpec, UnitKind, canonical_name, parse_config};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
-use crate::units::{Dtype, human_bytes};
+use crate::units::{Dtype, counted, human_bytes};
 
 /// Bad rows shown; the rest are counted.
 const SHOWN: u64 = 20;
@@ -88,6 +88,7 @@ struct Output<'a> {
 pub fn run(args: BatchCheckArgs) -> Result<u8> {
     let ckpt = open_checkpoint(&args.source, &signals::cancel_flag()?, args.quiet)?;
     let spec = parse_config(&ckpt.config)?;
+    args.machine.note_context(&spec, args.quiet);
     let texts = Texts {
         tokenizer: Tokenizer::load(&ckpt.config_dir)?,
         template: ChatTemplate::load(&ckpt.config_dir)?,
@@ -166,13 +167,19 @@ fn lines(r: &CheckReport, p: &Prediction) -> String {
         text += &format!("… and {} more bad rows\n", r.bad - SHOWN);
     }
     text += &format!(
-        "{} rows, {} of them bad; {} prompt tokens (longest {}), at most {} answer tokens (longest row {})\n",
-        r.rows, r.bad, r.prompt_tokens, r.longest_prompt, r.output_tokens, r.longest_row
+        "{}, {} of them bad; {} prompt tokens (longest {}), at most {} answer tokens (longest row {})\n",
+        counted(r.rows, "row"),
+        r.bad,
+        r.prompt_tokens,
+        r.longest_prompt,
+        r.output_tokens,
+        r.longest_row
     );
     if r.pictures > 0 {
         text += &format!(
-            "{} pictures in {} of the prompt tokens\n",
-            r.pictures, r.picture_tokens
+            "{} in {} of the prompt tokens\n",
+            counted(r.pictures, "picture"),
+            r.picture_tokens
         );
     }
     let disk = match p.disk_gb_per_s {

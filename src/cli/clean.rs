@@ -1,28 +1,30 @@
 //! `clean`: remove packed models. Only files that tensorpager made are ever deleted.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use clap::Args;
 
-use crate::error::Result;
-use crate::store::{CleanOptions, clean};
+use super::options::KeptIn;
+use crate::error::{Code, Error, Result};
+use crate::store::{CleanOptions, Cleaned, clean};
 use crate::units::human_bytes;
 
 #[derive(Args)]
+#[command(after_help = "Examples:
+  tensorpager clean                             what lies there; nothing is removed
+  tensorpager clean Qwen--Qwen2.5-7B--bf16      this pack
+  tensorpager clean --stale                     what no run would use any more")]
 pub struct CleanArgs {
-    /// One pack by name; all of them when left out
+    /// One pack by name
     pack: Option<String>,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    /// Every pack of the folder
+    #[arg(long, conflicts_with_all = ["pack", "stale"])]
+    all: bool,
     /// Only unfinished or damaged packs, and those whose checkpoint is gone or has changed
     #[arg(long)]
     stale: bool,
+    #[command(flatten)]
+    kept: KeptIn,
     /// Say what would go and leave it
     #[arg(long)]
     dry_run: bool,
@@ -32,35 +34,53 @@ pub struct CleanArgs {
 }
 
 pub fn run(args: CleanArgs) -> Result<u8> {
+    // Packs are hours of work: nothing goes that nobody named.
+    let unasked = args.pack.is_none() && !args.all && !args.stale && !args.dry_run;
+    let dry_run = args.dry_run || unasked;
     let cleaned = clean(
-        &args.offload_folder,
+        &args.kept.offload_folder,
         &CleanOptions {
             stale: args.stale,
             name: args.pack,
-            dry_run: args.dry_run,
+            dry_run,
         },
     )?;
-    if args.json {
-        let text = serde_json::to_string(&cleaned)
-            .map_err(|e| crate::error::Error::internal(e.to_string()))?;
-        super::run::print(&format!("{text}\n"))?;
-        return Ok(0);
+    if unasked && !cleaned.removed.is_empty() {
+        return Err(nothing_named(&args.kept.offload_folder, &cleaned));
     }
-    let verb = if args.dry_run {
-        "would remove"
-    } else {
-        "removed"
+    let text = match args.json {
+        true => serde_json::to_string(&cleaned).map_err(|e| Error::internal(e.to_string()))? + "\n",
+        false => lines(&cleaned, dry_run),
     };
+    super::run::print(&text)?;
+    Ok(0)
+}
+
+fn lines(cleaned: &Cleaned, dry_run: bool) -> String {
+    let verb = if dry_run { "would remove" } else { "removed" };
+    let mut text = String::new();
     for pack in &cleaned.removed {
-        super::run::print(&format!(
-            "{verb} {} ({})\n",
-            pack.name,
-            human_bytes(pack.bytes)
-        ))?;
+        text += &format!("{verb} {} ({})\n", pack.name, human_bytes(pack.bytes));
     }
     for (name, why) in &cleaned.kept {
-        super::run::print(&format!("kept {name}: {why}\n"))?;
+        text += &format!("kept {name}: {why}\n");
     }
-    super::run::print(&format!("{verb} {} in all\n", human_bytes(cleaned.bytes)))?;
-    Ok(0)
+    text + &format!("{verb} {} in all\n", human_bytes(cleaned.bytes))
+}
+
+fn nothing_named(offload_folder: &Path, would: &Cleaned) -> Error {
+    let packs = would.removed.iter();
+    let packs: Vec<String> = packs
+        .map(|p| format!("{} ({})", p.name, human_bytes(p.bytes)))
+        .collect();
+    Error::new(
+        Code::Usage,
+        "nothing was removed",
+        format!(
+            "no pack is named, and all of {} would go: {}",
+            offload_folder.display(),
+            packs.join(", ")
+        ),
+        "name one, or give --stale (what no run would use any more) or --all",
+    )
 }

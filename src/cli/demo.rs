@@ -11,7 +11,7 @@ use clap::Args;
 
 use super::generate::generate;
 use super::model::{Model, OpenFor, stop_tokens};
-use super::options::{MachineOptions, SourceOptions, size};
+use super::options::{KeptIn, MachineOptions, SourceOptions, size};
 use super::{signals, synthetic};
 use crate::engine::{Engine, EngineStats, Event, Job};
 use crate::error::{Code, Error, Result};
@@ -64,14 +64,8 @@ pub struct DemoArgs {
     /// Memory the synthetic checkpoint may be run in [default: its smallest plan]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     cpu_memory: Option<u64>,
-    /// Where both are kept while the demo runs
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// Computing threads [default: one a core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -115,7 +109,7 @@ impl Drop for Scratch {
 
 pub fn run(args: DemoArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
-    let scratch = Scratch::new(&args.offload_folder)?;
+    let scratch = Scratch::new(&args.kept.offload_folder)?;
     let right = small_model(&args, &scratch.0, &cancel)?;
     if !args.small {
         synthetic_model(&args, &scratch.0, &cancel)?;

@@ -6,12 +6,11 @@ mod kernel;
 mod machine;
 mod storage;
 
-use std::path::PathBuf;
-
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::options::KeptIn;
 use crate::error::{Error, Result};
 
 #[derive(Args)]
@@ -22,14 +21,8 @@ use crate::error::{Error, Result};
 
 Exit code 1 where something fails; warnings cost speed or comfort only.")]
 pub struct DoctorArgs {
-    /// Where packed weights are kept, or shall be
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// Do not measure the disk
     #[arg(long)]
     no_measure: bool,
@@ -124,7 +117,7 @@ pub fn run(args: DoctorArgs) -> Result<u8> {
         checks.push(check);
     };
     kernel::check(&mut say);
-    storage::check(&args.offload_folder, !args.no_measure, &mut say);
+    storage::check(&args.kept.offload_folder, !args.no_measure, &mut say);
     machine::check(&mut say);
     closed?;
     let count = |status| checks.iter().filter(|c| c.status == status).count();

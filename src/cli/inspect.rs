@@ -4,23 +4,18 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::options::KeptIn;
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::error::{Error, Result};
 use crate::store::{ModelInfo, PackInfo, PackState, describe, list_packs};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 #[derive(Args)]
 pub struct InspectArgs {
     /// A model; the offload folder's packs are listed when left out
     model: Option<String>,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// config.json for an accelerate folder that lacks it
     #[arg(long, value_name = "DIR")]
     config_from: Option<PathBuf>,
@@ -53,11 +48,14 @@ pub fn run(args: InspectArgs) -> Result<u8> {
             }
         }
         None => {
-            let packs = list_packs(&args.offload_folder)?;
+            let packs = list_packs(&args.kept.offload_folder)?;
             if args.json {
                 json(&serde_json::json!({"packs": packs}))?;
             } else if packs.is_empty() {
-                super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
+                super::run::print(&format!(
+                    "no packs in {}\n",
+                    args.kept.offload_folder.display()
+                ))?;
             } else {
                 for pack in &packs {
                     super::run::print(&format!("{}\n", pack_line(pack)))?;
@@ -80,7 +78,7 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
         .map(|(dtype, bytes)| format!("{dtype} {}", human_bytes(*bytes)))
         .collect();
     let mut text = format!(
-        "{}\n  {} ({}), {} layers, hidden {}, vocabulary {}{}\n  {} parameters, {} in {} files: {}\n",
+        "{}\n  {} ({}), {} layers, hidden {}, vocabulary {}{}\n  {} parameters, {} in {}: {}\n",
         m.model,
         m.model_type,
         m.kind,
@@ -90,7 +88,7 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
         if m.tied_head { ", tied head" } else { "" },
         m.parameters,
         human_bytes(m.bytes),
-        m.files,
+        counted(m.files as u64, "file"),
         by_dtype.join(", ")
     );
     for note in &m.notes {
@@ -99,12 +97,12 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
     if units {
         for u in &m.units {
             text += &format!(
-                "  {:>4}  {:<20} {:>10}  {} tensors in {} extents\n",
+                "  {:>4}  {:<20} {:>10}  {} in {}\n",
                 u.id,
                 u.unit,
                 human_bytes(u.bytes),
-                u.tensors,
-                u.extents
+                counted(u.tensors as u64, "tensor"),
+                counted(u.extents as u64, "extent")
             );
         }
     }

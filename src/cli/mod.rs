@@ -102,6 +102,8 @@ fn usage(e: &clap::Error) -> Error {
         match line.split_once(':') {
             Some(("Usage", usage)) => fix = format!("write it as{usage}, or see --help"),
             _ if line.starts_with("For more information") => {}
+            // An option that is not known is hardly meant as a value.
+            Some(("tip", tip)) if tip.contains("as a value") => {}
             Some(("tip", tip)) => cause.push(tip.trim()),
             _ => cause.push(line.trim_start_matches(['[']).trim_end_matches([']'])),
         }
@@ -110,20 +112,21 @@ fn usage(e: &clap::Error) -> Error {
     match e.kind() {
         // `invalid value 'x' for '--flag <N>': why`
         ErrorKind::ValueValidation | ErrorKind::InvalidValue if cause.is_empty() => {
-            if let Some((before, why)) = what.clone().split_once("': ") {
-                what = format!("{before}'");
-                cause = why.to_string();
-            }
+            (what, cause) = match what.split_once("': ") {
+                Some((before, why)) => (format!("{before}'"), why.to_string()),
+                None => (what, "the option stands without its value".to_string()),
+            };
         }
         ErrorKind::MissingRequiredArgument => {
             what = format!("{cause} is missing");
             cause = "the command cannot do without it".to_string();
         }
-        ErrorKind::ArgumentConflict if cause.is_empty() => {
-            cause = "one excludes the other".to_string();
-        }
-        ErrorKind::InvalidValue if cause.is_empty() => {
-            cause = "the option stands without its value".to_string();
+        ErrorKind::ArgumentConflict => {
+            if cause.is_empty() {
+                cause = "one excludes the other".to_string();
+            }
+            // The usage names both.
+            fix = "leave one of them out".to_string();
         }
         _ => {}
     }

@@ -101,6 +101,19 @@ pub enum GemmArg {
     CublasLt,
 }
 
+/// For commands that look at packs and at no model.
+#[derive(Args, Clone, Debug)]
+pub struct KeptIn {
+    /// Where packed weights are kept
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "./offload_folder",
+        env = "TENSORPAGER_OFFLOAD_FOLDER"
+    )]
+    pub offload_folder: PathBuf,
+}
+
 /// Where the weights come from and where they are kept.
 #[derive(Args, Clone, Debug)]
 pub struct SourceOptions {

@@ -58,10 +58,11 @@ fn download(
 ) -> Result<crate::checkpoint::Downloaded> {
     use crate::checkpoint::{DownloadProgress, Hub};
     use crate::report::progress::ByteProgress;
-    use crate::units::human_bytes;
+    use crate::units::{counted, human_bytes};
 
     let hub = Hub::from_env(cancel.clone())?;
     let mut bar = ByteProgress::new("downloading", quiet);
+    let mut told = String::new();
     let got = hub.download(model, &mut |progress| match progress {
         DownloadProgress::Plan {
             files,
@@ -70,10 +71,7 @@ fn download(
             to,
         } => {
             if have < bytes {
-                let files = match files {
-                    1 => "one file".to_string(),
-                    n => format!("{n} files"),
-                };
+                let files = counted(files as u64, "file");
                 bar.line(&format!(
                     "downloading {model}: {} in {files}, {} to go, into {}",
                     human_bytes(bytes),
@@ -87,7 +85,12 @@ fn download(
         DownloadProgress::Bytes { total: 0, .. } => {}
         DownloadProgress::Bytes { done, total } => bar.update(done, total),
         DownloadProgress::Retrying { file, why } => {
-            bar.line(&format!("{file}: {why}; trying again"));
+            // The same trouble again is not news.
+            let line = format!("{file}: {why}; trying again");
+            if line != told {
+                bar.line(&line);
+                told = line;
+            }
         }
         DownloadProgress::Waiting { file } => {
             bar.line(&format!("waiting: another process downloads {file}"));

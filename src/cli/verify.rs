@@ -4,24 +4,19 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::options::KeptIn;
 use super::signals;
 use crate::error::{Code, Error, Result};
 use crate::report::progress::ByteProgress;
 use crate::store::{PackState, VerifyReport, list_packs, verify};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 #[derive(Args)]
 pub struct VerifyArgs {
     /// A packed folder, or the name of one in the offload folder; all of them when left out
     pack: Option<String>,
-    /// Where packed weights are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "./offload_folder",
-        env = "TENSORPAGER_OFFLOAD_FOLDER"
-    )]
-    offload_folder: PathBuf,
+    #[command(flatten)]
+    kept: KeptIn,
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -33,8 +28,8 @@ pub struct VerifyArgs {
 pub fn run(args: VerifyArgs) -> Result<u8> {
     let cancel = signals::cancel_flag()?;
     let dirs = match &args.pack {
-        Some(name) => vec![find(name, &args.offload_folder)?],
-        None => list_packs(&args.offload_folder)?
+        Some(name) => vec![find(name, &args.kept.offload_folder)?],
+        None => list_packs(&args.kept.offload_folder)?
             .into_iter()
             .filter(|p| p.state != PackState::Foreign)
             .map(|p| p.dir)
@@ -55,21 +50,22 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
         let object = serde_json::json!({"packs": reports});
         super::run::print(&format!("{object}\n"))?;
     } else if dirs.is_empty() && !args.quiet {
-        super::run::print(&format!("no packs in {}\n", args.offload_folder.display()))?;
+        super::run::print(&format!(
+            "no packs in {}\n",
+            args.kept.offload_folder.display()
+        ))?;
     }
-    let bad: Vec<String> = reports
-        .iter()
-        .filter(|r| !r.is_good())
-        .map(|r| r.dir.display().to_string())
-        .collect();
-    if bad.is_empty() {
+    let bad: Vec<&VerifyReport> = reports.iter().filter(|r| !r.is_good()).collect();
+    let Some(first) = bad.first() else {
         return Ok(0);
-    }
+    };
+    let all: Vec<String> = bad.iter().map(|r| r.dir.display().to_string()).collect();
+    let name = first.dir.file_name().unwrap_or_default().display();
     Err(Error::new(
         Code::Corrupt,
-        format!("{} cannot be trusted", bad.join(", ")),
+        format!("{} cannot be trusted", all.join(", ")),
         "bytes on disk differ from those that were packed",
-        "`tensorpager clean` it and pack again; check the drive if it happens twice",
+        format!("`tensorpager clean {name}` and pack again; check the drive if it happens twice"),
     ))
 }
 
@@ -92,10 +88,10 @@ fn find(name: &str, offload_folder: &Path) -> Result<PathBuf> {
 
 fn lines(r: &VerifyReport) -> String {
     let mut text = format!(
-        "{}: {} in {} files, {} at {:.2} GB/s",
+        "{}: {} in {}, {} at {:.2} GB/s",
         r.dir.display(),
         if r.is_good() { "good" } else { "DAMAGED" },
-        r.files,
+        counted(r.files as u64, "file"),
         human_bytes(r.bytes),
         r.bytes as f64 / r.seconds.max(1e-9) / 1e9
     );

@@ -1,5 +1,6 @@
 //! The pictures of a sequence: which of its tokens they are, where those lie in time and space, and their embeddings.
 
+use std::hash::Hasher;
 use std::sync::Arc;
 
 use crate::error::{Code, Error, Result};
@@ -150,15 +151,15 @@ impl Pictures {
         }
         let spans: Vec<PictureSpan> = runs.iter().map(|r| span(r, spec)).collect();
         let (positions, delta) = mrope::positions(prompt.len(), &spans)?;
-        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        let mut hash = twox_hash::XxHash3_64::new();
         for (run, span) in runs.iter().zip(&spans) {
-            hash.update(&run.visual.content_hash().to_le_bytes());
-            hash.update(&span.step.to_le_bytes());
+            hash.write(&run.visual.content_hash().to_le_bytes());
+            hash.write(&span.step.to_le_bytes());
         }
         Ok(Some(Pictures {
             positions,
             delta,
-            salt: hash.digest(),
+            salt: hash.finish(),
             runs,
         }))
     }

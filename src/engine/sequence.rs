@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_128;
 
 use super::pictures::Pictures;
 use crate::error::Error;
@@ -141,12 +141,12 @@ impl Sequence {
         let salt = salt ^ self.pictures.as_ref().map_or(0, |p| p.salt);
         while self.keys.len() < blocks {
             let block = self.keys.len();
-            let mut hash = Xxh3::with_seed(salt);
-            hash.update(&self.keys.last().copied().unwrap_or(0).to_le_bytes());
+            let mut hash = XxHash3_128::with_seed(salt);
+            hash.write(&self.keys.last().copied().unwrap_or(0).to_le_bytes());
             for token in &self.tokens[block * BLOCK_TOKENS..][..BLOCK_TOKENS] {
-                hash.update(&token.to_le_bytes());
+                hash.write(&token.to_le_bytes());
             }
-            self.keys.push(hash.digest128());
+            self.keys.push(hash.finish_128());
         }
         &self.keys[..blocks]
     }

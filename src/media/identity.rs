@@ -5,11 +5,11 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_128;
 
 use super::MediaRequest;
+use super::locate::frame_files;
 use super::locate::{Located, locate};
-use super::processor::frame_files;
 
 /// Files up to this size are hashed whole.
 const WHOLE_BYTES: u64 = 8 << 20;
@@ -30,8 +30,8 @@ impl FileIds {
     /// A hash of the contents of the files that `request` names; relative paths are taken from `base`. Never fails: what cannot be read has
     /// an identity of its own, which changes once it can be. A `data:` URL holds its picture itself and adds nothing.
     pub fn of(&mut self, request: &MediaRequest, base: &Path) -> u128 {
-        let mut hash = Xxh3::new();
-        let mut add = |path: &Path| hash.update(&self.file(path).to_le_bytes());
+        let mut hash = XxHash3_128::new();
+        let mut add = |path: &Path| hash.write(&self.file(path).to_le_bytes());
         let mut place = |at: &str| match locate(at, base) {
             Ok(Located::File(path)) if path.is_dir() => match frame_files(&path) {
                 Ok(files) => files.iter().for_each(|f| add(f)),
@@ -44,7 +44,7 @@ impl FileIds {
             MediaRequest::Image { at, .. } | MediaRequest::Video { at, .. } => place(at),
             MediaRequest::Frames { at, .. } => at.iter().for_each(|at| place(at)),
         }
-        hash.digest128()
+        hash.finish_128()
     }
 
     fn file(&mut self, path: &Path) -> u128 {
@@ -69,22 +69,22 @@ impl FileIds {
 
 fn contents(path: &Path, len: u64) -> std::io::Result<u128> {
     let file = File::open(path)?;
-    let mut hash = Xxh3::new();
-    hash.update(&len.to_le_bytes());
+    let mut hash = XxHash3_128::new();
+    hash.write(&len.to_le_bytes());
     let mut buffer = vec![0; len.min(WHOLE_BYTES.max(PIECE_BYTES)) as usize];
     if len <= WHOLE_BYTES {
         file.read_exact_at(&mut buffer, 0)?;
-        hash.update(&buffer);
-        return Ok(hash.digest128());
+        hash.write(&buffer);
+        return Ok(hash.finish_128());
     }
     let piece = &mut buffer[..PIECE_BYTES as usize];
     for i in 0..PIECES {
         file.read_exact_at(piece, (len - PIECE_BYTES) / (PIECES - 1) * i)?;
-        hash.update(piece);
+        hash.write(piece);
     }
     file.read_exact_at(piece, len - PIECE_BYTES)?;
-    hash.update(piece);
-    Ok(hash.digest128())
+    hash.write(piece);
+    Ok(hash.finish_128())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::{alphabet, engine::DecodePaddingMode};
 
 use super::decode::MAX_FILE_BYTES;
+use super::{Rgb, decode, read_image};
 use crate::error::{Code, Error, Result};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +120,61 @@ fn refused(at: &str, cause: &str, fix: &str) -> Error {
         cause,
         fix,
     )
+}
+
+/// The picture that lies at `at`.
+pub(super) fn open(at: &str, base: &Path) -> Result<Rgb> {
+    match locate(at, base)? {
+        Located::File(path) => read_image(&path),
+        Located::Bytes(bytes) => decode(&bytes, &at_name(at)),
+    }
+}
+
+/// Where a video or a folder of frames lies.
+pub(super) fn video_file(at: &str, base: &Path) -> Result<PathBuf> {
+    match locate(at, base)? {
+        Located::File(path) => Ok(path),
+        Located::Bytes(_) => Err(Error::new(
+            Code::Media,
+            format!("cannot use the video {}", at_name(at)),
+            "a video is read from a file, not from a data: URL",
+            "give a path, a file: URL, or a list of frames",
+        )),
+    }
+}
+
+/// A place as errors name it: a data: URL is not repeated whole.
+pub(super) fn at_name(at: &str) -> String {
+    match at.split_once(',') {
+        Some((head, _)) if at.starts_with("data:") && head.len() < 80 => format!("{head},…"),
+        _ => at.chars().take(200).collect(),
+    }
+}
+
+/// The pictures of a folder, in the order of their names.
+pub(super) fn frame_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |e: &std::io::Error| Error::io(format!("cannot list {}", dir.display()), e);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| failed(&e))? {
+        let path = entry.map_err(|e| failed(&e))?.path();
+        let known = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&&*e.to_ascii_lowercase()));
+        if known && path.is_file() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    if files.is_empty() {
+        return Err(Error::new(
+            Code::Media,
+            format!("cannot use {} as a video", dir.display()),
+            "the folder has no PNG, JPEG or WebP files",
+            "give a folder of frames named in their order",
+        ));
+    }
+    Ok(files)
 }
 
 #[cfg(test)]

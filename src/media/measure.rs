@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::decode::{read_size, size};
 use super::locate::{Located, locate};
-use super::processor::{at_name, frame_files, no_frames, open, video_file};
+use super::locate::{at_name, frame_files, open, video_file};
+use super::processor::no_frames;
 use super::{Grid, Kind, MediaRequest, Options, Processor, VideoTools, read_image};
 use crate::error::Result;
 
@@ -145,25 +146,8 @@ mod tests {
     use serde_json::json;
 
     fn processor() -> Processor {
-        let spec = VisionSpec {
-            depth: 1,
-            hidden: 8,
-            heads: 2,
-            intermediate: 8,
-            out_hidden: 8,
-            channels: 3,
-            patch: 14,
-            temporal_patch: 2,
-            merge: 2,
-            window: 112,
-            full_attention_blocks: vec![],
-            tokens_per_second: 2.0,
-            image_token: 0,
-            video_token: 1,
-            vision_start_token: 2,
-        };
         let config = json!({"min_pixels": 3136, "max_pixels": 100_000});
-        Processor::from_config(config.as_object().unwrap(), None, &spec).unwrap()
+        Processor::from_config(config.as_object().unwrap(), None, &VisionSpec::tiny()).unwrap()
     }
 
     fn write(path: &Path, width: u32, height: u32) {

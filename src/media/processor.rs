@@ -1,22 +1,24 @@
 //! The model's `preprocessor_config.json`, and what it makes of pictures.
 
-use std::path::{Path, PathBuf};
+mod config;
+
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::locate::{Located, locate};
+use self::config::{bad, bounds, missing, number, read, three};
+use super::locate::{at_name, frame_files, open, video_file};
 use super::request::{Clock, MediaRequest, Options};
 use super::video::{Clip, VideoTools};
 use super::visual::{Collector, Shape};
-use super::{Kind, Rgb, Visual, decode, read_image, sample_frames};
+use super::{Kind, Rgb, Visual, read_image, sample_frames};
 use crate::error::{Code, Error, Result};
 use crate::spec::VisionSpec;
 
 /// CLIP's statistics: what the processor class falls back to where the file is silent.
 const MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// A target size beyond this is a mistake in the config, not a picture.
 const MAX_TARGET_PIXELS: u64 = 1 << 28;
 /// Frames a second where nobody says.
@@ -376,159 +378,6 @@ pub(super) fn no_frames() -> Error {
         "it has no frames",
         "give a video, or a folder or list of PNG, JPEG or WebP frames",
     )
-}
-
-pub(super) fn open(at: &str, base: &Path) -> Result<Rgb> {
-    match locate(at, base)? {
-        Located::File(path) => read_image(&path),
-        Located::Bytes(bytes) => decode(&bytes, &at_name(at)),
-    }
-}
-
-/// Where a video or a folder of frames lies.
-pub(super) fn video_file(at: &str, base: &Path) -> Result<PathBuf> {
-    match locate(at, base)? {
-        Located::File(path) => Ok(path),
-        Located::Bytes(_) => Err(Error::new(
-            Code::Media,
-            format!("cannot use the video {}", at_name(at)),
-            "a video is read from a file, not from a data: URL",
-            "give a path, a file: URL, or a list of frames",
-        )),
-    }
-}
-
-/// A place as errors name it: a data: URL is not repeated whole.
-pub(super) fn at_name(at: &str) -> String {
-    match at.split_once(',') {
-        Some((head, _)) if at.starts_with("data:") && head.len() < 80 => format!("{head},…"),
-        _ => at.chars().take(200).collect(),
-    }
-}
-
-/// The pictures of a folder, in the order of their names.
-pub(super) fn frame_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |e: &std::io::Error| Error::io(format!("cannot list {}", dir.display()), e);
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|e| failed(&e))? {
-        let path = entry.map_err(|e| failed(&e))?.path();
-        let known = path
-            .extension()
-            .and_then(|e| e.to_str())
-            .is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&&*e.to_ascii_lowercase()));
-        if known && path.is_file() {
-            files.push(path);
-        }
-    }
-    files.sort();
-    if files.is_empty() {
-        return Err(Error::new(
-            Code::Media,
-            format!("cannot use {} as a video", dir.display()),
-            "the folder has no PNG, JPEG or WebP files",
-            "give a folder of frames named in their order",
-        ));
-    }
-    Ok(files)
-}
-
-fn read(dir: &Path, file: &str) -> Result<Option<Map<String, Value>>> {
-    let path = dir.join(file);
-    let meta = match std::fs::metadata(&path) {
-        Ok(meta) => meta,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(format!("cannot read {}", path.display()), &e)),
-    };
-    if !meta.is_file() || meta.len() > MAX_CONFIG_BYTES {
-        let what = path.display().to_string();
-        return Err(bad(
-            &what,
-            "it is no regular file of up to a megabyte".into(),
-        ));
-    }
-    let text = std::fs::read(&path)
-        .map_err(|e| Error::io(format!("cannot read {}", path.display()), &e))?;
-    match serde_json::from_slice(&text) {
-        Ok(Value::Object(map)) => Ok(Some(map)),
-        Ok(_) => Err(bad(
-            &path.display().to_string(),
-            "it is not a JSON object".into(),
-        )),
-        Err(e) => Err(bad(&path.display().to_string(), e.to_string())),
-    }
-}
-
-fn missing(dir: &Path) -> Error {
-    Error::new(
-        Code::Config,
-        format!("{} has no preprocessor_config.json", dir.display()),
-        "how the model wants its pictures is never guessed",
-        "copy preprocessor_config.json from the model's source",
-    )
-}
-
-fn bad(what: &str, cause: String) -> Error {
-    Error::new(
-        Code::Config,
-        format!("the image preprocessor's configuration cannot be followed: {what}"),
-        cause,
-        "restore preprocessor_config.json from the model's source",
-    )
-}
-
-fn number(config: &Map<String, Value>, key: &str) -> Result<Option<f64>> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(v) => match v.as_f64() {
-            Some(x) if x >= 0.0 => Ok(Some(x)),
-            _ => Err(bad(
-                &format!("`{key}`"),
-                "it must be a positive number".into(),
-            )),
-        },
-    }
-}
-
-fn three(config: &Map<String, Value>, key: &str, default: [f64; 3]) -> Result<[f64; 3]> {
-    let Some(value) = config.get(key).filter(|v| !v.is_null()) else {
-        return Ok(default);
-    };
-    let list: Option<Vec<f64>> = value
-        .as_array()
-        .and_then(|l| l.iter().map(Value::as_f64).collect());
-    match list.as_deref() {
-        Some([a, b, c]) if key != "image_std" || *a * *b * *c != 0.0 => Ok([*a, *b, *c]),
-        _ => Err(bad(&format!("`{key}`"), "it must be three numbers".into())),
-    }
-}
-
-/// Fewest and most pixels: `min_pixels`/`max_pixels` where given, else `size`'s edges (pixel counts, whatever their names say).
-fn bounds(config: Option<&Map<String, Value>>, default: (u64, u64)) -> Result<(u64, u64)> {
-    let Some(config) = config else {
-        return Ok(default);
-    };
-    let empty = Map::new();
-    let size = config
-        .get("size")
-        .and_then(Value::as_object)
-        .unwrap_or(&empty);
-    let pick = |own: &str, edge: &str, default: u64| -> Result<u64> {
-        let found = match number(config, own)? {
-            Some(n) => Some(n),
-            None => match number(size, edge)? {
-                Some(n) => Some(n),
-                None => number(size, own)?,
-            },
-        };
-        Ok(found.map_or(default, |n| n as u64))
-    };
-    let min = pick("min_pixels", "shortest_edge", default.0)?;
-    let max = pick("max_pixels", "longest_edge", default.1)?;
-    if min > max || max > MAX_TARGET_PIXELS {
-        let cause = format!("they must ascend and stay below {MAX_TARGET_PIXELS}");
-        return Err(bad(&format!("{min} to {max} pixels"), cause));
-    }
-    Ok((min, max))
 }
 
 #[cfg(test)]

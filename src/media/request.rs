@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Sampling;
-use super::processor::at_name;
+use super::locate::at_name;
 use crate::error::{Code, Error, Result};
 
 /// What a person may say about how a picture is looked at; `None` is the model's own way.

@@ -93,10 +93,10 @@ impl Collector {
             h: self.height / shape.patch,
             w: self.width / shape.patch,
         };
-        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-        hasher.update(&self.frames);
+        let mut hasher = twox_hash::XxHash3_128::new();
+        hasher.write(&self.frames);
         for n in [grid.t, grid.h, grid.w, self.count] {
-            hasher.update(&(n as u64).to_le_bytes());
+            hasher.write(&(n as u64).to_le_bytes());
         }
         Visual {
             kind,
@@ -105,7 +105,7 @@ impl Collector {
             count: self.count,
             shape,
             normalize,
-            hash: hasher.digest128(),
+            hash: hasher.finish_128(),
         }
     }
 }

@@ -45,7 +45,7 @@ impl KeptCompute {
 
     fn within(dir: PathBuf, device: &Device, dtype: Dtype) -> KeptCompute {
         let device = device.describe();
-        let key = xxhash_rust::xxh3::xxh3_64(device.as_bytes());
+        let key = twox_hash::XxHash3_64::oneshot(device.as_bytes());
         KeptCompute {
             path: dir.join(format!("compute-{}-{key:016x}.json", dtype.name())),
             device,

@@ -168,7 +168,7 @@ pub(super) fn kept_path(folder: &Path, ours: bool, name: &str) -> PathBuf {
     if ours {
         return folder.join(name);
     }
-    let key = xxhash_rust::xxh3::xxh3_64(folder.as_os_str().as_encoded_bytes());
+    let key = twox_hash::XxHash3_64::oneshot(folder.as_os_str().as_encoded_bytes());
     let stem = name.strip_suffix(".json").unwrap_or(name);
     cache_dir().join(format!("{stem}-{key:016x}.json"))
 }

@@ -76,7 +76,7 @@ impl ByteProgress {
         if let Some(bar) = self.bar(total) {
             bar.set_length(total);
             bar.set_position(done);
-        } else if !self.live && !self.quiet && self.last.elapsed() >= PLAIN_EVERY {
+        } else if !self.live && !self.quiet && total > 0 && self.last.elapsed() >= PLAIN_EVERY {
             self.last = Instant::now();
             let s = self.started.elapsed().as_secs_f64();
             let fresh = done.saturating_sub(self.before.unwrap_or(0));

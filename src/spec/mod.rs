@@ -102,3 +102,27 @@ pub struct VisionSpec {
     pub video_token: u32,
     pub vision_start_token: u32,
 }
+
+#[cfg(test)]
+impl VisionSpec {
+    /// A tower of one block, with the patches, windows and frame pairs of Qwen2.5-VL.
+    pub fn tiny() -> VisionSpec {
+        VisionSpec {
+            depth: 1,
+            hidden: 8,
+            heads: 2,
+            intermediate: 8,
+            out_hidden: 8,
+            channels: 3,
+            patch: 14,
+            temporal_patch: 2,
+            merge: 2,
+            window: 112,
+            full_attention_blocks: vec![],
+            tokens_per_second: 2.0,
+            image_token: 0,
+            video_token: 1,
+            vision_start_token: 2,
+        }
+    }
+}

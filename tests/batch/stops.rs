@@ -48,6 +48,8 @@ fn killed_until_done(
     let few = ["--max-sequences", "4"];
     let mut kept = Vec::new();
     let mut cut_short = 0u64;
+    // Moments lie within the time that a job takes here.
+    let mut longest_s = 0.2;
     for round in 0..200u64 {
         let mut child = batch(input, output, &few)
             .stdout(Stdio::null())
@@ -59,13 +61,21 @@ fn killed_until_done(
             choice: 0,
             position: round,
         };
-        std::thread::sleep(Duration::from_secs_f64(0.2 * draw.uniform()));
+        std::thread::sleep(Duration::from_secs_f64(longest_s * draw.uniform()));
         let ended = child.try_wait().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
         let now = fs::read_to_string(output).unwrap_or_default();
-        if ended.is_some() {
-            break;
+        match (ended, cut_short) {
+            (Some(_), 0) => {
+                longest_s /= 2.0;
+                for file in [output, &output.with_extension("errors.jsonl")] {
+                    let _ = fs::remove_file(file);
+                }
+                continue;
+            }
+            (Some(_), _) => break,
+            (None, _) => {}
         }
         cut_short += 1;
         // Whole rows only count; none that was there is ever gone or there twice.

@@ -90,6 +90,27 @@ fn a_place_that_cannot_be_written_fails_with_what_to_do() {
 }
 
 #[test]
+fn a_place_where_nothing_can_be_kept_fails_for_root_too() {
+    let p = Place::new();
+    for place in ["/proc/x", "/sys/x"] {
+        let ran = p.run(&[
+            "doctor",
+            "--json",
+            "--no-measure",
+            "--offload-folder",
+            place,
+        ]);
+        let checks = checks(&ran);
+        assert_eq!(
+            named(&checks, "offload folder")["status"],
+            "fail",
+            "{place}"
+        );
+        assert_eq!(ran.code, 1);
+    }
+}
+
+#[test]
 fn without_io_uring_it_warns_and_names_the_cause() {
     let p = Place::new();
     let mut command = p.command(&["doctor", "--json", "--no-measure"]);

@@ -69,6 +69,31 @@ fn pull_fetches_and_names_the_folder() {
 }
 
 #[test]
+fn the_same_trouble_is_told_once() {
+    let p = Place::new();
+    let mut command = p.command(&["pull", ID]);
+    // A name that never resolves (RFC 6761).
+    command
+        .env_remove("HF_HUB_OFFLINE")
+        .env("HF_ENDPOINT", "http://hub.invalid");
+    for proxy in [
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ] {
+        command.env_remove(proxy);
+    }
+    let ran = run(&mut command);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    let lines: Vec<&str> = ran.stderr.lines().collect();
+    assert_eq!(lines.len(), 4, "one line and an error of three: {lines:#?}");
+    assert!(lines[0].ends_with("trying again") && lines[2].contains("(5 attempts)"));
+}
+
+#[test]
 fn what_the_hub_refuses_is_three_lines() {
     let p = Place::new();
     let server = Server::of_folder(&fixture("qwen2-bf16"));

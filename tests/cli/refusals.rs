@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use tensorpager::checkpoint::TEXT_FILES;
 
 use super::process::{Place, fixture, str};
 
@@ -91,6 +92,64 @@ fn jobs_of_what_is_no_file_are_refused_and_leave_nothing() {
         );
     }
     assert_eq!(p.files(), before);
+}
+
+#[test]
+fn files_that_are_no_jobs_are_refused_before_anything_is_made() {
+    let p = Place::new();
+    let model = qwen2();
+    let row = "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\", \"max_tokens\": 1}}\n";
+    let noise: Vec<u8> = (0..100_000u32)
+        .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+        .collect();
+    let wide: Vec<u8> = row.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (i, (bytes, word)) in [
+        (&noise[..], "not text"),
+        (&[b"\xff\xfe", &wide[..]].concat(), "UTF-16"),
+        (&wide[..], "not text"),
+        (b"id,prompt\n1,hello\n2,bye\n", "first 3 lines"),
+        (
+            b"[\n{\"custom_id\": \"a\",\n\"body\": {}}\n]\n",
+            "first 4 lines",
+        ),
+        (b"hello", "only line"),
+        (b"\n \n", "blank"),
+        (b"", "blank"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let input = p.file(&format!("in{i}.jsonl"), bytes);
+        let before = p.files();
+        for args in [
+            &["batch", &model, "-i", &input, "-o", "out.jsonl"][..],
+            &["batch-check", &model, "-i", &input],
+        ] {
+            p.run(args).refused(2, &[&input, "has no rows", word]);
+            assert_eq!(p.files(), before, "{args:?}");
+        }
+    }
+    let latin = p.file("latin.txt", b"caf\xe9\nna\xefve\n");
+    p.run(&["batch", &model, "--prompts", &latin, "-o", "out.jsonl"])
+        .refused(2, &["has no rows", "UTF-8"]);
+    // One bad line among good ones, a mark at the beginning, and a row longer than what is looked at, are rows.
+    let long = format!(
+        "{{\"custom_id\": \"long\", \"body\": {{\"prompt\": \"x\", \"max_tokens\": 1, \"user\": \"{}\"}}}}\n",
+        "y".repeat(2 << 20)
+    );
+    for (bytes, rows, bad) in [
+        (format!("nonsense\n{row}"), 2, 1),
+        (format!("\u{feff}{row}"), 1, 0),
+        (long, 1, 0),
+    ] {
+        let input = p.file("good.jsonl", bytes);
+        let ran = p.run(&["batch-check", &model, "-i", &input, "--json"]);
+        let said: Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert_eq!(
+            (&said["rows"], &said["rows_bad"]),
+            (&json!(rows), &json!(bad))
+        );
+    }
 }
 
 #[test]
@@ -256,7 +315,11 @@ fn flags_that_make_no_sense_are_usage_errors() {
         (&["--seed", "x"], &["--seed"]),
         (&["--stop", ""], &["stop"]),
         (&["--prompt-file", "also.txt"], &["--prompt-file"]),
-        (&["--messages", "also.json"], &["--messages"]),
+        (
+            &["--messages", "also.json"],
+            &["--messages", "leave one of them out"],
+        ),
+        (&["--seed"], &["--seed", "without its value"]),
     ] {
         let mut args = vec!["run", &model, "--prompt", "hi"];
         args.extend(flags);
@@ -453,7 +516,7 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
             "1",
         ],
         &["pack", &model],
-        &["clean"],
+        &["clean", "--all"],
     ] {
         let mut command = p.command(args);
         let (reader, writer) = std::io::pipe().unwrap();
@@ -467,24 +530,6 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
         );
     }
 }
-
-/// The files beside the weights that are read, or copied into a pack.
-const TEXT_FILES: [&str; 14] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-];
 
 /// As [`Place::run`], but ended after half a minute.
 fn run_briefly(p: &Place, args: &[&str]) -> super::process::Ran {
@@ -516,8 +561,7 @@ fn no_file_of_a_model_folder_makes_the_process_wait_or_look_elsewhere() {
         let copy = p.copy("qwen2-bf16", &format!("model-{i}"));
         let place = copy.join(name);
         let _ = std::fs::remove_file(&place);
-        let made = std::process::Command::new("mkfifo").arg(&place).status();
-        assert!(made.unwrap().success());
+        p.fifo(&format!("model-{i}/{name}"));
         for args in [
             &["run", str(&copy), "-p", "x", "-n", "1"][..],
             &["pack", str(&copy)],

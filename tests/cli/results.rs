@@ -655,6 +655,8 @@ fn pack_inspect_verify_clean() {
             && names.contains(&"qwen2-bf16--mixed"),
         "{names:?}"
     );
+    let of_one_file = p.run(&["inspect", str(&model)]).done().stdout;
+    assert!(of_one_file.contains(" in 1 file: "), "{of_one_file}");
     let info = p.run(&["inspect", str(&model), "--json"]).json();
     assert_eq!((&info["layers"], &info["vocab"]), (&json!(3), &json!(288)));
     assert!(
@@ -698,7 +700,16 @@ fn pack_inspect_verify_clean() {
     assert!(would["removed"].as_array().unwrap().len() >= 2);
     assert!(dir.exists());
     std::fs::write(p.offload().join("notes.txt"), "mine").unwrap();
-    p.run(&["clean"]).done();
+    for unasked in [&["clean"][..], &["clean", "--json"]] {
+        p.run(unasked)
+            .refused(2, &["nothing was removed", "qwen2-bf16--bf16 (", "--all"]);
+    }
+    p.run(&["clean", "--all", "qwen2-bf16--f32"])
+        .refused(2, &["--all"]);
+    assert!(dir.exists(), "nothing goes unasked");
+    p.run(&["clean", "qwen2-bf16--f32"]).done();
+    assert!(dir.exists() && !p.offload().join("qwen2-bf16--f32").exists());
+    p.run(&["clean", "--all"]).done();
     let left: Vec<_> = std::fs::read_dir(p.offload())
         .unwrap()
         .map(|e| e.unwrap().file_name())

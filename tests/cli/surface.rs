@@ -231,6 +231,19 @@ fn a_context_beyond_the_models_is_said_once() {
     );
     assert!(!run(&["--context", "9000000", "-q"]).contains("--context"));
     assert!(!run(&["--context", "64"]).contains("--context"));
+    let rows = p.file(
+        "rows.jsonl",
+        "{\"custom_id\": \"a\", \"body\": {\"prompt\": \"x\", \"max_tokens\": 1}}\n",
+    );
+    for args in [
+        &["batch", &qwen2(), "-i", &rows, "-o", "out.jsonl"][..],
+        &["batch-check", &qwen2(), "-i", &rows],
+        &["plan", &qwen2()],
+    ] {
+        let ran = p.run(&[args, &["--context", "9000000"]].concat()).done();
+        let said = ran.stderr.matches("--context 9000000: ").count();
+        assert_eq!(said, 1, "{args:?}: {}", ran.stderr);
+    }
 }
 
 #[test]

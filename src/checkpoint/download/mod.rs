@@ -12,7 +12,9 @@
 //! the weights, free space before the first of them. A blob gets its name after its length and hash were compared with
 //! what the hub says, never before.
 
+mod address;
 mod blob;
+mod listing;
 mod web;
 
 #[cfg(test)]
@@ -25,13 +27,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use serde::Deserialize;
-
+use self::address::escape;
 use self::blob::{Digest, Wanted};
+use self::listing::{Listing, Sibling};
 use self::web::{Patience, Web};
-use super::files::{
-    MAX_CONFIG_BYTES, MAX_INDEX_BYTES, TEXT_FILES, clip, free_bytes, plain_name, read_small,
-};
+use super::files::{MAX_CONFIG_BYTES, MAX_INDEX_BYTES, clip, free_bytes, read_small};
 use super::hub::{self, HubId};
 use super::safetensors::{INDEX, SINGLE, shard_names};
 use crate::error::{Code, Error, Result};
@@ -197,7 +197,7 @@ impl Hub {
     }
 
     fn listing(&self, id: &HubId, tell: &mut dyn FnMut(DownloadProgress)) -> Result<Listing> {
-        let revision = web::escape(&id.revision).replace('/', "%2F");
+        let revision = escape(&id.revision).replace('/', "%2F");
         let path = format!("api/models/{}/revision/{revision}?blobs=true", id.repo);
         let url = self.web.url(&path);
         let text = self
@@ -226,65 +226,6 @@ pub(super) fn interrupted() -> Error {
         "Ctrl-C or a signal",
         "run the same command again: it goes on where it stopped",
     )
-}
-
-/// What the hub says of a revision.
-#[derive(Deserialize)]
-struct Listing {
-    sha: String,
-    siblings: Vec<Sibling>,
-}
-
-#[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
-    size: Option<u64>,
-    lfs: Option<Lfs>,
-}
-
-#[derive(Deserialize)]
-struct Lfs {
-    sha256: Option<String>,
-}
-
-impl Listing {
-    fn find(&self, name: &str) -> Option<&Sibling> {
-        self.siblings.iter().find(|s| s.rfilename == name)
-    }
-
-    /// The text files to fetch, `config.json` first.
-    fn texts(&self) -> Vec<&Sibling> {
-        let templates = self.siblings.iter().filter(|s| {
-            s.rfilename
-                .strip_prefix("additional_chat_templates/")
-                .is_some_and(|n| plain_name(n) && n.ends_with(".jinja"))
-        });
-        let named = TEXT_FILES.iter().filter_map(|name| self.find(name));
-        named.chain(templates).collect()
-    }
-
-    /// Why there is nothing to run.
-    fn no_weights(&self, id: &HubId) -> Error {
-        let ends = |ends: &[&str]| {
-            let mut names = self.siblings.iter().map(|s| &s.rfilename);
-            names.any(|n| ends.iter().any(|e| n.ends_with(e)))
-        };
-        let cause = if ends(&[".gguf"]) {
-            "it holds GGUF files"
-        } else if ends(&[".bin", ".pt", ".pth", ".ckpt"]) {
-            "it holds PyTorch pickles, which can run code and are never opened"
-        } else if self.find("adapter_config.json").is_some() {
-            "it is an adapter, not a whole model"
-        } else {
-            "it has neither model.safetensors nor model.safetensors.index.json"
-        };
-        Error::new(
-            Code::Unsupported,
-            format!("{} has no weights in safetensors", id.repo),
-            cause,
-            "choose the repository with the model's safetensors checkpoint",
-        )
-    }
 }
 
 /// One download under way.
@@ -393,7 +334,7 @@ impl Fetch<'_> {
     }
 
     fn url(&self, name: &str) -> String {
-        let (repo, sha, name) = (&self.id.repo, &self.listing.sha, web::escape(name));
+        let (repo, sha, name) = (&self.id.repo, &self.listing.sha, escape(name));
         self.hub.web.url(&format!("{repo}/resolve/{sha}/{name}"))
     }
 

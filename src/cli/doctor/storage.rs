@@ -58,18 +58,19 @@ fn writable(folder: &Path) -> (Option<PathBuf>, Check) {
         let found = format!("{} is not a folder", place.display());
         return (None, Check::fail(NAME, found, choose));
     }
-    let check = match access(&place, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
-        Err(e) => Check::fail(
+    let check = match may_write(&place) {
+        Err(WhyNot::Rights(why)) => Check::fail(
             NAME,
-            format!(
-                "{} cannot be written: {}",
-                place.display(),
-                std::io::Error::from(e)
-            ),
+            format!("{} cannot be written: {why}", place.display()),
             format!(
                 "{choose}, take possession of it (sudo chown $USER {}), or stream with --in-place",
                 place.display()
             ),
+        ),
+        Err(WhyNot::Place(why)) => Check::fail(
+            NAME,
+            format!("nothing can be kept in {}: {why}", place.display()),
+            format!("{choose}, or stream with --in-place"),
         ),
         Ok(()) if place.ends_with(folder) || folder.exists() => {
             Check::pass(NAME, format!("{shown} can be written"))
@@ -80,6 +81,41 @@ fn writable(folder: &Path) -> (Option<PathBuf>, Check) {
         Some(place),
         check.with("path", folder.display().to_string()),
     )
+}
+
+enum WhyNot {
+    /// The user's own.
+    Rights(String),
+    /// Nobody could.
+    Place(String),
+}
+
+/// Whether a file could be made in `place`. Root may write everywhere and can do so in few places that are no disk, so a file
+/// without a name is tried.
+fn may_write(place: &Path) -> Result<(), WhyNot> {
+    access(place, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|e| WhyNot::Rights(std::io::Error::from(e).to_string()))?;
+    if FileSystem::of(place).kind == Kind::Kernel {
+        return Err(WhyNot::Place("it is the kernel's own".into()));
+    }
+    match nameless(place) {
+        Ok(_) => Ok(()),
+        // Not every file system has files without a name; that says nothing.
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT | libc::EINVAL) => Ok(()),
+            _ => Err(WhyNot::Place(e.to_string())),
+        },
+    }
+}
+
+/// A file without a name, gone when it is closed.
+fn nameless(place: &Path) -> std::io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .mode(0o600)
+        .open(place)
 }
 
 struct FileSystem {
@@ -94,6 +130,8 @@ enum Kind {
     /// A container's upper layer.
     Layer,
     Network,
+    /// What the kernel shows of itself as files.
+    Kernel,
     Unknown,
 }
 
@@ -119,6 +157,11 @@ impl FileSystem {
             0xff53_4d42 | 0xfe53_4d42 => ("cifs", Kind::Network),
             0x6573_5546 => ("fuse", Kind::Network),
             0x0102_1997 => ("9p", Kind::Network),
+            0x9fa0 => ("proc", Kind::Kernel),
+            0x6265_6572 => ("sysfs", Kind::Kernel),
+            0x0027_e0eb | 0x6367_7270 => ("cgroup", Kind::Kernel),
+            0x6462_6720 => ("debugfs", Kind::Kernel),
+            0x1cd1 => ("devpts", Kind::Kernel),
             _ => ("unknown", Kind::Unknown),
         };
         FileSystem { name, kind }
@@ -154,13 +197,7 @@ impl Probe {
                 nameless: None,
             });
         }
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_TMPFILE)
-            .mode(0o600)
-            .open(place)
-            .ok()?;
+        let file = nameless(place).ok()?;
         (&file).write_all(&[1; 2 * ALIGN_BYTES as usize]).ok()?;
         Some(Probe {
             files: vec![PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))],
@@ -441,5 +478,6 @@ mod tests {
         assert_eq!(FileSystem::named(0xef53).name, "ext4");
         assert!(FileSystem::named(0x0102_1994).kind == Kind::Memory);
         assert!(FileSystem::named(1).kind == Kind::Unknown);
+        assert!(FileSystem::of(Path::new("/proc")).kind == Kind::Kernel);
     }
 }

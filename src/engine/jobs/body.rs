@@ -1,7 +1,7 @@
 //! The body of a request: every field is understood, refused by name, or not there.
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 use super::fields::Fields;
 use super::request::{Endpoint, RowError, Rules, TextTools};
@@ -304,7 +304,7 @@ fn sampling(f: &mut Fields, custom_id: &str, rules: &Rules) -> Result<SamplingPa
     }
     p.seed = match f.take("seed") {
         // Rows differ in their draws even where their prompts are the same.
-        None => xxh3_64_with_seed(custom_id.as_bytes(), p.seed),
+        None => XxHash3_64::oneshot_with_seed(p.seed, custom_id.as_bytes()),
         Some(v) => match (v.as_u64(), v.as_i64()) {
             (Some(n), _) => n,
             (None, Some(n)) => n as u64,

@@ -38,6 +38,7 @@ pub fn check(
     bad: &mut dyn FnMut(u64, Option<&str>, &RowError),
     progress: &mut dyn FnMut(u64),
 ) -> Result<CheckReport> {
+    source.expect_rows()?;
     let ids = RowIds::default();
     let scan = Scan::read(source, shard, ids, &mut |_| {})?;
     let mut lines = source.lines()?;

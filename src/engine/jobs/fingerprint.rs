@@ -1,9 +1,10 @@
 //! Is it still the same model? A hash of what an answer depends on, the same packed or in place.
 
 use std::fs::File;
+use std::hash::Hasher;
 use std::os::unix::fs::FileExt;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -26,13 +27,13 @@ const TEXT_FILES: [&str; 10] = [
 
 /// A hash of the text files and of the first bytes of every tensor, in its stored type. Code::Io where a file cannot be read.
 pub fn fingerprint(store: &Store) -> Result<u64> {
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     for name in TEXT_FILES {
         match std::fs::read(store.text_dir.join(name)) {
             Ok(bytes) => {
-                hash.update(name.as_bytes());
-                hash.update(&(bytes.len() as u64).to_le_bytes());
-                hash.update(&bytes);
+                hash.write(name.as_bytes());
+                hash.write(&(bytes.len() as u64).to_le_bytes());
+                hash.write(&bytes);
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io(format!("{name} cannot be read"), &e)),
@@ -61,9 +62,9 @@ pub fn fingerprint(store: &Store) -> Result<u64> {
                 .map_err(|e| failed(&e))?,
             None => return Err(failed(&std::io::Error::from_raw_os_error(libc::ENOENT))),
         }
-        hash.update(p.name.as_bytes());
-        hash.update(format!("{:?} {} {}", p.dtype, p.rows, p.cols).as_bytes());
-        hash.update(sample);
+        hash.write(p.name.as_bytes());
+        hash.write(format!("{:?} {} {}", p.dtype, p.rows, p.cols).as_bytes());
+        hash.write(sample);
     }
-    Ok(hash.digest())
+    Ok(hash.finish())
 }

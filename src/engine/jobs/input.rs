@@ -1,13 +1,22 @@
 //! The rows of a job file, one at a time, whatever the file's size.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
 
 use crate::error::{Code, Error, Result};
 
 /// Bytes a row may have: more than any context holds, images inline included.
 pub const MAX_ROW_BYTES: usize = 64 << 20;
+
+/// What is looked at to tell whether a file holds rows at all.
+const HEAD_BYTES: u64 = 1 << 20;
+const HEAD_ROWS: usize = 64;
+const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(super) const GIVE_ROWS: &str = "give -i a file with a JSON object a line (OpenAI's batch format), or --prompts one with a prompt a line";
 
 /// Where rows come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +54,76 @@ impl Source {
             cause,
             "put the rows into a file and give its path",
         ))
+    }
+
+    /// That the file is one of rows, by its beginning: a picture, a table or a pretty-printed array given by mistake would
+    /// else be thousands of failed rows. A single line that is wrong is no reason: its row fails, the others go on.
+    ///
+    /// # Errors
+    /// `Usage`: none of the first lines is a row, or all are blank; `Io`: the file cannot be read.
+    pub fn expect_rows(&self) -> Result<()> {
+        let mut head = Vec::new();
+        let reader = self.lines()?.reader;
+        reader
+            .take(HEAD_BYTES)
+            .read_to_end(&mut head)
+            .map_err(|e| Error::io(format!("{} cannot be read", self.path().display()), &e))?;
+        let cut = head.len() as u64 == HEAD_BYTES;
+        let text = head.strip_prefix(UTF8_MARK).unwrap_or(&head);
+        let mut seen = 0;
+        for line in text.split_inclusive(|b| *b == b'\n') {
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let whole = !cut || line.ends_with(b"\n");
+            if self.is_like_a_row(line, whole) {
+                return Ok(());
+            }
+            seen += 1;
+            if seen == HEAD_ROWS {
+                break;
+            }
+        }
+        match (seen, cut) {
+            (0, true) => Ok(()),
+            (0, false) => Err(self.no_rows("every line is blank", GIVE_ROWS)),
+            _ if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") => Err(self
+                .no_rows(
+                    "it is UTF-16, as some editors and shells save text",
+                    "save it as UTF-8: iconv -f UTF-16 -t UTF-8",
+                )),
+            _ if head.contains(&0) => Err(self.no_rows("it is not text", GIVE_ROWS)),
+            _ => {
+                let wanted = match self {
+                    Source::Jsonl(_) => "a JSON object",
+                    Source::Prompts { .. } => "UTF-8 text",
+                };
+                let cause = match seen {
+                    1 => format!("its only line is not {wanted}"),
+                    n => format!("none of its first {n} lines is {wanted}"),
+                };
+                Err(self.no_rows(&cause, GIVE_ROWS))
+            }
+        }
+    }
+
+    pub(super) fn no_rows(&self, cause: &str, fix: &str) -> Error {
+        let what = format!("{} has no rows", self.path().display());
+        Error::new(Code::Usage, what, cause, fix)
+    }
+
+    /// `whole`: the line is not cut off where the beginning ends.
+    fn is_like_a_row(&self, line: &[u8], whole: bool) -> bool {
+        match self {
+            Source::Prompts { .. } => match std::str::from_utf8(line) {
+                Ok(text) => !text.contains('\0'),
+                Err(e) => !whole && e.error_len().is_none(),
+            },
+            Source::Jsonl(_) if whole => {
+                serde_json::from_slice::<HashMap<String, IgnoredAny>>(line).is_ok()
+            }
+            Source::Jsonl(_) => line.trim_ascii_start().starts_with(b"{") && !line.contains(&0),
+        }
     }
 
     pub fn lines(&self) -> Result<Lines> {
@@ -98,7 +177,7 @@ impl Lines {
                 let skipped = skip_rest(&mut self.reader);
                 skipped.map_err(|e| Error::io(what(), &e))?;
             }
-            if self.number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
+            if self.number == 1 && bytes.starts_with(UTF8_MARK) {
                 bytes.drain(..3);
             }
             while matches!(bytes.last(), Some(b'\n' | b'\r')) {

@@ -1,7 +1,7 @@
 //! A job as it lies on disk: input, output, errors, and how far it got.
 
 use super::files::{JobMark, Paths, RowLog, Sidecar};
-use super::input::Source;
+use super::input::{GIVE_ROWS, Source};
 use super::pictures::Looker;
 use super::request::{RowIds, Rules};
 use super::run::{JobProgress, JobSummary};
@@ -97,12 +97,7 @@ impl BatchJob {
         };
         let scan = Scan::read(&spec.source, spec.shard, ids, progress)?;
         if scan.marks.is_empty() {
-            return Err(Error::new(
-                Code::Usage,
-                format!("{} has no rows", spec.source.path().display()),
-                "every line is blank",
-                "give a file with a JSON object a line",
-            ));
+            return Err(spec.source.no_rows("every line is blank", GIVE_ROWS));
         }
         let mut sidecar = Sidecar::open(&spec.paths.output)?;
         let mark = sidecar.read()?;
@@ -243,7 +238,6 @@ fn now() -> u64 {
         .map_or(0, |d| d.as_secs())
 }
 
-/// No file may serve two purposes.
 /// Before anything is made beside them: results are read back to resume, so they lie in files.
 fn expect_files(paths: &Paths) -> Result<()> {
     for path in [&paths.output, &paths.errors] {
@@ -275,10 +269,11 @@ fn expect_files(paths: &Paths) -> Result<()> {
 /// That a job could read its rows and write its results, which is worth knowing before hours of packing. Makes nothing.
 ///
 /// # Errors
-/// `Usage`: input or output is no file or has no folder, or one is the other; `Io`: the input cannot be read.
+/// `Usage`: input or output is no file or has no folder, one is the other, or the input holds no rows; `Io`: the input cannot
+/// be read.
 pub fn check_paths(source: &Source, paths: &Paths) -> Result<()> {
     let real = |p: &std::path::Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
-    source.lines()?;
+    source.expect_rows()?;
     let input = real(source.path());
     let (output, errors) = (real(&paths.output), real(&paths.errors));
     let clash = match () {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use twox_hash::XxHash3_128;
 
 use super::body::Body;
 use super::request::RowError;
@@ -80,16 +80,16 @@ impl Looker {
     /// A hash of the contents of the files that a request's messages name; `None` where they name none.
     pub(super) fn identity(&self, body: &Map<String, Value>) -> Option<u128> {
         let messages = body.get("messages")?.as_array()?;
-        let mut hash = Xxh3::new();
+        let mut hash = XxHash3_128::new();
         let mut found = false;
         for parts in messages.iter().filter_map(|m| m.get("content")?.as_array()) {
             for request in requests(parts, &self.options).unwrap_or_default() {
                 found = true;
                 let id = self.files.borrow_mut().of(&request, &self.base);
-                hash.update(&id.to_le_bytes());
+                hash.write(&id.to_le_bytes());
             }
         }
-        found.then(|| hash.digest128())
+        found.then(|| hash.finish_128())
     }
 
     /// How long a row's prompt is, and how large its pictures are.
@@ -154,7 +154,7 @@ impl Looker {
     /// The same for requests that see the same picture in the same way.
     fn key(&self, request: &MediaRequest) -> u128 {
         let contents = self.files.borrow_mut().of(request, &self.base);
-        xxh3_128(format!("{request:?}").as_bytes()) ^ contents.rotate_left(64)
+        XxHash3_128::oneshot(format!("{request:?}").as_bytes()) ^ contents.rotate_left(64)
     }
 }
 

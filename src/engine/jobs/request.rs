@@ -1,7 +1,9 @@
 //! A row of the input: `{"custom_id", "method", "url", "body"}`.
 
+use std::hash::Hasher;
+
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::{XxHash3_64, XxHash3_128};
 
 use super::body::Body;
 use super::fields::Fields;
@@ -54,9 +56,9 @@ pub struct Rules {
 impl Rules {
     /// A hash of everything here.
     pub fn key(&self) -> u64 {
-        let mut hash = Xxh3::with_seed(ANSWER_VERSION);
+        let mut hash = XxHash3_64::with_seed(ANSWER_VERSION);
         let s = &self.sampling;
-        hash.update(&self.fingerprint.to_le_bytes());
+        hash.write(&self.fingerprint.to_le_bytes());
         let parts = format!(
             "{} {} {} {} {} {} {} {:?} {} {:?} {:?} {:?} {} {:?} {}",
             s.temperature,
@@ -75,11 +77,11 @@ impl Rules {
             self.context,
             self.model,
         );
-        hash.update(parts.as_bytes());
+        hash.write(parts.as_bytes());
         if let Some(look) = &self.look {
-            hash.update(format!("{look:?}").as_bytes());
+            hash.write(format!("{look:?}").as_bytes());
         }
-        hash.digest()
+        hash.finish()
     }
 }
 
@@ -265,15 +267,15 @@ impl Request {
 
     /// What identifies the answer: a hash of the row, of everything in the rules, and of the contents of the files the row names.
     pub fn id(&self, ids: RowIds<'_>) -> u128 {
-        let mut hash = Xxh3::with_seed(ids.key);
-        hash.update(&(self.custom_id.len() as u64).to_le_bytes());
-        hash.update(self.custom_id.as_bytes());
-        hash.update(self.endpoint.url().as_bytes());
+        let mut hash = XxHash3_128::with_seed(ids.key);
+        hash.write(&(self.custom_id.len() as u64).to_le_bytes());
+        hash.write(self.custom_id.as_bytes());
+        hash.write(self.endpoint.url().as_bytes());
         hash_object(&self.body, &mut hash);
         if let Some(contents) = ids.looker.and_then(|l| l.identity(&self.body)) {
-            hash.update(&contents.to_le_bytes());
+            hash.write(&contents.to_le_bytes());
         }
-        hash.digest128()
+        hash.finish_128()
     }
 
     /// The request in full: every field checked, the prompt as tokens.
@@ -290,28 +292,28 @@ impl Request {
 }
 
 /// Hashes JSON by meaning: neither white space nor the order of an object's keys counts.
-fn hash_value(value: &Value, hash: &mut Xxh3) {
+fn hash_value(value: &Value, hash: &mut XxHash3_128) {
     match value {
-        Value::Null => hash.update(b"n"),
-        Value::Bool(b) => hash.update(if *b { b"t" } else { b"f" }),
+        Value::Null => hash.write(b"n"),
+        Value::Bool(b) => hash.write(if *b { b"t" } else { b"f" }),
         Value::Number(n) => {
-            hash.update(b"#");
-            hash.update(n.to_string().as_bytes());
-            hash.update(b"\0");
+            hash.write(b"#");
+            hash.write(n.to_string().as_bytes());
+            hash.write(b"\0");
         }
         Value::String(s) => hash_text(s, hash),
         Value::Array(list) => {
-            hash.update(b"[");
-            hash.update(&(list.len() as u64).to_le_bytes());
+            hash.write(b"[");
+            hash.write(&(list.len() as u64).to_le_bytes());
             list.iter().for_each(|v| hash_value(v, hash));
         }
         Value::Object(map) => hash_object(map, hash),
     }
 }
 
-fn hash_object(map: &Map<String, Value>, hash: &mut Xxh3) {
-    hash.update(b"{");
-    hash.update(&(map.len() as u64).to_le_bytes());
+fn hash_object(map: &Map<String, Value>, hash: &mut XxHash3_128) {
+    hash.write(b"{");
+    hash.write(&(map.len() as u64).to_le_bytes());
     let mut entries: Vec<(&String, &Value)> = map.iter().collect();
     entries.sort_unstable_by_key(|(key, _)| *key);
     for (key, value) in entries {
@@ -320,8 +322,8 @@ fn hash_object(map: &Map<String, Value>, hash: &mut Xxh3) {
     }
 }
 
-fn hash_text(text: &str, hash: &mut Xxh3) {
-    hash.update(b"\"");
-    hash.update(&(text.len() as u64).to_le_bytes());
-    hash.update(text.as_bytes());
+fn hash_text(text: &str, hash: &mut XxHash3_128) {
+    hash.write(b"\"");
+    hash.write(&(text.len() as u64).to_le_bytes());
+    hash.write(text.as_bytes());
 }

@@ -1,7 +1,7 @@
 //! Which rows there are, and which of them are finished: a few bytes a row, whatever the rows hold.
 
 use serde::Deserialize;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use twox_hash::XxHash3_64;
 
 use super::files::{RowLog, Span};
 use super::input::{Line, Source};
@@ -64,7 +64,7 @@ pub fn parse_line(source: &Source, line: &Line, ids: RowIds<'_>) -> ParsedLine {
     let id = match &request {
         Ok(r) => r.id(ids),
         // What cannot be read is identified by its bytes; what is wrong with it does not depend on the rules.
-        Err(_) => u128::from(xxh3_64(&line.bytes)),
+        Err(_) => u128::from(XxHash3_64::oneshot(&line.bytes)),
     };
     ParsedLine { id, request }
 }
@@ -94,7 +94,7 @@ impl Scan {
                 ident: match custom_id {
                     Some(id) => ident(id),
                     // Lines without an id are never duplicates of one another.
-                    None => xxh3_64_with_seed(&line.bytes, line.number),
+                    None => XxHash3_64::oneshot_with_seed(line.number, &line.bytes),
                 },
                 id: parsed.id as u64,
                 line: u32::try_from(line.number).map_err(|_| too_many(source))?,
@@ -241,7 +241,7 @@ impl Scan {
 }
 
 pub fn ident(custom_id: &str) -> u64 {
-    xxh3_64(custom_id.as_bytes())
+    XxHash3_64::oneshot(custom_id.as_bytes())
 }
 
 /// Row id and custom_id of an answer; `None` where it is none.

@@ -2,29 +2,13 @@ use super::*;
 use crate::media::{Grid, resize};
 use serde_json::json;
 
-fn spec() -> VisionSpec {
-    VisionSpec {
-        depth: 1,
-        hidden: 8,
-        heads: 2,
-        intermediate: 8,
-        out_hidden: 8,
-        channels: 3,
-        patch: 14,
-        temporal_patch: 2,
-        merge: 2,
-        window: 112,
-        full_attention_blocks: vec![],
-        tokens_per_second: 2.0,
-        image_token: 0,
-        video_token: 1,
-        vision_start_token: 2,
-    }
-}
-
 fn processor(image: Value, video: Option<Value>) -> Result<Processor> {
     let video = video.and_then(|v| v.as_object().cloned());
-    Processor::from_config(image.as_object().unwrap(), video.as_ref(), &spec())
+    Processor::from_config(
+        image.as_object().unwrap(),
+        video.as_ref(),
+        &VisionSpec::tiny(),
+    )
 }
 
 fn plain() -> Processor {
@@ -230,10 +214,10 @@ fn configs_of_all_ages_are_read() {
 #[test]
 fn a_model_without_the_file_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let e = Processor::load(dir.path(), &spec()).unwrap_err();
+    let e = Processor::load(dir.path(), &VisionSpec::tiny()).unwrap_err();
     assert!(e.what().contains("preprocessor_config.json"), "{e}");
     let nested = json!({"image_processor": {"min_pixels": 3136, "max_pixels": 6272}, "video_processor": {"max_frames": 9}});
     std::fs::write(dir.path().join("processor_config.json"), nested.to_string()).unwrap();
-    let p = Processor::load(dir.path(), &spec()).unwrap();
+    let p = Processor::load(dir.path(), &VisionSpec::tiny()).unwrap();
     assert_eq!((p.max_pixels, p.video.max_frames), (6272, 9));
 }

@@ -66,21 +66,8 @@ mod tests {
 
     fn spec(window: usize) -> VisionSpec {
         VisionSpec {
-            depth: 1,
-            hidden: 8,
-            heads: 2,
-            intermediate: 8,
-            out_hidden: 8,
-            channels: 3,
-            patch: 14,
-            temporal_patch: 2,
-            merge: 2,
             window,
-            full_attention_blocks: vec![],
-            tokens_per_second: 2.0,
-            image_token: 0,
-            video_token: 1,
-            vision_start_token: 2,
+            ..VisionSpec::tiny()
         }
     }
 

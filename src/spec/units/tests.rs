@@ -36,19 +36,10 @@ fn vision() -> VisionSpec {
     VisionSpec {
         depth: 2,
         hidden: 160,
-        heads: 2,
         intermediate: 212,
         out_hidden: 192,
-        channels: 3,
-        patch: 14,
-        temporal_patch: 2,
-        merge: 2,
-        window: 112,
         full_attention_blocks: vec![1],
-        tokens_per_second: 2.0,
-        image_token: 0,
-        video_token: 1,
-        vision_start_token: 2,
+        ..VisionSpec::tiny()
     }
 }
 

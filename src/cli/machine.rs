@@ -61,10 +61,14 @@ impl Weights<'_> {
         reading(machine, self.dir, self.ours)
     }
 
-    /// What each unit takes on a CPU in pages of `page_bytes`.
-    pub fn sizes(&self, page_bytes: u64) -> Vec<UnitSize> {
-        let size = |u| UnitSize::of(&SlotLayout::new(u, &self.file_bytes, page_bytes));
-        self.units.iter().map(size).collect()
+    /// What each unit takes in pages of `page_bytes`, where it is computed with.
+    pub fn sizes(&self, page_bytes: u64, on_gpu: bool) -> Vec<UnitSize> {
+        let size = match on_gpu {
+            true => UnitSize::on_gpu,
+            false => UnitSize::of,
+        };
+        let layout = |u| SlotLayout::new(u, &self.file_bytes, page_bytes);
+        self.units.iter().map(|u| size(&layout(u))).collect()
     }
 
     pub fn engine_options(

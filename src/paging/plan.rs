@@ -165,6 +165,11 @@ impl Plan {
         slots + self.resident_bytes + self.gather_bytes
     }
 
+    /// Weights that a pass with logits computes with, wherever they rest.
+    pub fn weight_bytes(&self) -> u64 {
+        self.resident_bytes + self.gpu.map_or(0, |g| g.resident_bytes) + self.streamed_bytes
+    }
+
     /// GPU memory the pager takes.
     pub fn device_bytes(&self) -> u64 {
         self.gpu.map_or(0, |gpu| {

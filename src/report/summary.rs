@@ -90,9 +90,7 @@ impl PagingReport {
         PagingReport {
             passes: p.passes,
             units: p.units,
-            bytes_per_pass: plan.resident_bytes
-                + plan.gpu.map_or(0, |g| g.resident_bytes)
-                + plan.streamed_bytes,
+            bytes_per_pass: plan.weight_bytes(),
             disk_bytes: p.disk_bytes,
             disk_bytes_per_pass: used_per_pass as u64,
             disk_s,

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use emulated::driver;
-use run::Run;
+use run::{Run, deep};
 use serde_json::{Value, json};
 
 const MODEL: &str = "gpu-qwen2-bf16";
@@ -164,5 +164,45 @@ fn what_is_not_here_is_asked_for() {
     assert_eq!(
         (&cpu["device"], &cpu["gpu_memory"]),
         (&json!("cpu"), &Value::Null)
+    );
+}
+
+/// Where the GPU has no room for keys and values they are planned in host memory, and their copies are counted.
+#[test]
+fn keys_and_values_without_room_on_the_gpu_are_copied() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let model = deep(kept.path());
+    let with = |memory: &str| {
+        let by_hand = ["--gpu-memory", memory, "--h2d-gb-per-s", "0.1"];
+        let more = ["--gpu-gb-per-s", "500", "--gpu-gflops", "5e4"];
+        let run = Run::on("auto", driver, "plan", &model).args(["--disk-gb-per-s", "2"]);
+        let run = run.env("XDG_CACHE_HOME", kept.path().to_str().unwrap());
+        let run = run.args(["--in-place", "--sequences", "1"]);
+        run.args(by_hand).args(more).json()
+    };
+    let much = with("8GiB");
+    assert_eq!(much["rows"][0]["kv_tier"], "gpu");
+    assert_eq!(much["rows"][0]["copied_bytes_per_pass"], 0);
+    // The least that does is with two layers of them on the GPU at a time, not twelve.
+    let little = with(&much["smallest_gpu_memory"].to_string());
+    let row = &little["rows"][0];
+    assert_eq!(row["kv_tier"], "cpu", "{little}");
+    let count = |name: &str| row[name].as_u64().unwrap();
+    let token = count("kv_bytes") / count("kv_tokens");
+    let through_slots = |u: &&Value| {
+        let name = u["unit"].as_str().unwrap();
+        u["tier"] != "gpu" && (name.starts_with("layer") || name.starts_with("head"))
+    };
+    let units = little["units"].as_array().unwrap();
+    let sizes = units.iter().filter(through_slots);
+    let weights: u64 = sizes.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    // Half a context; a block.
+    assert_eq!(count("copied_bytes_per_pass"), weights + 256 * token);
+    assert_eq!(count("copied_back_bytes_per_pass"), 16 * token);
+    let pass_s = row["pass_s"].as_f64().unwrap();
+    assert!(
+        pass_s >= 0.999 * count("copied_bytes_per_pass") as f64 / 1e8,
+        "{row}"
     );
 }

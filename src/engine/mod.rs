@@ -248,7 +248,7 @@ impl Engine {
 
     /// Waits for what was given to the device, and counts.
     fn finish_pass(&mut self, started: Instant) -> Result<()> {
-        self.pager.end_pass()?;
+        self.pager.end_pass(&self.kv)?;
         self.pass_time += started.elapsed();
         self.rows += self.scheduler.pass.rows() as u64;
         Ok(())

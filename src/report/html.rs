@@ -131,7 +131,8 @@ fn passes(events: &[TraceEvent]) -> Vec<PassTime> {
     let seconds = |ns: u64| ns as f64 / 1e9;
     let mut passes: Vec<PassTime> = Vec::new();
     let mut end = 0.0;
-    for e in events.iter().filter(|e| e.what != Happening::Read) {
+    let beside = [Happening::Read, Happening::Copy, Happening::Kv];
+    for e in events.iter().filter(|e| !beside.contains(&e.what)) {
         if e.what == Happening::Pass {
             let start = seconds(e.start_ns);
             if let Some(last) = passes.last_mut() {

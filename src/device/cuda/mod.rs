@@ -27,7 +27,7 @@ pub use context::{Context, available};
 pub use kv::CudaKv;
 pub use lists::ListShape;
 pub use memory::{DeviceBuffer, Pin};
-pub use slots::{Compute, Copier, Piece, Slot, Ticks};
+pub use slots::{Clock, Compute, Copier, Piece, Slot, Ticks};
 
 use crate::error::{Code, Error, Result};
 use crate::units::{Dtype, flag_size, human_bytes};

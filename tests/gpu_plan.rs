@@ -1,4 +1,5 @@
-//! What `plan` says of a GPU, against the emulated driver: rates asked of it and kept, budgets that hold, and what it takes where none is here.
+//! What `plan` and `tune` say of a GPU, against the emulated driver: rates asked of it and kept, budgets that hold, what it takes where none
+//! is here, and frames in flight.
 //!
 //! How fast the emulated GPU is says nothing of a real one; that what was measured is what is used does.
 
@@ -184,8 +185,9 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     let much = with("8GiB");
     assert_eq!(much["rows"][0]["kv_tier"], "gpu");
     assert_eq!(much["rows"][0]["copied_bytes_per_pass"], 0);
-    // The least that does is with two layers of them on the GPU at a time, not twelve.
-    let little = with(&much["smallest_gpu_memory"].to_string());
+    // A little less than the least that does has room for two layers of them at a time, not for twelve.
+    let least = much["smallest_gpu_memory"].as_u64().unwrap();
+    let little = with(&(least - (1 << 20)).to_string());
     let row = &little["rows"][0];
     assert_eq!(row["kv_tier"], "cpu", "{little}");
     let count = |name: &str| row[name].as_u64().unwrap();
@@ -204,5 +206,74 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     assert!(
         pass_s >= 0.999 * count("copied_bytes_per_pass") as f64 / 1e8,
         "{row}"
+    );
+}
+
+#[test]
+fn frames_in_flight_are_tuned_kept_and_used() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let kept = kept.path();
+    let here = |run: Run| {
+        run.args(["--in-place"])
+            .env("XDG_CACHE_HOME", kept.to_str().unwrap())
+    };
+    let tune = |device: &str| {
+        let run = Run::on(device, driver, "tune", MODEL).args(["--seconds", "0.001", "--quiet"]);
+        let run = run.args(["--page-sizes", "64KiB", "--queue-depths", "4,16"]);
+        let run = run.args(["--readers", "auto", "--prefetch-depths", "1"]);
+        here(run.args(["--ring-sizes", "auto,8"])).json()
+    };
+    let curve = tune("cuda")["curve"].clone();
+    let rings = |queue: u64| {
+        let rows = curve.as_array().unwrap().iter();
+        let of_queue = rows.filter(|r| r["page_size"] == 65_536 && r["queue_depth"] == queue);
+        of_queue
+            .map(|r| r["ring_frames"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        rings(4).contains(&json!(8)) && rings(4).contains(&Value::Null),
+        "{curve}"
+    );
+    // 16 reads have no room in 8 frames: these are 8 reads.
+    assert_eq!((rings(8), rings(16)), (vec![json!(8)], vec![Value::Null]));
+    let record_path = record(kept, "tune");
+    let mut found = read(&record_path);
+    assert!(
+        found["device"].as_str().unwrap().contains("driver CUDA"),
+        "{found}"
+    );
+    let in_record = found["curve"].as_array().unwrap().iter();
+    assert!(in_record.filter(|r| r["ring_frames"] == 8).count() >= 2);
+
+    found["best"] = json!({"io": "io_uring", "page_size": 65_536, "queue_depth": 4, "prefetch_depth": 1, "ring_frames": 3});
+    fs::write(&record_path, found.to_string()).unwrap();
+    let run = |more: &[&str]| {
+        let mut run = Run::new(driver, "run", MODEL).args(["--raw", "--prompt", "Layer 7"]);
+        run.command
+            .args(["--max-tokens", "3", "--device-map", "disk"])
+            .args(more);
+        let report = here(run).json();
+        (
+            report["paging"]["ring_frames"].as_u64().unwrap(),
+            report["token_ids"].clone(),
+        )
+    };
+    let (tuned, said, plain) = (run(&[]), run(&["--ring-size", "5"]), run(&["--no-tune"]));
+    assert_eq!((tuned.0, said.0), (3, 5));
+    assert!(plain.0 > 1 && plain.0 != 3, "{plain:?}");
+    assert!(
+        tuned.1 == said.1 && said.1 == plain.1,
+        "frames change no token"
+    );
+    // A CPU has none.
+    let cpu = tune("cpu");
+    assert!(
+        cpu["curve"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|r| r.get("ring_frames").is_none())
     );
 }

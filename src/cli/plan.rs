@@ -127,8 +127,6 @@ impl Planned {
         drop(tokenizer);
         let want = OpenFor {
             context: machine.context.unwrap_or(OpenFor::default().context),
-            // As `batch --kv-memory` does.
-            kv_place: KvPlace::GpuOrHost,
             ..OpenFor::default()
         };
         let weights = Weights::from(&outline);
@@ -149,9 +147,14 @@ impl Planned {
         })
     }
 
-    /// `n` sequences at once.
+    /// `n` sequences at once, with keys and values where there is room, as `batch --kv-memory` has them.
     fn fitted(&self, n: usize, memory: Memory) -> Result<Fitted> {
+        self.fitted_with(n, memory, KvPlace::GpuOrHost)
+    }
+
+    fn fitted_with(&self, n: usize, memory: Memory, kv_place: KvPlace) -> Result<Fitted> {
         let options = EngineOptions {
+            kv_place,
             cpu_memory: Some(memory.cpu),
             max_sequences: n,
             logits_rows: n,
@@ -285,7 +288,8 @@ impl Planned {
                 gpu: Some(GpuRoom { limit, ..room }),
                 ..memory
             };
-            smallest(&|limit| self.fitted(1, with(limit)).is_ok())
+            // As every command runs there.
+            smallest(&|limit| self.fitted_with(1, with(limit), KvPlace::Gpu).is_ok())
         };
         let element_bytes = self.dtype.bytes() as f64;
         Ok(Report {

@@ -309,13 +309,7 @@ fn curve_chart(curve: &[Score]) -> String {
     let mut body = String::new();
     for (i, s) in shown.iter().enumerate() {
         let y = i as f64 * 18.0;
-        let name = format!(
-            "{} {} × {}, prefetch {}",
-            s.setting.reader.name(),
-            flag_size(s.setting.page_bytes),
-            s.setting.queue_depth,
-            s.setting.prefetch_depth
-        );
+        let name = s.setting.to_string();
         let width = s.ratio / slowest * (WIDTH - 340.0);
         body += &format!(
             "<text x=\"0\" y=\"{:.0}\">{}</text>",

@@ -49,6 +49,8 @@ pub struct PagingReport {
     pub prefetch_depth: usize,
     pub page_size: u64,
     pub queue_depth: usize,
+    /// Pinned frames between disk and GPU; 0 where the CPU computes.
+    pub ring_frames: usize,
     pub io: &'static str,
     pub direct: bool,
     pub verify: &'static str,
@@ -121,6 +123,7 @@ impl PagingReport {
             prefetch_depth: plan.depth,
             page_size: settings.page_bytes,
             queue_depth: settings.queue_depth,
+            ring_frames: plan.ring().frames,
             io: pager.reader_name(),
             direct: pager.direct(),
             verify: match (settings.verify, settings.self_recorded) {
@@ -302,10 +305,11 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
     let mut text = String::new();
     if let Some(gpu) = plan.gpu {
         text += &format!(
-            "{} on the GPU, {} in RAM, {} from disk a pass; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
+            "{} on the GPU, {} in RAM, {} a token from disk at {:.2} GB/s; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
             human_bytes(gpu.resident_bytes),
             human_bytes(plan.resident_bytes),
-            human_bytes(plan.streamed_bytes),
+            human_bytes(during.paging.used_bytes / during.rows.max(1)),
+            paging.disk_gb_per_s,
             paging.h2d_gb_per_s,
             paging.stall_disk_s,
             paging.stall_copy_s,

@@ -1,7 +1,8 @@
-//! The planner's own time, and what a pass costs over prefetch depth × page size on simulated disks.
+//! The planner's own time, that of a prediction, and what a pass costs over prefetch depth × page size on simulated disks.
 //!
-//! `cargo bench --bench planner`. The disks are a reader that answers from memory after a time of its own: a fast one, a slow one, and a
-//! slow one that now and then takes ten times as long.
+//! `cargo bench --bench planner`. The disks are a reader that answers from the page cache after a time of its own: a fast one, a slow one, and
+//! one between them that now and then takes ten times as long. Units are 7 MB; each is computed with for as long as the fast disk takes to
+//! read it, so a pass takes at best its bytes over the slower of the disk's rate and 4 GB/s.
 
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -10,11 +11,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use tensorpager::checkpoint::{Checkpoint, OpenOptions};
+use serde_json::json;
+use tensorpager::checkpoint::{Checkpoint, OpenOptions, write_synthetic};
 use tensorpager::io::{RawDone, ReadOp, Reader};
 use tensorpager::paging::{
-    Budget, Pager, PagerOptions, Placement, Plan, Planner, Problem, SlotLayout, Strategy,
-    TierRates, UnitSize, VerifyWhen, is_streamed,
+    Budget, ComputeRates, MachineRates, Pager, PagerOptions, PassWork, Placement, Plan, Planner,
+    Problem, SlotLayout, Strategy, TierRates, UnitSize, VerifyWhen, is_streamed, predict,
 };
 use tensorpager::spec::UnitKind;
 use tensorpager::store::Store;
@@ -67,6 +69,35 @@ fn planner(c: &mut Criterion) {
     group.finish();
 }
 
+/// What `plan` asks some hundred times for one table.
+fn prediction(c: &mut Criterion) {
+    let rates = MachineRates {
+        disk_gb_per_s: 5.0,
+        h2d_gb_per_s: None,
+        compute: ComputeRates {
+            memory_gb_per_s: 30.0,
+            gflops: 800.0,
+            element_bytes: 2.0,
+            points: Vec::new(),
+        },
+    };
+    let work = PassWork {
+        rows: 8,
+        wanted: 8,
+        element_bytes: 2.0,
+        ..PassWork::default()
+    };
+    let mut group = c.benchmark_group("prediction");
+    for (name, layers, heads) in [("7B", 28, 3), ("70B", 80, 5)] {
+        let units = model(layers, heads, 0);
+        let plan = Plan::of_sizes(&units, 8 << 30, 1, &Placement::Auto, false).expect("8 GiB");
+        group.bench_function(name, |b| {
+            b.iter(|| predict(black_box(&units), &plan, &rates, &work));
+        });
+    }
+    group.finish();
+}
+
 /// Serves reads one after the other, each `latency` plus its bytes at `bytes_per_s`; one in `every` takes ten times as long.
 struct Disk {
     inner: Box<dyn Reader>,
@@ -84,7 +115,7 @@ impl Disk {
         let depth = inner.capacity();
         Box::new(Disk {
             inner,
-            per_read: Duration::from_micros(80),
+            per_read: Duration::from_micros(10),
             ns_per_kib: (1024.0 / gb_per_s) as u64,
             every,
             count: 0,
@@ -169,10 +200,16 @@ fn jittery(r: Box<dyn Reader>) -> Box<dyn Reader> {
 
 /// One pass through the pager, each unit "computed" for as long as the fast disk takes to read it.
 fn paging(c: &mut Criterion) {
-    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16");
-    let ckpt =
-        Checkpoint::open(&dir.to_string_lossy(), &OpenOptions::default()).expect("the fixture");
-    let store = Store::open_in_place(&ckpt).expect("the fixture opens");
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let config = json!({
+        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 2048,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": true, "use_sliding_window": false, "torch_dtype": "bfloat16"
+    });
+    write_synthetic(dir.path(), &config, &mut |_, _| Ok(())).expect("a model");
+    let ckpt = Checkpoint::open(&dir.path().to_string_lossy(), &OpenOptions::default());
+    let store = Store::open_in_place(&ckpt.expect("the model")).expect("it opens");
     let file_bytes: Vec<u64> = store.files.iter().map(|f| f.bytes).collect();
     type Wrap = fn(Box<dyn Reader>) -> Box<dyn Reader>;
     let disks: [(&str, Wrap); 3] = [("fast", fast), ("slow", slow), ("jittery", jittery)];
@@ -182,7 +219,7 @@ fn paging(c: &mut Criterion) {
     group.measurement_time(Duration::from_secs(2));
     for (name, wrap) in disks {
         for depth in [1, 2, 4] {
-            for page in [64u64 << 10, 256 << 10] {
+            for page in [64u64 << 10, 256 << 10, 1 << 20] {
                 let layouts: Vec<SlotLayout> = store
                     .units
                     .iter()
@@ -201,6 +238,8 @@ fn paging(c: &mut Criterion) {
                 let options = PagerOptions {
                     wrap: Some(wrap),
                     verify: VerifyWhen::Never,
+                    // The disk underneath is not what is measured.
+                    direct: false,
                     ..PagerOptions::default()
                 };
                 let cancel = Arc::new(AtomicBool::new(false));
@@ -228,5 +267,5 @@ fn paging(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, planner, paging);
+criterion_group!(benches, planner, prediction, paging);
 criterion_main!(benches);

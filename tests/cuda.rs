@@ -76,6 +76,12 @@ fn tiers_readers_depths_pages_and_orders_change_no_bit() {
         "pages",
         new().args(["--device-map", "disk", "--page-size", "64KiB"]),
     );
+    same(
+        "two frames",
+        new()
+            .args(["--device-map", "disk", "--page-size", "64KiB"])
+            .args(["--ring-size", "2"]),
+    );
     for seed in ["2", "3", "4"] {
         for order in ["drawn", "lazy", "eager"] {
             same(

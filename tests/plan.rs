@@ -116,8 +116,8 @@ fn bytes_a_pass_are_those_predicted() {
         let work = PassWork {
             rows: 1,
             wanted: 1,
-            kv_bytes: 0,
             element_bytes: 2.0,
+            ..PassWork::default()
         };
         let cost = predict(&sizes, plan, &rates, &work);
         assert_eq!(

@@ -38,7 +38,7 @@ impl Advisor {
         Advisor {
             spec: of.spec.clone(),
             dtype: kv_dtype(of.units),
-            sizes: of.sizes(page),
+            sizes: of.sizes(page, false),
             options: options.clone(),
             host,
         }
@@ -194,8 +194,8 @@ impl Advisor {
             let work = PassWork {
                 rows,
                 wanted: rows,
-                kv_bytes: 0,
                 element_bytes: self.dtype.bytes() as f64,
+                ..PassWork::default()
             };
             predict(&self.sizes, &fitted.plan, rates, &work)
         };

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Deserialize;
 
+use super::bench_model::budgets;
 use crate::error::{Code, Error, Result};
-use crate::units::flag_size;
 
 #[derive(Args)]
 #[command(after_help = "Example:
@@ -27,6 +27,8 @@ struct Row {
     batch: usize,
     repetitions: usize,
     cpu_memory: Option<u64>,
+    #[serde(default)]
+    gpu_memory: Option<u64>,
     tokens_per_s: f64,
     tokens_per_s_deviation: f64,
 }
@@ -39,12 +41,14 @@ impl Row {
             &self.test,
             self.batch,
             self.cpu_memory,
+            self.gpu_memory,
         ) == (
             &other.model,
             &other.dtype,
             &other.test,
             other.batch,
             other.cpu_memory,
+            other.gpu_memory,
         )
     }
 
@@ -110,7 +114,7 @@ fn table(before: &[Row], after: &[Row]) -> String {
             "| {} | {} | {} | {} | {} |",
             r.model,
             r.dtype,
-            r.cpu_memory.map_or("auto".into(), flag_size),
+            budgets(r.cpu_memory, r.gpu_memory),
             r.test,
             r.batch
         )
@@ -163,6 +167,7 @@ mod tests {
             batch: 1,
             repetitions: 4,
             cpu_memory: Some(1 << 30),
+            gpu_memory: None,
             tokens_per_s,
             tokens_per_s_deviation: deviation,
         }

@@ -18,6 +18,7 @@ use super::signals;
 use crate::engine::{Engine, EngineStats, Job};
 use crate::error::{Code, Error, Result};
 use crate::report::summary::{PagingReport, Timings};
+use crate::units::flag_size;
 
 #[derive(Args)]
 pub struct ModelArgs {
@@ -162,6 +163,7 @@ struct Row {
     n_gen: usize,
     repetitions: usize,
     cpu_memory: Option<u64>,
+    gpu_memory: Option<u64>,
     tokens_per_s: f64,
     tokens_per_s_deviation: f64,
     /// Of each repetition.
@@ -296,6 +298,10 @@ fn measure(
         n_gen: test.generate,
         repetitions: args.repetitions,
         cpu_memory: args.machine.cpu_budget()?,
+        gpu_memory: args
+            .machine
+            .gpu_budget()?
+            .filter(|_| engine.plan().gpu.is_some()),
         tokens_per_s: mean,
         tokens_per_s_deviation: deviation,
         samples_s,
@@ -363,13 +369,14 @@ fn mean_deviation(values: &[f64]) -> (f64, f64) {
     )
 }
 
-const CSV_COLUMNS: [&str; 17] = [
+const CSV_COLUMNS: [&str; 18] = [
     "model",
     "dtype",
     "device",
     "test",
     "batch",
     "cpu_memory",
+    "gpu_memory",
     "prefetch_depth",
     "page_size",
     "queue_depth",
@@ -385,13 +392,15 @@ const CSV_COLUMNS: [&str; 17] = [
 
 fn csv_row(r: &Row) -> String {
     let p = &r.paging;
+    let given = |memory: Option<u64>| memory.map_or(String::new(), |m| m.to_string());
     let cells = [
         format!("\"{}\"", r.model.replace('"', "\"\"")),
         r.dtype.clone(),
         format!("\"{}\"", r.device),
         r.test.clone(),
         r.batch.to_string(),
-        r.cpu_memory.map_or(String::new(), |m| m.to_string()),
+        given(r.cpu_memory),
+        given(r.gpu_memory),
         p.prefetch_depth.to_string(),
         p.page_size.to_string(),
         p.queue_depth.to_string(),
@@ -414,6 +423,15 @@ fn md_header() -> String {
         .into()
 }
 
+/// Of the host, and of the GPU where one was given.
+pub(super) fn budgets(cpu: Option<u64>, gpu: Option<u64>) -> String {
+    let host = cpu.map_or("auto".into(), flag_size);
+    match gpu {
+        None => host,
+        Some(gpu) => format!("{host} + {} GPU", flag_size(gpu)),
+    }
+}
+
 fn md_row(r: &Row) -> String {
     let p = &r.paging;
     format!(
@@ -422,7 +440,7 @@ fn md_row(r: &Row) -> String {
         crate::units::human_bytes(r.size_bytes),
         r.dtype,
         r.device,
-        r.cpu_memory.map_or("auto".into(), crate::units::flag_size),
+        budgets(r.cpu_memory, r.gpu_memory),
         p.prefetch_depth,
         p.page_size >> 10,
         p.queue_depth,

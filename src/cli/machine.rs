@@ -61,10 +61,14 @@ impl Weights<'_> {
         reading(machine, self.dir, self.ours)
     }
 
-    /// What each unit takes on a CPU in pages of `page_bytes`.
-    pub fn sizes(&self, page_bytes: u64) -> Vec<UnitSize> {
-        let size = |u| UnitSize::of(&SlotLayout::new(u, &self.file_bytes, page_bytes));
-        self.units.iter().map(size).collect()
+    /// What each unit takes in pages of `page_bytes`, where it is computed with.
+    pub fn sizes(&self, page_bytes: u64, on_gpu: bool) -> Vec<UnitSize> {
+        let size = match on_gpu {
+            true => UnitSize::on_gpu,
+            false => UnitSize::of,
+        };
+        let layout = |u| SlotLayout::new(u, &self.file_bytes, page_bytes);
+        self.units.iter().map(|u| size(&layout(u))).collect()
     }
 
     pub fn engine_options(
@@ -93,6 +97,7 @@ impl Weights<'_> {
             gemm: gpu::gemm(machine.gemm, device)?,
             prefetch_depth: Some(reading.prefetch_depth),
             page_bytes: Some(reading.page_bytes),
+            ring_frames: reading.ring_frames,
             pager: PagerOptions {
                 reader: reading.reader,
                 queue_depth: reading.queue_depth,
@@ -132,7 +137,7 @@ pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
 }
 
 /// [`Weights::reading`] of the pack in `dir`, or the source streamed in place (`ours` false).
-pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
+fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
     let tuned = match machine.no_tune {
         true => None,
         false => KeptSetting::of(dir, ours).best(),
@@ -142,6 +147,7 @@ pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setti
         page_bytes: DEFAULT_PAGE_BYTES,
         queue_depth: PagerOptions::default().queue_depth,
         prefetch_depth: DEFAULT_PREFETCH_DEPTH,
+        ring_frames: None,
     });
     Setting {
         reader: match machine.io {
@@ -151,6 +157,7 @@ pub(super) fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setti
         page_bytes: machine.page_size.or(usual.page_bytes),
         queue_depth: machine.queue_depth.or(usual.queue_depth).max(1),
         prefetch_depth: machine.prefetch_depth.or(usual.prefetch_depth),
+        ring_frames: machine.ring_size.given().or(usual.ring_frames),
     }
 }
 
@@ -285,6 +292,7 @@ impl MachineOptions {
             prefetch_depth: OrAuto::Auto,
             page_size: OrAuto::Auto,
             queue_depth: OrAuto::Auto,
+            ring_size: OrAuto::Auto,
             io: IoArg::Auto,
             // The same figures on every machine the demonstration runs on.
             no_tune: true,

@@ -266,13 +266,12 @@ impl Model {
         engine: &Engine,
     ) -> ReadSettings {
         let p = &during.paging;
-        let weights = engine.plan().resident_bytes + engine.plan().streamed_bytes;
-        let compute_s = during.compute.as_secs_f64();
-        // A small model multiplies out of the caches.
-        let tells = weights >= MEASURABLE_BYTES && during.rows == p.passes && compute_s > 0.0;
-        if tells && engine.plan().gpu.is_none() {
-            KeptCompute::of(engine.device(), engine.dtype())
-                .ran_at((weights * p.passes) as f64 / compute_s / 1e9);
+        if let Some(rate) = compute_rate(engine.plan().weight_bytes(), during) {
+            let kept = KeptCompute::of(engine.device(), engine.dtype());
+            match engine.plan().gpu {
+                None => kept.ran_at(rate),
+                Some(_) => kept.ran_on_gpu_at(rate),
+            }
         }
         match disk_rate(p, during.pass, engine.pager().direct()) {
             Some((rate, true)) => self.rates().ran_at(rate),
@@ -289,6 +288,15 @@ impl Model {
             probed_h2d_gb_per_s: self.rates().h2d(),
         }
     }
+}
+
+/// Weights that passes of one row multiplied with, 10⁹ bytes a second. `None` where there were more rows, which arithmetic holds up, or so
+/// few weights that they come out of a cache.
+fn compute_rate(weights: u64, during: &EngineStats) -> Option<f64> {
+    let passes = during.paging.passes;
+    let compute_s = during.compute.as_secs_f64();
+    let tells = weights >= MEASURABLE_BYTES && during.rows == passes && compute_s > 0.0;
+    tells.then(|| (weights * passes) as f64 / compute_s / 1e9)
 }
 
 /// What passes of `pass` got out of the disk, 10⁹ bytes a second, and whether they waited for it most of the time. `None` where they
@@ -404,6 +412,24 @@ impl SourceOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_passes_of_one_row_over_a_large_model_say_how_fast_it_multiplies() {
+        let ran = |passes, rows| EngineStats {
+            paging: PagingStats {
+                passes,
+                ..PagingStats::default()
+            },
+            compute: Duration::from_secs(2),
+            rows,
+            ..EngineStats::default()
+        };
+        let rate = compute_rate(4 << 30, &ran(5, 5)).unwrap();
+        assert!((rate - 10.737).abs() < 1e-3, "{rate}");
+        assert_eq!(compute_rate(4 << 30, &ran(5, 40)), None);
+        assert_eq!(compute_rate(1 << 20, &ran(5, 5)), None);
+        assert_eq!(compute_rate(4 << 30, &EngineStats::default()), None);
+    }
 
     #[test]
     fn only_reads_from_the_disk_say_how_fast_it_is() {

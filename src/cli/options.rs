@@ -28,6 +28,14 @@ impl<T: Copy> OrAuto<T> {
             OrAuto::Is(t) => t,
         }
     }
+
+    /// What was given.
+    pub fn given(self) -> Option<T> {
+        match self {
+            OrAuto::Auto => None,
+            OrAuto::Is(t) => Some(t),
+        }
+    }
 }
 
 fn size_or_auto(text: &str) -> std::result::Result<OrAuto<u64>, String> {
@@ -56,6 +64,16 @@ fn count_or_auto(text: &str) -> std::result::Result<OrAuto<usize>, String> {
             .filter(|n| *n <= MOST_READ_AHEAD)
             .map(OrAuto::Is)
             .ok_or_else(|| format!("give a number up to {MOST_READ_AHEAD} or `auto`")),
+    }
+}
+
+/// Frames of a ring: at least two, one to fill and one to copy from.
+pub fn ring(text: &str) -> std::result::Result<OrAuto<usize>, String> {
+    match count_or_auto(text) {
+        Ok(OrAuto::Is(0 | 1)) | Err(_) => Err(format!(
+            "give a number from 2 to {MOST_READ_AHEAD} or `auto`"
+        )),
+        given => given,
     }
 }
 
@@ -211,6 +229,9 @@ pub struct MachineOptions {
     /// Reads in flight
     #[arg(long, value_name = "N", value_parser = count_or_auto, default_value = "auto", env = "TENSORPAGER_QUEUE_DEPTH", help_heading = "Machine")]
     pub queue_depth: OrAuto<usize>,
+    /// Pinned frames, a page each, between disk and GPU [default: as many as 256 MiB hold]
+    #[arg(long, value_name = "N", value_parser = ring, default_value = "auto", env = "TENSORPAGER_RING_SIZE", help_heading = "Machine")]
+    pub ring_size: OrAuto<usize>,
     /// How files are read
     #[arg(
         long,

@@ -32,7 +32,7 @@ Examples:
 TENSORPAGER_CPU_MEMORY; the option wins. RUST_LOG=tensorpager=debug logs to stderr; NO_COLOR is honoured.";
 
 /// Options that few need: `--help` lists them, `-h` does not.
-const RARE: [&str; 18] = [
+const RARE: [&str; 19] = [
     "allow-overflow",
     "allow-external",
     "config-from",
@@ -42,6 +42,7 @@ const RARE: [&str; 18] = [
     "prefetch-depth",
     "page-size",
     "queue-depth",
+    "ring-size",
     "io",
     "verify",
     "threads",

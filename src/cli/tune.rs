@@ -9,15 +9,15 @@ use serde_json::{Value, json};
 
 use super::found::Found;
 use super::model::{Model, OpenFor};
-use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, size};
+use super::options::{IoArg, MachineOptions, OrAuto, SourceOptions, ring, size};
 use super::signals;
-use crate::engine::{Engine, EngineOptions, Job};
+use crate::engine::{DeviceChoice, Engine, EngineOptions, Job, open_device};
 use crate::error::{Code, Error, Result};
 use crate::paging::{KeptSetting, PagerOptions, Placement, Setting, Space, Tuned, is_streamed};
 use crate::report::progress::CountProgress;
 use crate::spec::UnitKind;
 use crate::store::Store;
-use crate::units::{flag_size, human_bytes};
+use crate::units::human_bytes;
 
 /// A run's pass streams about this much: a longer one tells nothing more.
 const PASS_BYTES: u64 = 1 << 30;
@@ -47,6 +47,9 @@ pub struct TuneArgs {
     /// Units ahead of the one computing
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2,4")]
     prefetch_depths: Vec<usize>,
+    /// Pinned frames between disk and GPU, where a GPU computes; auto is as many as 256 MiB hold
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = ring, default_value = "auto,32")]
+    ring_sizes: Vec<OrAuto<usize>>,
     /// auto is io_uring where the system has it
     #[arg(
         long,
@@ -76,9 +79,9 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     found.expect_room(&machine, &OpenFor::default(), args.quiet)?;
     let budget = machine.cpu_budget()?;
     let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
-    let space = space(&args, &machine, &model)?;
     let kept = KeptSetting::of(&model.store.dir, !model.store.in_place);
     let options = model.engine_options(&machine, &OpenFor::default(), args.quiet)?;
+    let space = space(&args, &machine, &model, options.device != DeviceChoice::Cpu)?;
     let bench = Bench {
         store: shortened(model.store),
         options,
@@ -88,7 +91,7 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     let mut bar = CountProgress::new("tuning", crate::paging::most_runs(&space), args.quiet);
     let tuned = crate::paging::tune(&space, &mut |setting| {
         let time = bench.seconds_a_pass(setting, *setting == space.default);
-        bar.step(&words(setting));
+        bar.step(&setting.to_string());
         time
     });
     bar.finish();
@@ -113,7 +116,7 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model) -> Result<Space> {
+fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model, on_gpu: bool) -> Result<Space> {
     let bad = |flag: &str, why: &str| {
         Err(Error::new(
             Code::Usage,
@@ -139,6 +142,7 @@ fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model) -> Result<Spa
     let reading = model.reading(machine);
     let fixed =
         |given: bool, all: &[usize], one: usize| if given { vec![one] } else { all.to_vec() };
+    let streamed = || model.store.units.iter().filter(|u| is_streamed(u.kind));
     Ok(Space {
         default: reading,
         readers: match machine.io {
@@ -163,12 +167,13 @@ fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model) -> Result<Spa
             &args.prefetch_depths,
             reading.prefetch_depth,
         ),
-        streamed_units: model
-            .store
-            .units
-            .iter()
-            .filter(|u| is_streamed(u.kind))
-            .count(),
+        ring_frames: match (on_gpu, machine.ring_size) {
+            (false, _) => vec![None],
+            (true, OrAuto::Auto) => args.ring_sizes.iter().map(|n| n.given()).collect(),
+            (true, given) => vec![given.given()],
+        },
+        streamed_units: streamed().count(),
+        unit_bytes: streamed().map(|u| u.bytes).max().unwrap_or(0),
     })
 }
 
@@ -198,7 +203,7 @@ struct Bench {
 
 impl Bench {
     fn device(&self) -> Result<String> {
-        Ok(crate::device::Device::cpu(self.options.threads, None)?.describe())
+        Ok(open_device(&self.store.spec, &self.store.units, &self.options)?.describe())
     }
 
     /// Decodes one sequence with every unit on disk, for `seconds` and two passes at least. A setting that does not fit the memory given
@@ -208,6 +213,7 @@ impl Bench {
             placement: Placement::Disk,
             prefetch_depth: Some(setting.prefetch_depth),
             page_bytes: Some(setting.page_bytes),
+            ring_frames: setting.ring_frames,
             pager: PagerOptions {
                 reader: setting.reader,
                 queue_depth: setting.queue_depth,
@@ -246,16 +252,6 @@ impl Bench {
     }
 }
 
-fn words(s: &Setting) -> String {
-    format!(
-        "{} {} × {}, prefetch {}",
-        s.reader.name(),
-        flag_size(s.page_bytes),
-        s.queue_depth,
-        s.prefetch_depth
-    )
-}
-
 fn verdict(tuned: &Tuned, space: &Space) -> String {
     let (gain, noise) = (100.0 * (1.0 - tuned.ratio), 100.0 * tuned.noise);
     if tuned.best == space.default {
@@ -266,13 +262,15 @@ fn verdict(tuned: &Tuned, space: &Space) -> String {
     } else {
         format!(
             "best: {}, {gain:.1} % ± {noise:.1} % faster than the defaults",
-            words(&tuned.best)
+            tuned.best
         )
     }
 }
 
 fn curve(tuned: &Tuned, space: &Space) -> String {
     let shown: Vec<_> = tuned.curve.iter().filter(|s| s.ratio.is_finite()).collect();
+    let width = shown.iter().map(|s| s.setting.to_string().chars().count());
+    let width = width.max().unwrap_or(0);
     let slowest = shown.iter().map(|s| s.ratio).fold(1.0, f64::max);
     let mut text = String::from("time against the defaults, fastest first\n");
     for (i, s) in shown.iter().enumerate() {
@@ -281,8 +279,8 @@ fn curve(tuned: &Tuned, space: &Space) -> String {
             continue;
         }
         text += &format!(
-            "{:<42} {:>6.3}  {}{}\n",
-            words(&s.setting),
+            "{:<width$} {:>6.3}  {}{}\n",
+            s.setting.to_string(),
             s.ratio,
             "█".repeat((s.ratio / slowest * BAR).round().max(1.0) as usize),
             if is_default { "  defaults" } else { "" }
@@ -299,7 +297,13 @@ fn curve(tuned: &Tuned, space: &Space) -> String {
 }
 
 fn as_json(tuned: &Tuned, space: &Space) -> Value {
-    let setting = |s: &Setting| json!({"io": s.reader.name(), "page_size": s.page_bytes, "queue_depth": s.queue_depth, "prefetch_depth": s.prefetch_depth});
+    let setting = |s: &Setting| {
+        let mut row = json!({"io": s.reader.name(), "page_size": s.page_bytes, "queue_depth": s.queue_depth, "prefetch_depth": s.prefetch_depth});
+        if space.ring_frames != [None] {
+            row["ring_frames"] = json!(s.ring_frames);
+        }
+        row
+    };
     json!({
         "best": setting(&tuned.best),
         "default": setting(&space.default),

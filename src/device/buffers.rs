@@ -1,5 +1,7 @@
 //! What ops work on: activations, KV and the rest, each in the memory of the device that made it, and what they take of it.
 
+use std::time::Duration;
+
 use super::cpu::{ActBuf, AttnSegment, KvLayout, dense_scratch_bytes};
 use super::cuda::{self, CudaDevice, ListShape};
 use super::{Device, DeviceKind, KV_BLOCK_TOKENS};
@@ -105,6 +107,20 @@ pub struct Kv {
     pub(super) data: On<Vec<u8>, cuda::CudaKv>,
 }
 
+/// What a layer's part of a cache in host memory cost the pass behind it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvMove {
+    pub layer: usize,
+    pub to_gpu_bytes: u64,
+    pub to_host_bytes: u64,
+    /// When the copies to the GPU began, by the clock that was asked by.
+    pub began: Option<Duration>,
+    /// How long they took.
+    pub load: Duration,
+    /// How long the layer waited for them.
+    pub waited: Duration,
+}
+
 /// The rows of a pass as attention sees them.
 #[derive(Clone, Copy)]
 pub struct PassRows<'p> {
@@ -147,6 +163,15 @@ impl Kv {
         match &self.data {
             On::Cpu(_) => true,
             On::Cuda(data) => data.in_host(),
+        }
+    }
+
+    /// What the last pass moved between host memory and the GPU, layer by layer; nothing where keys and values lie where they are used. Only
+    /// after a whole pass that the device is done with.
+    pub fn moves(&self, clock: Option<&cuda::Clock>, each: &mut dyn FnMut(KvMove)) -> Result<()> {
+        match &self.data {
+            On::Cpu(_) => Ok(()),
+            On::Cuda(data) => data.moves(clock, each),
         }
     }
 }

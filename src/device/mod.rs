@@ -10,8 +10,8 @@ use std::marker::PhantomData;
 use crate::units::Dtype;
 
 pub use buffers::{
-    Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, KvShape, Lists, Mirror, PassRows, Room,
-    Rows, Span,
+    Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, KvMove, KvShape, Lists, Mirror, PassRows,
+    Room, Rows, Span,
 };
 pub use cpu::KV_BLOCK_TOKENS;
 pub use cuda::{CudaDevice, CudaOptions, ListShape};

@@ -79,6 +79,14 @@ impl Device {
         }
     }
 
+    /// Waits until the device has run everything it was given. What went wrong there is said here.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.synchronize(),
+        }
+    }
+
     /// Copies a whole KV block of every layer: before a forked sequence writes into a shared one.
     pub fn kv_copy(&self, kv: &mut Kv, from: u32, to: u32) -> Result<()> {
         if let Device::Cuda(d) = self {

@@ -20,7 +20,7 @@ pub struct GpuRoom {
 
 impl GpuRoom {
     /// What there is of a GPU that computes.
-    pub(super) fn of(device: &Device) -> Option<GpuRoom> {
+    pub fn of(device: &Device) -> Option<GpuRoom> {
         device.as_cuda().map(|d| GpuRoom {
             limit: d.limit(),
             base: d.base(),
@@ -115,7 +115,10 @@ pub(super) fn gpu_pass(
 }
 
 /// The device the options ask for, fit for this model.
-pub(super) fn open_device(
+///
+/// # Errors
+/// A GPU that is not there, cannot be used, or cannot run this model: in plain words.
+pub fn open_device(
     spec: &ModelSpec,
     units: &[UnitLayout],
     options: &EngineOptions,

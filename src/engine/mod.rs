@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-pub use gpu::{GpuRoom, gpu_dtype, refuse_for_gpu};
+pub use gpu::{GpuRoom, gpu_dtype, open_device, refuse_for_gpu};
 pub use memory::{Charges, HostMemory, SLACK_BYTES, cgroup_limit, peak_bytes};
 pub use open::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions,
@@ -248,7 +248,7 @@ impl Engine {
 
     /// Waits for what was given to the device, and counts.
     fn finish_pass(&mut self, started: Instant) -> Result<()> {
-        self.pager.end_pass()?;
+        self.pager.end_pass(&self.kv)?;
         self.pass_time += started.elapsed();
         self.rows += self.scheduler.pass.rows() as u64;
         Ok(())

@@ -16,7 +16,9 @@ use crate::device::{CudaDevice, DeviceKind, KvShape};
 use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
 use crate::model::kv::KvPool;
-use crate::paging::{Budget, Origin, Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize};
+use crate::paging::{
+    Budget, Frames, Origin, Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize,
+};
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
 use crate::units::{Dtype, UnitId, flag_size, human_bytes};
@@ -52,6 +54,8 @@ pub struct EngineOptions {
     pub placement: Placement,
     pub prefetch_depth: Option<usize>,
     pub page_bytes: Option<u64>,
+    /// Pinned frames of a page each, where a GPU computes; by default as many as 256 MiB hold.
+    pub ring_frames: Option<usize>,
     pub pager: PagerOptions,
     pub threads: Option<usize>,
     /// Longest sequence, prompt and answer together.
@@ -87,6 +91,7 @@ impl Default for EngineOptions {
             placement: Placement::Auto,
             prefetch_depth: None,
             page_bytes: None,
+            ring_frames: None,
             pager: PagerOptions::default(),
             threads: None,
             context: 2048,
@@ -102,6 +107,16 @@ impl Default for EngineOptions {
             gpu_memory: None,
             gemm: Gemm::Own,
             isa: None,
+        }
+    }
+}
+
+impl EngineOptions {
+    /// How the ring between disk and GPU is cut.
+    pub(super) fn frames(&self) -> Frames {
+        Frames {
+            page_bytes: self.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES),
+            count: self.ring_frames,
         }
     }
 }
@@ -329,14 +344,14 @@ fn fit_kv(
             Plan::of_sizes(units, left, depth, &options.placement, spec.tied_head)
         })?,
         Some(gpu) => {
-            let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+            let frames = options.frames();
             let plan = |cpu_bytes, gpu_bytes| {
                 let budget = Budget {
                     cpu_bytes,
                     gpu_bytes: Some(gpu_bytes),
                 };
                 let placement = &options.placement;
-                Plan::on_gpu(units, budget, depth, placement, spec.tied_head, page_bytes)
+                Plan::on_gpu(units, budget, depth, placement, spec.tied_head, frames)
             };
             let tokens = gpu_pass(options, gpu.limit, wanted, &device_charges, &|left| {
                 plan(1 << 46, left)

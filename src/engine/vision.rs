@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::open::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, EngineOptions};
+use super::open::{DEFAULT_PREFETCH_DEPTH, EngineOptions};
 use super::pictures::{Pictures, text_only};
 use super::source::Paged;
 use crate::device::{CudaDevice, Device, DeviceKind, Room};
@@ -98,14 +98,13 @@ impl VisionNeed {
         budget: u64,
     ) -> Result<Option<VisionNeed>> {
         let depth = options.prefetch_depth.unwrap_or(DEFAULT_PREFETCH_DEPTH);
-        let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
         let Some(room) = options.vision.filter(|r| r.patches > 0) else {
             return Ok(None);
         };
         let spec = spec.vision.clone().ok_or_else(text_only)?;
         let plan = match kind {
             DeviceKind::Cpu => Plan::vision(units, depth),
-            DeviceKind::Cuda => Plan::vision_on_gpu(units, depth, page_bytes),
+            DeviceKind::Cuda => Plan::vision_on_gpu(units, depth, options.frames()),
         };
         let mut limits = Limits {
             wave: room.patches.max(room.slice),

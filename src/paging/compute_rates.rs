@@ -1,4 +1,4 @@
-//! How fast this machine multiplies: measured once, kept in the user's cache.
+//! How fast this machine multiplies, its CPU or a GPU: measured once, kept in the user's cache.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -7,17 +7,26 @@ use serde::{Deserialize, Serialize};
 
 use super::predict::ComputeRates;
 use super::rates::{cache_dir, machine_name};
-use crate::device::{Device, Into, WeightView};
-use crate::error::Result;
+use crate::device::cuda::{Copier, CudaDevice, Piece, Slot, Ticks};
+use crate::device::{Acts, Device, Into, Rows, WeightView};
+use crate::error::{Code, Error, Result};
 use crate::units::Dtype;
 
 /// Rows measured: one sequence, a few, and enough that arithmetic decides.
 const ROWS: [usize; 4] = [1, 8, 64, 256];
 /// Weights multiplied: more than a last-level cache holds, so that one row meets the memory.
 const WEIGHT_BYTES: usize = 160 << 20;
+/// With less there is nothing to measure.
+const LEAST_BYTES: usize = 1 << 20;
 const COLS: usize = 3584;
-/// Rows of one product, as a layer's: the matrix is walked in pieces like a layer's tensors are.
+/// The matrix is walked in pieces like a layer's tensors are.
+const PIECES: usize = 4;
 const TIME_EACH: Duration = Duration::from_millis(250);
+/// One row with all weights takes no longer, or fewer weights are taken: an emulated GPU would be measured for minutes.
+const SLOWEST: Duration = Duration::from_millis(100);
+/// Products are timed in runs of about this: a GPU is given work and waited for in a tenth of a millisecond, which is not its rate.
+const RUN: Duration = Duration::from_millis(2);
+const MOST_REPEATS: usize = 64;
 
 /// How much faster than its record a machine must be seen before the record is doubted.
 const BEATEN_BY: f64 = 1.1;
@@ -27,7 +36,11 @@ struct Record {
     machine: String,
     device: String,
     dtype: Dtype,
-    rates: ComputeRates,
+    #[serde(default)]
+    rates: Option<ComputeRates>,
+    /// What runs of one row a pass last took on a GPU, everything that a layer computes included, nanoseconds per byte of weights.
+    #[serde(default)]
+    ran_ns_per_byte: Option<f64>,
 }
 
 /// The record of this machine's products in one weight type.
@@ -53,19 +66,44 @@ impl KeptCompute {
         }
     }
 
-    /// What was measured before on this machine with these threads.
-    pub fn known(&self) -> Option<ComputeRates> {
+    fn record(&self) -> Option<Record> {
         let record: Record =
             serde_json::from_str(&std::fs::read_to_string(&self.path).ok()?).ok()?;
         let ours = record.machine == machine_name()
             && record.device == self.device
-            && record.dtype == self.dtype
-            && record.rates.memory_gb_per_s > 0.0
-            && record.rates.gflops > 0.0;
-        ours.then_some(record.rates)
+            && record.dtype == self.dtype;
+        ours.then_some(record)
     }
 
-    /// A run multiplied one row at this rate. A record it beats clearly was taken on a busy machine: it is given up, and the next
+    fn keep(&self, change: impl FnOnce(&mut Record)) {
+        let mut record = self.record().unwrap_or_else(|| Record {
+            machine: machine_name(),
+            device: self.device.clone(),
+            dtype: self.dtype,
+            rates: None,
+            ran_ns_per_byte: None,
+        });
+        change(&mut record);
+        // A record that cannot be kept costs a second next time, no more.
+        if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
+            let _ = std::fs::create_dir_all(dir);
+            let _ = std::fs::write(&self.path, text);
+        }
+    }
+
+    /// What was measured before on this machine with these threads, or with this GPU.
+    pub fn known(&self) -> Option<ComputeRates> {
+        let record = self.record()?;
+        let rates = record
+            .rates
+            .filter(|r| r.memory_gb_per_s > 0.0 && r.gflops > 0.0)?;
+        Some(match record.ran_ns_per_byte {
+            Some(ran) if ran > 0.0 => rates.with_one_row(ran),
+            _ => rates,
+        })
+    }
+
+    /// A run multiplied one row at this rate on a CPU. A record it beats clearly was taken on a busy machine: it is given up, and the next
     /// who asks measures anew. Everything a pass computes counts as multiplying, so a run never flatters itself.
     pub fn ran_at(&self, memory_gb_per_s: f64) {
         let beaten = |known: ComputeRates| memory_gb_per_s > known.memory_gb_per_s * BEATEN_BY;
@@ -75,73 +113,181 @@ impl KeptCompute {
         }
     }
 
-    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of memory for that long.
+    /// As [`KeptCompute::ran_at`], on a GPU, whose own clock timed it: kept as it is, since a layer there is much more than its products
+    /// (a launch each of a dozen kernels) and nothing else computes beside it.
+    pub fn ran_on_gpu_at(&self, memory_gb_per_s: f64) {
+        if memory_gb_per_s.is_finite() && memory_gb_per_s > 0.0 {
+            self.keep(|r| r.ran_ns_per_byte = Some(1.0 / memory_gb_per_s));
+        }
+    }
+
+    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long.
+    ///
+    /// # Errors
+    /// `Memory`: a GPU without room for anything to measure; those of the device.
     pub fn known_or_measured(&self, device: &Device) -> Result<ComputeRates> {
         if let Some(rates) = self.known() {
             return Ok(rates);
         }
-        let rates = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
-        let record = Record {
-            machine: machine_name(),
-            device: self.device.clone(),
-            dtype: self.dtype,
-            rates,
-        };
-        // A record that cannot be kept costs a second next time, no more.
-        if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
-            let _ = std::fs::create_dir_all(dir);
-            let _ = std::fs::write(&self.path, text);
-        }
-        Ok(record.rates)
+        let measured = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
+        self.keep(|r| r.rates = Some(measured.clone()));
+        Ok(self.known().unwrap_or(measured))
     }
 }
 
-/// Times products of a few numbers of rows with `bytes` of weights; the median of each.
-fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Result<ComputeRates> {
-    let row_bytes = COLS * dtype.bytes();
-    let out_rows = (bytes / row_bytes).max(1);
-    // Small finite values of any type: what they are does not matter, that they are no zeros' page does.
-    let one: &[u8] = match dtype {
-        Dtype::BF16 => &[0x00, 0x3c],
-        Dtype::F16 => &[0x00, 0x1c],
-        Dtype::F32 => &[0x00, 0x00, 0x00, 0x3c],
-    };
-    let weights: Vec<u8> = one
-        .iter()
-        .copied()
-        .cycle()
-        .take(out_rows * row_bytes)
-        .collect();
-    let whole = WeightView::packed(dtype, out_rows, COLS, &weights);
-    let norm = WeightView::packed(dtype, 1, COLS, &weights[..row_bytes]);
-    let piece = out_rows.div_ceil(4);
-    let mut points = Vec::new();
-    for rows in ROWS {
+/// Weights in the device's memory. Small finite values of any type: what they are does not matter, that they are no zeros' page does.
+enum Weights {
+    Host(Vec<u8>),
+    Gpu(Slot),
+}
+
+impl Weights {
+    fn new(device: &Device, dtype: Dtype, bytes: usize) -> Result<Weights> {
+        let one: &[u8] = match dtype {
+            Dtype::BF16 => &[0x00, 0x3c],
+            Dtype::F16 => &[0x00, 0x1c],
+            Dtype::F32 => &[0x00, 0x00, 0x00, 0x3c],
+        };
+        let pattern = |bytes| one.iter().copied().cycle().take(bytes).collect();
+        match device.as_cuda() {
+            None => Ok(Weights::Host(pattern(bytes))),
+            Some(gpu) => Weights::on_gpu(gpu, pattern(bytes.min(LEAST_BYTES)), bytes),
+        }
+    }
+
+    /// `pattern` again and again.
+    fn on_gpu(gpu: &CudaDevice, pattern: Vec<u8>, bytes: usize) -> Result<Weights> {
+        let context = gpu.context();
+        let mut copier = Copier::new(context, 1)?;
+        copier.bind()?;
+        let mut slot = Slot::new(context, bytes as u64, "weights to measure products with")?;
+        let pieces: Vec<Piece> = (0..bytes)
+            .step_by(pattern.len())
+            .map(|to| Piece {
+                from: 0,
+                to,
+                bytes: pattern.len().min(bytes - to),
+            })
+            .collect();
+        copier.begin(&mut slot)?;
+        copier.send(pattern, &pieces, &slot)?;
+        copier.finish(&mut slot)?;
+        copier.reclaim(true)?;
+        gpu.compute().acquire(&mut slot, &Ticks::new(context)?)?;
+        Ok(Weights::Gpu(slot))
+    }
+
+    fn view(&self, dtype: Dtype, rows: usize) -> WeightView<'_> {
+        match self {
+            Weights::Host(bytes) => WeightView::packed(dtype, rows, COLS, bytes),
+            Weights::Gpu(slot) => WeightView {
+                dtype,
+                rows,
+                cols: COLS,
+                row_stride: COLS * dtype.bytes(),
+                data: slot.bytes(),
+            },
+        }
+    }
+}
+
+/// Products of a number of rows with all weights.
+struct Products<'w> {
+    whole: WeightView<'w>,
+    rows: usize,
+    acts: Acts,
+    out: Rows,
+}
+
+impl<'w> Products<'w> {
+    fn new(device: &Device, whole: WeightView<'w>, rows: usize) -> Result<Products<'w>> {
         let x = device.rows(rows, COLS)?;
-        let mut acts = device.acts(rows, COLS, dtype)?;
-        device.rmsnorm(&x, 0, rows, &norm, 1e-6, &mut acts)?;
-        let mut out = device.rows(rows, piece)?;
-        let mut times = Vec::new();
-        let started = Instant::now();
-        while times.len() < 3 || (started.elapsed() < each && times.len() < 64) {
-            let begin = Instant::now();
-            for first in (0..out_rows).step_by(piece) {
-                let n = piece.min(out_rows - first);
-                device.reshape(&mut out, n);
+        let mut acts = device.acts(rows, COLS, whole.dtype)?;
+        device.rmsnorm(&x, 0, rows, &whole.slice_rows(0, 1), 1e-6, &mut acts)?;
+        Ok(Products {
+            out: device.rows(rows, whole.rows.div_ceil(PIECES))?,
+            whole,
+            rows,
+            acts,
+        })
+    }
+
+    /// Seconds for all weights once, in a run of `repeats`.
+    fn time(&mut self, device: &Device, repeats: usize) -> Result<f64> {
+        let piece = self.whole.rows.div_ceil(PIECES);
+        let begin = Instant::now();
+        for _ in 0..repeats {
+            for first in (0..self.whole.rows).step_by(piece) {
+                let n = piece.min(self.whole.rows - first);
+                device.reshape(&mut self.out, n);
                 device.linear(
-                    &acts,
-                    rows,
-                    &whole.slice_rows(first, n),
+                    &self.acts,
+                    self.rows,
+                    &self.whole.slice_rows(first, n),
                     None,
-                    &mut out,
+                    &mut self.out,
                     0,
                     Into::Store,
                 )?;
             }
-            times.push(begin.elapsed().as_secs_f64());
+        }
+        device.synchronize()?;
+        Ok(begin.elapsed().as_secs_f64() / repeats as f64)
+    }
+
+    /// The median of runs for `each`; one where that takes longer than a few times `each`.
+    fn median(&mut self, device: &Device, each: Duration) -> Result<f64> {
+        let warm = self.time(device, 1)?;
+        let repeats = ((RUN.as_secs_f64() / warm.max(1e-9)) as usize).clamp(1, MOST_REPEATS);
+        let mut times = Vec::new();
+        let started = Instant::now();
+        let wanted = |n: usize| match started.elapsed() {
+            spent if spent > 4 * each => n == 0,
+            spent => n < 3 || (spent < each && n < 64),
+        };
+        while wanted(times.len()) {
+            times.push(self.time(device, repeats)?);
         }
         times.sort_by(f64::total_cmp);
-        points.push((rows, times[times.len() / 2] * 1e9 / weights.len() as f64));
+        Ok(times[times.len() / 2])
+    }
+}
+
+/// Bytes of weights to measure with: `most`, or what the device has room for, or multiplies in a bearable time.
+fn affordable(device: &Device, dtype: Dtype, most: usize) -> Result<usize> {
+    let left = match device.as_cuda() {
+        None => most,
+        Some(gpu) => (gpu.left() / 2).min(most as u64) as usize,
+    };
+    if left < LEAST_BYTES.min(most) {
+        return Err(Error::new(
+            Code::Memory,
+            "there is no GPU memory to measure products with",
+            format!("{left} bytes are left beside the driver's context and the kernels"),
+            "give a larger --gpu-memory",
+        ));
+    }
+    let few = LEAST_BYTES.min(left);
+    let weights = Weights::new(device, dtype, few)?;
+    let rows = few / (COLS * dtype.bytes());
+    let mut products = Products::new(device, weights.view(dtype, rows.max(1)), 1)?;
+    products.time(device, 1)?;
+    let all_s = products.time(device, 1)? * left as f64 / few as f64;
+    let share = (SLOWEST.as_secs_f64() / all_s.max(1e-9)).min(1.0);
+    Ok(((left as f64 * share) as usize).clamp(few / 16, left))
+}
+
+/// Times products of a few numbers of rows with `bytes` of weights, or fewer; the median of each.
+fn measure(device: &Device, dtype: Dtype, bytes: usize, each: Duration) -> Result<ComputeRates> {
+    let bytes = affordable(device, dtype, bytes)?;
+    let out_rows = (bytes / (COLS * dtype.bytes())).max(1);
+    let bytes = out_rows * COLS * dtype.bytes();
+    let weights = Weights::new(device, dtype, bytes)?;
+    let mut points = Vec::new();
+    for rows in ROWS {
+        let mut products = Products::new(device, weights.view(dtype, out_rows), rows)?;
+        let seconds = products.median(device, each)?;
+        points.push((rows, seconds * 1e9 / bytes as f64));
     }
     let one_row = points[0].1;
     let (rows, many) = points[points.len() - 1];
@@ -175,7 +321,8 @@ mod tests {
             machine: machine_name(),
             device: device.describe(),
             dtype: Dtype::BF16,
-            rates: rates.clone(),
+            rates: Some(rates.clone()),
+            ran_ns_per_byte: None,
         };
         std::fs::write(&kept.path, serde_json::to_string(&record).unwrap()).unwrap();
         let known = kept.known().unwrap();
@@ -189,5 +336,29 @@ mod tests {
         record.machine = "another".into();
         std::fs::write(&kept.path, serde_json::to_string(&record).unwrap()).unwrap();
         assert_eq!(kept.known(), None);
+    }
+
+    #[test]
+    fn what_runs_on_a_gpu_took_stands_for_one_row() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = Device::cpu(Some(1), None).unwrap();
+        let kept = KeptCompute::within(dir.path().into(), &device, Dtype::BF16);
+        kept.ran_on_gpu_at(500.0);
+        assert_eq!(kept.known(), None, "nothing is known of more rows");
+        let measured = ComputeRates {
+            memory_gb_per_s: 2000.0,
+            gflops: 1e5,
+            element_bytes: 2.0,
+            points: vec![(1, 0.0005), (8, 0.0006), (256, 0.01)],
+        };
+        kept.keep(|r| r.rates = Some(measured.clone()));
+        let known = kept.known().unwrap();
+        assert_eq!(known.memory_gb_per_s, 500.0);
+        // What one row takes, eight take at least.
+        assert_eq!(known.points, [(1, 0.002), (8, 0.002), (256, 0.01)]);
+        assert_eq!(known.gflops, measured.gflops);
+        kept.ran_on_gpu_at(f64::NAN);
+        kept.ran_on_gpu_at(1000.0);
+        assert_eq!(kept.known().unwrap().memory_gb_per_s, 1000.0);
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use super::gpu::GpuTrace;
 use super::stream::{Fill, Shared};
 use crate::device::cuda::{Context, Copier, Slot};
 use crate::error::Result;
@@ -65,13 +66,27 @@ pub(super) struct Copies {
     free: Vec<Frame>,
     landed: Vec<Landed>,
     tails: VecDeque<Tail>,
+    trace: Option<GpuTrace>,
+    /// When the unit that is being copied was begun with, and the bytes of all copies before it; for the trace.
+    unit_begun: Option<(Duration, u64)>,
 }
 
 impl Copies {
     /// `frames`: the ring, each as large as a page. `units`: that may be on their way at once.
-    pub fn new(context: &Arc<Context>, frames: Vec<Frame>, units: usize) -> Result<Copies> {
+    pub fn new(
+        context: &Arc<Context>,
+        frames: Vec<Frame>,
+        units: usize,
+        trace: Option<GpuTrace>,
+    ) -> Result<Copies> {
+        let mut copier = Copier::new(context, frames.len() + units + 1)?;
+        if let Some(trace) = &trace {
+            copier.tell_time(trace.clock.clone());
+        }
         Ok(Copies {
-            copier: Copier::new(context, frames.len() + units + 1)?,
+            copier,
+            trace,
+            unit_begun: None,
             landed: Vec::with_capacity(frames.len()),
             tails: VecDeque::with_capacity(units + 2),
             free: frames,
@@ -198,9 +213,13 @@ impl Copies {
 
     /// Takes back the frames of copies that are done; with `wait`, waits for the oldest.
     pub fn reclaim(&mut self, mut wait: bool, shared: &Shared) -> Result<()> {
+        let mut before = self.copier.totals().0;
         while let Some((source, took)) = self.copier.reclaim(wait)? {
             wait = false;
             let number = self.copier.counts().1;
+            if self.trace.is_some() && self.unit_begun.is_none() {
+                self.unit_begun = Some((self.copier.began(), before));
+            }
             for tail in &mut self.tails {
                 if tail.first <= number && number <= tail.last {
                     tail.took += took;
@@ -210,11 +229,13 @@ impl Copies {
                 if let Some(tail) = self.tails.pop_front() {
                     let ns = tail.took.as_nanos() as u64;
                     shared.counters.copy_tail_ns[tail.unit.index()].store(ns, Relaxed);
+                    self.note_unit(tail.unit, took);
                 }
             }
             if let Source::Frame(frame) = source {
                 self.free.push(frame);
             }
+            before = self.copier.totals().0;
         }
         let (bytes, busy) = self.copier.totals();
         shared.counters.h2d_bytes.store(bytes, Relaxed);
@@ -223,6 +244,14 @@ impl Copies {
             .h2d_ns
             .store(busy.as_nanos() as u64, Relaxed);
         Ok(())
+    }
+
+    /// The unit's last copy, which took `last`, is done.
+    fn note_unit(&mut self, unit: UnitId, last: Duration) {
+        if let (Some(trace), Some((begun, before))) = (&self.trace, self.unit_begun.take()) {
+            let bytes = self.copier.totals().0 - before;
+            trace.copied(unit, begun, self.copier.began() + last, bytes);
+        }
     }
 
     /// Nothing can go on before a copy is done.

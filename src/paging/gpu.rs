@@ -6,10 +6,70 @@ use std::time::Duration;
 use super::copies::Copies;
 use super::plan::Plan;
 use super::stats::PagingStats;
-use crate::device::cuda::{Compute, Pin, Slot, Ticks};
+use super::trace::{Happening, Trace, TraceEvent};
+use crate::device::cuda::{Clock, Compute, Pin, Slot, Ticks};
+use crate::device::{Kv, KvMove};
 use crate::error::{Error, Result};
 use crate::io::{Arena, Frame, Region};
 use crate::units::UnitId;
+
+/// A trace that knows the GPU's clock.
+pub(super) struct GpuTrace {
+    trace: Arc<Trace>,
+    pub clock: Arc<Clock>,
+    /// The trace's time when the GPU's began.
+    zero_ns: u64,
+}
+
+impl GpuTrace {
+    fn new(trace: &Arc<Trace>, compute: &Compute) -> Result<GpuTrace> {
+        Ok(GpuTrace {
+            clock: Arc::new(compute.clock()?),
+            zero_ns: trace.now_ns(),
+            trace: trace.clone(),
+        })
+    }
+
+    /// The same for another thread.
+    fn shared(&self) -> GpuTrace {
+        GpuTrace {
+            trace: self.trace.clone(),
+            clock: self.clock.clone(),
+            zero_ns: self.zero_ns,
+        }
+    }
+
+    /// Of `start` and `end` by the GPU's clock.
+    fn event(
+        &self,
+        what: Happening,
+        unit: UnitId,
+        start: Duration,
+        end: Duration,
+        bytes: u64,
+    ) -> TraceEvent {
+        let ns = |at: Duration| self.zero_ns + at.as_nanos() as u64;
+        TraceEvent {
+            what,
+            unit: Some(unit),
+            start_ns: ns(start),
+            end_ns: ns(end.max(start)),
+            bytes,
+        }
+    }
+
+    /// To be called by the reading thread only.
+    pub fn copied(&self, unit: UnitId, start: Duration, end: Duration, bytes: u64) {
+        self.trace
+            .reading(self.event(Happening::Copy, unit, start, end, bytes));
+    }
+
+    /// To be called by the computing side only.
+    fn computing(&self, what: Happening, unit: UnitId, start: Duration, end: Duration, bytes: u64) {
+        self.trace
+            .computing(self.event(what, unit, start, end, bytes));
+    }
+}
 
 pub(super) struct GpuSide {
     compute: Compute,
@@ -22,11 +82,18 @@ pub(super) struct GpuSide {
     pins: Vec<Pin>,
     /// Why some copies go through memory that is not pinned.
     pub unpinned: Option<String>,
+    trace: Option<GpuTrace>,
 }
 
 impl GpuSide {
     /// Takes the ring of frames from the arena and pins it.
-    pub fn new(compute: Compute, plan: &Plan, arena: &Arena, units: usize) -> Result<GpuSide> {
+    pub fn new(
+        compute: Compute,
+        plan: &Plan,
+        arena: &Arena,
+        units: usize,
+        trace: Option<&Arc<Trace>>,
+    ) -> Result<GpuSide> {
         let ring = plan.ring();
         let exhausted = || Error::internal("the arena is smaller than its plan");
         let region = arena.take(ring.bytes()).ok_or_else(exhausted)?;
@@ -38,6 +105,7 @@ impl GpuSide {
             copies: None,
             pins: Vec::new(),
             unpinned: None,
+            trace: trace.map(|t| GpuTrace::new(t, &compute)).transpose()?,
             compute,
         };
         let region = Arc::new(region);
@@ -46,7 +114,8 @@ impl GpuSide {
         let frames: Vec<Frame> = (0..ring.frames)
             .map(|_| region.lend(ring.frame_bytes as usize))
             .collect();
-        side.copies = Some(Copies::new(&context, frames, units)?);
+        let shared = side.trace.as_ref().map(GpuTrace::shared);
+        side.copies = Some(Copies::new(&context, frames, units, shared)?);
         Ok(side)
     }
 
@@ -115,13 +184,46 @@ impl GpuSide {
     ) -> Result<()> {
         self.compute.synchronize()?;
         for unit in self.walked.drain(..) {
-            let (waited, computed) = self.ticks[unit.index()].spent()?;
+            let ticks = &self.ticks[unit.index()];
+            let (waited, computed) = ticks.spent()?;
             let copy = waited.min(tail(unit));
             stats.gpu_compute += computed;
             stats.stall_copy += copy;
             stats.stall_disk += waited - copy;
+            if let Some(trace) = &self.trace {
+                let [there, on, left] = ticks.times(&trace.clock)?;
+                if !waited.is_zero() {
+                    trace.computing(Happening::Wait, unit, there, on, 0);
+                }
+                trace.computing(Happening::Compute, unit, on, left, 0);
+            }
         }
         Ok(())
+    }
+
+    /// Adds what keys and values in host memory cost the pass that has just ended; `layer`: the unit of a layer. A wait for them lies within
+    /// what counted as computing.
+    pub fn end_kv(
+        &self,
+        kv: &Kv,
+        stats: &mut PagingStats,
+        layer: impl Fn(usize) -> Option<UnitId>,
+    ) -> Result<()> {
+        let clock = self.trace.as_ref().map(|t| &*t.clock);
+        kv.moves(clock, &mut |moved: KvMove| {
+            stats.copied_bytes += moved.to_gpu_bytes;
+            stats.kv_bytes += moved.to_gpu_bytes;
+            stats.h2d_bytes += moved.to_gpu_bytes;
+            stats.d2h_bytes += moved.to_host_bytes;
+            stats.h2d += moved.load;
+            stats.stall_copy += moved.waited;
+            stats.gpu_compute = stats.gpu_compute.saturating_sub(moved.waited);
+            let unit = layer(moved.layer).filter(|_| moved.to_gpu_bytes > 0);
+            if let (Some(trace), Some(unit), Some(began)) = (&self.trace, unit, moved.began) {
+                let end = began + moved.load;
+                trace.computing(Happening::Kv, unit, began, end, moved.to_gpu_bytes);
+            }
+        })
     }
 
     /// Forgets the pass under way: it failed.

@@ -6,6 +6,7 @@ mod device_layout;
 mod device_map;
 mod gather;
 mod gpu;
+mod kept_setting;
 mod origin;
 mod pager;
 mod plan;
@@ -22,11 +23,13 @@ mod tune;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
+pub use kept_setting::{KeptSetting, TUNE_FILE};
 pub use origin::{Origin, unit_name};
 pub(crate) use pager::interrupted;
 pub use pager::{Lease, Pager, PagerOptions, WrapReader};
 pub use plan::{
-    GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed, is_vision,
+    Frames, GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,
+    is_vision,
 };
 pub use planner::Planner;
 pub use predict::{
@@ -39,4 +42,4 @@ pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 pub use stream::VerifyWhen;
 pub use trace::{Happening, TRACE_EVENTS, Trace, TraceEvent};
-pub use tune::{KeptSetting, Score, Setting, Space, TUNE_FILE, Tuned, most_runs, tune};
+pub use tune::{Score, Setting, Space, Tuned, most_runs, tune};

@@ -14,8 +14,8 @@ use super::stats::{Counters, PagingStats};
 use super::stream::{Filled, Gather, Ports, Shared, Stream, VerifyWhen};
 use super::sync::{self, JoinHandle, Receiver, RecvTimeoutError, Sender, bounded};
 use super::trace::{Happening, Trace, TraceEvent};
-use crate::device::Bytes;
 use crate::device::cuda::{Compute, Slot};
+use crate::device::{Bytes, Kv};
 use crate::error::{Code, Error, Result};
 use crate::io::{self, Arena, Flights, OpenFile, ReaderKind, Region};
 use crate::planted::{self, Bug};
@@ -179,7 +179,13 @@ impl Pager {
         };
         let mut gpu = match compute {
             None => None,
-            Some(compute) => Some(GpuSide::new(compute, &plan, &arena, units)?),
+            Some(compute) => Some(GpuSide::new(
+                compute,
+                &plan,
+                &arena,
+                units,
+                options.trace.as_ref(),
+            )?),
         };
         let (schedule, schedule_rx) = bounded(3 * units + 4);
         let (free, free_rx) = bounded(units + plan.slots + 1);
@@ -303,14 +309,21 @@ impl Pager {
         }
     }
 
-    /// To be called when a pass has been given to the device in full: waits for it, and reads off how long it waited and computed.
-    pub fn end_pass(&mut self) -> Result<()> {
+    /// To be called when a pass has been given to the device in full: waits for it, and reads off how long it waited and computed, and what
+    /// of its keys and values was copied.
+    pub fn end_pass(&mut self, kv: &Kv) -> Result<()> {
         let Some(gpu) = &mut self.gpu else {
             return Ok(());
         };
         let tails = &self.shared.counters.copy_tail_ns;
         gpu.end_pass(&mut self.stats, |unit| {
             Duration::from_nanos(tails[unit.index()].load(Relaxed))
+        })?;
+        let layouts = &self.shared.layouts;
+        gpu.end_kv(kv, &mut self.stats, |layer| {
+            let is_it =
+                |l: &SlotLayout| matches!(l.kind, UnitKind::Layer(i) if i as usize == layer);
+            Some(UnitId(layouts.iter().position(is_it)? as u32))
         })
     }
 
@@ -374,7 +387,7 @@ impl Pager {
                 if self.gpu.is_none() {
                     self.stats.stall_disk += started.elapsed();
                 }
-                self.note(Happening::Wait, Some(unit), from, 0);
+                self.note_on_host(Happening::Wait, unit, from);
                 filled?
             }
         };
@@ -441,7 +454,7 @@ impl Pager {
 
     pub fn release(&mut self, lease: Lease) -> Result<()> {
         let (Lease::Resident(unit) | Lease::Slot(unit, _) | Lease::DeviceSlot(unit, _)) = &lease;
-        self.note(Happening::Compute, Some(*unit), self.handed_ns, 0);
+        self.note_on_host(Happening::Compute, *unit, self.handed_ns);
         match (lease, &self.gpu) {
             (Lease::Resident(unit), Some(gpu)) => gpu.leave(unit),
             (Lease::Resident(_), None) => Ok(()),
@@ -463,6 +476,13 @@ impl Pager {
     /// The trace's clock; 0 without a trace.
     pub(super) fn now_ns(&self) -> u64 {
         self.trace.as_ref().map_or(0, |t| t.now_ns())
+    }
+
+    /// As [`Pager::note`]. What a GPU does is told by its own clock when the pass has ended.
+    fn note_on_host(&self, what: Happening, unit: UnitId, start_ns: u64) {
+        if self.gpu.is_none() {
+            self.note(what, Some(unit), start_ns, 0);
+        }
     }
 
     /// Something that began at `start_ns` ends now.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::planner::Planner;
 use super::slot::SlotLayout;
-use super::strategy::{Budget, Problem, Strategy, TierRates, UnitSize};
+use super::strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};
 use crate::device::cuda::Slot;
 use crate::error::{Code, Error, Result};
 use crate::spec::UnitKind;
@@ -102,17 +102,26 @@ pub struct Ring {
     pub frame_bytes: u64,
 }
 
-/// What the ring may take, however large the units are.
+/// What the ring takes at most where nobody says how many frames, however large the units are.
 pub const RING_BYTES: u64 = 256 << 20;
 
+/// What is asked of the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frames {
+    pub page_bytes: u64,
+    /// `None`: as many as [`RING_BYTES`] hold.
+    pub count: Option<usize>,
+}
+
 impl Ring {
-    /// For pages of `page_bytes`: no more frames than two of the largest units have pages.
-    pub fn new(units: &[UnitSize], page_bytes: u64) -> Ring {
+    /// No more frames than two of the largest units have pages.
+    pub fn new(units: &[UnitSize], asked: Frames) -> Ring {
         let largest = units.iter().map(|u| u.room_bytes).max().unwrap_or(0);
-        let frame_bytes = page_bytes.min(largest).max(ALIGN_BYTES);
+        let frame_bytes = asked.page_bytes.min(largest).max(ALIGN_BYTES);
         let of_use = 2 * largest.div_ceil(frame_bytes) + 2;
+        let count = asked.count.map_or(RING_BYTES / frame_bytes, |n| n as u64);
         Ring {
-            frames: (RING_BYTES / frame_bytes).clamp(2, of_use) as usize,
+            frames: count.clamp(2, of_use) as usize,
             frame_bytes,
         }
     }
@@ -165,6 +174,11 @@ impl Plan {
         slots + self.resident_bytes + self.gather_bytes
     }
 
+    /// Weights that a pass with logits computes with, wherever they rest.
+    pub fn weight_bytes(&self) -> u64 {
+        self.resident_bytes + self.gpu.map_or(0, |g| g.resident_bytes) + self.streamed_bytes
+    }
+
     /// GPU memory the pager takes.
     pub fn device_bytes(&self) -> u64 {
         self.gpu.map_or(0, |gpu| {
@@ -185,7 +199,7 @@ impl Plan {
     }
 
     /// The same tower on a GPU.
-    pub fn vision_on_gpu(units: &[UnitSize], depth: usize, page_bytes: u64) -> Plan {
+    pub fn vision_on_gpu(units: &[UnitSize], depth: usize, frames: Frames) -> Plan {
         let plan = Plan::vision(units, depth);
         let tower: Vec<UnitSize> = units
             .iter()
@@ -196,7 +210,7 @@ impl Plan {
             gpu: Some(GpuPart {
                 resident_bytes: 0,
                 copied_bytes: plan.streamed_bytes,
-                ring: Ring::new(&tower, page_bytes),
+                ring: Ring::new(&tower, frames),
             }),
             ..plan
         }
@@ -209,14 +223,14 @@ impl Plan {
         depth: usize,
         placement: &Placement,
         tied_head: bool,
-        page_bytes: u64,
+        frames: Frames,
     ) -> Result<Plan> {
         let streamed: Vec<UnitSize> = units
             .iter()
             .copied()
             .filter(|u| !is_vision(u.kind))
             .collect();
-        let ring = Ring::new(&streamed, page_bytes);
+        let ring = Ring::new(&streamed, frames);
         let gpu_bytes = budget.gpu_bytes.unwrap_or(0);
         let problem = Problem {
             units,
@@ -250,19 +264,12 @@ impl Plan {
         }
         let n = problem.needs(&tiers);
         let plan = Plan {
-            tiers,
-            depth: n.slots.saturating_sub(1),
-            slots: n.slots,
-            slot_bytes: n.slot_bytes,
-            resident_bytes: n.cpu_resident_bytes,
-            streamed_bytes: n.streamed_bytes,
-            gather_bytes: n.gather_bytes,
-            walk: Walk::Decoder,
             gpu: Some(GpuPart {
                 resident_bytes: n.gpu_resident_bytes,
                 copied_bytes: n.copied_bytes,
                 ring,
             }),
+            ..Plan::decoder(tiers, &n)
         };
         if plan.device_bytes() > gpu_bytes {
             return Err(gpu_refusal(&plan, gpu_bytes));
@@ -324,7 +331,16 @@ impl Plan {
             *tier = Tier::Disk;
         }
         let n = problem.needs(&tiers);
-        let plan = Plan {
+        let plan = Plan::decoder(tiers, &n);
+        if n.cpu_bytes > budget {
+            return Err(refusal(&plan, budget, placement));
+        }
+        Ok(plan)
+    }
+
+    /// A decoder's, on a CPU.
+    fn decoder(tiers: Vec<Tier>, n: &Needs) -> Plan {
+        Plan {
             tiers,
             depth: n.slots.saturating_sub(1),
             slots: n.slots,
@@ -334,11 +350,7 @@ impl Plan {
             gather_bytes: n.gather_bytes,
             walk: Walk::Decoder,
             gpu: None,
-        };
-        if n.cpu_bytes > budget {
-            return Err(refusal(&plan, budget, placement));
         }
-        Ok(plan)
     }
 
     pub fn is_resident(&self, unit: UnitId) -> bool {
@@ -493,6 +505,29 @@ mod tests {
         )
         .unwrap();
         assert!(Plan::new(&m, (100 << 20) + missing, 1, &Placement::Auto, true).is_ok());
+    }
+
+    #[test]
+    fn the_ring_is_bounded_unless_frames_are_asked_for_and_never_longer_than_of_use() {
+        let units: Vec<UnitSize> = model(28, 5).iter().map(UnitSize::of).collect();
+        let ring = |page_mib: u64, count| {
+            let frames = Frames {
+                page_bytes: page_mib << 20,
+                count,
+            };
+            Ring::new(&units[1..], frames)
+        };
+        assert_eq!(ring(4, None).frames, 52, "two units of 25 pages, and two");
+        assert_eq!(ring(1, None).frames, 202);
+        let small = Frames {
+            page_bytes: 64 << 10,
+            count: None,
+        };
+        assert_eq!(Ring::new(&units[1..], small).bytes(), 3_202 * (64 << 10));
+        assert!(Ring::new(&units, small).bytes() <= RING_BYTES);
+        assert_eq!(ring(16, Some(9)).bytes(), 144 << 20);
+        assert_eq!(ring(16, Some(1)).frames, 2);
+        assert_eq!(ring(16, Some(1000)).frames, 16);
     }
 
     #[test]

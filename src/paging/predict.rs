@@ -48,6 +48,18 @@ impl ComputeRates {
         };
         bytes * ns_per_byte * 1e-9
     }
+
+    /// The same with what one row was seen to take, nanoseconds per byte of weights; more rows never take less.
+    pub fn with_one_row(mut self, ns_per_byte: f64) -> ComputeRates {
+        self.memory_gb_per_s = 1.0 / ns_per_byte;
+        for (rows, ns) in &mut self.points {
+            *ns = match rows {
+                1 => ns_per_byte,
+                _ => ns.max(ns_per_byte),
+            };
+        }
+        self
+    }
 }
 
 /// What a machine gives, measured or given by hand.
@@ -61,7 +73,7 @@ pub struct MachineRates {
 }
 
 /// What one pass has to do.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PassWork {
     /// Tokens that go through the layers.
     pub rows: usize,
@@ -69,6 +81,9 @@ pub struct PassWork {
     pub wanted: usize,
     /// Keys and values read, all layers together, bytes.
     pub kv_bytes: u64,
+    /// Where they lie in host memory beside a GPU: what it gets of them, and what of new ones goes back. All layers together.
+    pub kv_to_gpu_bytes: u64,
+    pub kv_from_gpu_bytes: u64,
     /// Bytes per parameter of the weights.
     pub element_bytes: f64,
 }
@@ -86,17 +101,20 @@ pub struct PassCost {
     pub compute_s: f64,
     /// From disk, embedding rows included.
     pub disk_bytes: u64,
-    /// From host memory to the GPU.
+    /// From host memory to the GPU, weights, keys and values.
     pub copied_bytes: u64,
+    /// From the GPU to host memory.
+    pub copied_back_bytes: u64,
 }
 
 /// Passes simulated before one is taken as the steady state: the first fills the slots.
 const WARM_PASSES: usize = 3;
 
-/// What a unit of the pass takes, seconds: `fill` where it goes through a slot.
+/// What a unit of the pass takes, seconds: `fill` where it goes through a slot, `kv` where keys and values must be copied first.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     fill: Option<Fill>,
+    kv: f64,
     compute: f64,
 }
 
@@ -119,7 +137,9 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
         .iter()
         .filter(|u| matches!(u.kind, UnitKind::Layer(_)))
         .count();
-    let kv_s = work.kv_bytes as f64 / (rates.compute.memory_gb_per_s * 1e9 * layers.max(1) as f64);
+    let of_layers = layers.max(1) as f64;
+    let kv_s = work.kv_bytes as f64 / (rates.compute.memory_gb_per_s * 1e9 * of_layers);
+    let kv_copy_s = copy(work.kv_to_gpu_bytes) / of_layers;
     let compute = |u: &UnitSize| match u.kind {
         UnitKind::Layer(_) => {
             rates
@@ -131,7 +151,7 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
             .compute
             .seconds(u.read_bytes, work.element_bytes, work.wanted),
     };
-    let mut copied_bytes = 0;
+    let mut copied_bytes = work.kv_to_gpu_bytes;
     let mut steps = Vec::new();
     for (u, tier) in units.iter().zip(&plan.tiers) {
         if !is_streamed(u.kind) {
@@ -151,6 +171,10 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
                 read,
                 copy: copy(u.read_bytes),
             }),
+            kv: match u.kind {
+                UnitKind::Layer(_) => kv_copy_s,
+                _ => 0.0,
+            },
             compute: compute(u),
         });
     }
@@ -161,7 +185,9 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
     };
     let disk_bytes = plan.streamed_bytes + gathered;
     let compute_s: f64 = steps.iter().map(|s| s.compute).sum();
-    let (disk_s, copy_s) = (disk(disk_bytes), copy(copied_bytes));
+    // The two directions of the bus do not wait for one another.
+    let copy_s = copy(copied_bytes).max(copy(work.kv_from_gpu_bytes));
+    let disk_s = disk(disk_bytes);
     PassCost {
         pass_s: simulate(&steps, plan.slots, disk(gathered)),
         bound_s: disk_s.max(copy_s).max(compute_s),
@@ -170,6 +196,7 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
         compute_s,
         disk_bytes,
         copied_bytes,
+        copied_back_bytes: work.kv_from_gpu_bytes,
     }
 }
 
@@ -216,10 +243,20 @@ impl Filling<'_> {
             self.there.push(self.copy);
         }
     }
+
+    /// When keys and values are there that are asked for at `now`. They have a stream of their own, so they wait for no weights; but the bus
+    /// has so much less time for those.
+    fn beside(&mut self, now: f64, seconds: f64) -> f64 {
+        if seconds > 0.0 {
+            self.until(now);
+            self.copy = self.copy.max(now) + seconds;
+        }
+        now + seconds
+    }
 }
 
 /// The period of a pass: one disk reads the streamed units in order, each into a slot that the unit `slots` before it has
-/// left; computing goes in order. Embedding rows are read before the first unit computes, behind the reads under way.
+/// left; computing goes in order, each layer behind its keys and values where these are copied. Embedding rows are read before the first unit computes, behind the reads under way.
 fn simulate(steps: &[Step], slots: usize, gather_s: f64) -> f64 {
     let fills: Vec<Fill> = steps.iter().filter_map(|s| s.fill).collect();
     let total = fills.len() * (WARM_PASSES + 1);
@@ -240,9 +277,10 @@ fn simulate(steps: &[Step], slots: usize, gather_s: f64) -> f64 {
             filling.disk = filling.disk.max(clock) + gather_s;
             clock = filling.disk;
         }
-        for step in steps {
+        let mut kv_there = filling.beside(clock, steps.first().map_or(0.0, |s| s.kv));
+        for (i, step) in steps.iter().enumerate() {
+            let mine = filling.left.len();
             if step.fill.is_some() {
-                let mine = filling.left.len();
                 // Waiting lets time pass, so everything up to this unit begins.
                 while filling.there.len() <= mine {
                     match filling.next_start() {
@@ -250,10 +288,14 @@ fn simulate(steps: &[Step], slots: usize, gather_s: f64) -> f64 {
                         None => return 0.0,
                     }
                 }
-                clock = clock.max(filling.there[mine]) + step.compute;
+                clock = clock.max(filling.there[mine]);
+            }
+            // The next layer's are asked for when this one's are there.
+            clock = clock.max(kv_there);
+            kv_there = filling.beside(clock, steps.get(i + 1).map_or(0.0, |s| s.kv));
+            clock += step.compute;
+            if step.fill.is_some() {
                 filling.left.push(clock);
-            } else {
-                clock += step.compute;
             }
             filling.until(clock);
         }
@@ -281,8 +323,8 @@ pub fn rows_that_hide_the_disk(
         let work = PassWork {
             rows,
             wanted: rows,
-            kv_bytes: 0,
             element_bytes,
+            ..PassWork::default()
         };
         let cost = predict(units, plan, rates, &work);
         cost.compute_s >= plan.streamed_bytes as f64 / (rates.disk_gb_per_s * 1e9)
@@ -378,8 +420,8 @@ mod tests {
         PassWork {
             rows,
             wanted: rows,
-            kv_bytes: 0,
             element_bytes: 2.0,
+            ..PassWork::default()
         }
     }
 
@@ -456,6 +498,49 @@ mod tests {
             assert!((c.bound_s / bound - 1.0).abs() < 0.01, "{c:?} {bound}");
             assert!(c.pass_s >= bound * 0.99 && c.pass_s <= bound * 1.5, "{c:?}");
         }
+    }
+
+    /// All weights in host memory, beside a GPU.
+    fn from_host(kv_mib: u64, h2d: f64, memory: f64) -> PassCost {
+        let units = model(20);
+        let plan = Plan {
+            tiers: vec![Tier::Cpu; units.len()],
+            streamed_bytes: 0,
+            gather_bytes: 0,
+            slots: 2,
+            ..Plan::of_sizes(&units, 300 * MIB, 1, &Placement::Auto, true).unwrap()
+        };
+        let work = PassWork {
+            kv_to_gpu_bytes: kv_mib * MIB,
+            kv_from_gpu_bytes: MIB,
+            ..work(1)
+        };
+        let rates = MachineRates {
+            h2d_gb_per_s: Some(h2d),
+            ..rates(1.0, memory)
+        };
+        predict(&units, &plan, &rates, &work)
+    }
+
+    #[test]
+    fn keys_and_values_share_the_bus_with_weights() {
+        // 21 units of 100 MiB and as much of keys and values: twice the bytes, twice the time.
+        let (without, with) = (from_host(0, 10.0, 2000.0), from_host(2100, 10.0, 2000.0));
+        assert_eq!(with.copied_bytes, 2 * without.copied_bytes);
+        assert_eq!(with.copied_back_bytes, MIB);
+        let grew = with.pass_s / without.pass_s;
+        assert!((1.95..2.1).contains(&grew), "{with:?} {without:?}");
+        assert!((with.bound_s / without.bound_s - 2.0).abs() < 1e-9);
+        assert!(with.pass_s >= with.bound_s * 0.999, "{with:?}");
+        // Where computing takes long, they come meanwhile.
+        let (without, with) = (from_host(0, 50.0, 5.0), from_host(210, 50.0, 5.0));
+        assert!(with.pass_s < without.pass_s * 1.02, "{with:?} {without:?}");
+        // Where little else is to do, they are what a pass takes.
+        let c = from_host(21_000, 10.0, 2000.0);
+        assert!(
+            c.pass_s >= c.bound_s * 0.999 && c.pass_s < c.bound_s * 1.1,
+            "{c:?}"
+        );
     }
 
     #[test]

@@ -81,15 +81,20 @@ impl DiskRates {
         }
     }
 
-    /// The best rate from pinned memory to a GPU of this machine, 10⁹ bytes a second.
+    /// The best rate from pinned memory to the GPU of this machine last opened, 10⁹ bytes a second.
     pub fn h2d(&self) -> Option<f64> {
         Some(self.record()?.h2d?.gb_per_s).filter(|r| *r > 0.0)
     }
 
+    /// As [`DiskRates::h2d`], to this GPU.
+    pub fn h2d_to(&self, gpu: &str) -> Option<f64> {
+        let record = self.record()?.h2d.filter(|h| h.gpu == gpu)?;
+        Some(record.gb_per_s).filter(|r| *r > 0.0)
+    }
+
     /// Keeps the rate of copies to `gpu` if it beats what is known of that one.
     pub fn raise_h2d(&self, gpu: &str, rate: f64) {
-        let known = self.record().and_then(|r| r.h2d).filter(|h| h.gpu == gpu);
-        if rate.is_finite() && rate > known.map_or(0.0, |h| h.gb_per_s) {
+        if rate.is_finite() && rate > self.h2d_to(gpu).unwrap_or(0.0) {
             self.keep(|r| {
                 r.h2d = Some(CopyRecord {
                     gpu: gpu.to_string(),
@@ -239,5 +244,7 @@ mod tests {
         // Another GPU has a rate of its own.
         rates.raise_h2d("another", 12.0);
         assert_eq!((rates.h2d(), rates.best()), (Some(12.0), Some(4.0)));
+        assert_eq!(rates.h2d_to("another"), Some(12.0));
+        assert_eq!(rates.h2d_to("a GPU"), None);
     }
 }

@@ -30,8 +30,13 @@ pub struct PagingStats {
     pub used_bytes: u64,
     /// The part of `used_bytes` that was embedding blocks.
     pub gathered_bytes: u64,
-    /// Bytes of units that went through the GPU's slots, from disk or host memory, for the forward pass.
+    /// Bytes that the forward pass needed copied to the GPU: units that went through its slots, from disk or host memory, and keys and
+    /// values that lie in host memory.
     pub copied_bytes: u64,
+    /// The part of `copied_bytes` that was keys and values.
+    pub kv_bytes: u64,
+    /// Keys and values copied back to host memory.
+    pub d2h_bytes: u64,
     /// Bytes read from disk, those read ahead included.
     pub disk_bytes: u64,
     pub verified_bytes: u64,
@@ -40,12 +45,12 @@ pub struct PagingStats {
     pub verify: Duration,
     /// Time the computing side waited for a unit or for embedding rows.
     pub stall_disk: Duration,
-    /// Time the GPU waited for a unit whose bytes were in host memory already.
+    /// Time the GPU waited for a unit whose bytes were in host memory already, or for keys and values.
     pub stall_copy: Duration,
     /// Time the GPU computed; nothing where the CPU does.
     pub gpu_compute: Duration,
     pub h2d_bytes: u64,
-    /// Time with a copy to the GPU under way.
+    /// Time that copies to the GPU took; those of keys and values run beside those of weights.
     pub h2d: Duration,
     pub rereads: u64,
 }
@@ -57,8 +62,9 @@ impl PagingStats {
         self.disk_busy = Duration::from_nanos(c.busy_ns.load(Relaxed));
         self.verify = Duration::from_nanos(c.verify_ns.load(Relaxed));
         self.rereads = c.rereads.load(Relaxed);
-        self.h2d_bytes = c.h2d_bytes.load(Relaxed);
-        self.h2d = Duration::from_nanos(c.h2d_ns.load(Relaxed));
+        // Keys and values are copied by the computing side, which counted them already.
+        self.h2d_bytes += c.h2d_bytes.load(Relaxed);
+        self.h2d += Duration::from_nanos(c.h2d_ns.load(Relaxed));
         self
     }
 
@@ -70,6 +76,8 @@ impl PagingStats {
             used_bytes: self.used_bytes + other.used_bytes,
             gathered_bytes: self.gathered_bytes + other.gathered_bytes,
             copied_bytes: self.copied_bytes + other.copied_bytes,
+            kv_bytes: self.kv_bytes + other.kv_bytes,
+            d2h_bytes: self.d2h_bytes + other.d2h_bytes,
             disk_bytes: self.disk_bytes + other.disk_bytes,
             verified_bytes: self.verified_bytes + other.verified_bytes,
             disk_busy: self.disk_busy + other.disk_busy,
@@ -91,6 +99,8 @@ impl PagingStats {
             used_bytes: self.used_bytes - earlier.used_bytes,
             gathered_bytes: self.gathered_bytes - earlier.gathered_bytes,
             copied_bytes: self.copied_bytes - earlier.copied_bytes,
+            kv_bytes: self.kv_bytes - earlier.kv_bytes,
+            d2h_bytes: self.d2h_bytes - earlier.d2h_bytes,
             disk_bytes: self.disk_bytes - earlier.disk_bytes,
             verified_bytes: self.verified_bytes - earlier.verified_bytes,
             disk_busy: self.disk_busy - earlier.disk_busy,

@@ -13,9 +13,13 @@ use crate::units::UnitId;
 pub enum Happening {
     /// A unit's bytes, from the first read submitted to the last one verified.
     Read,
-    /// The computing side waited for a unit.
+    /// A unit's bytes on their way to the GPU, by its clock.
+    Copy,
+    /// A layer's keys and values on their way to the GPU, by its clock.
+    Kv,
+    /// The computing side waited for a unit; on a GPU by its clock.
     Wait,
-    /// The computing side had the unit.
+    /// The computing side had the unit; on a GPU its kernels ran, by its clock.
     Compute,
     /// Embedding rows were fetched.
     Gather,
@@ -23,8 +27,10 @@ pub enum Happening {
     Pass,
 }
 
-const KINDS: [Happening; 5] = [
+const KINDS: [Happening; 7] = [
     Happening::Read,
+    Happening::Copy,
+    Happening::Kv,
     Happening::Wait,
     Happening::Compute,
     Happening::Gather,
@@ -35,6 +41,8 @@ impl Happening {
     pub const fn name(self) -> &'static str {
         match self {
             Happening::Read => "read",
+            Happening::Copy => "copy",
+            Happening::Kv => "kv",
             Happening::Wait => "wait",
             Happening::Compute => "compute",
             Happening::Gather => "gather",
@@ -51,7 +59,7 @@ pub struct TraceEvent {
     pub unit: Option<UnitId>,
     pub start_ns: u64,
     pub end_ns: u64,
-    /// Bytes read, for reads and gathers.
+    /// Bytes read or copied.
     pub bytes: u64,
 }
 

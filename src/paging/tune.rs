@@ -1,20 +1,15 @@
-//! The search behind `tune`, and the record it keeps: page size × queue depth × prefetch depth × reader on this machine.
+//! The search behind `tune`: page size × queue depth × prefetch depth × reader on this machine, and frames in flight where a GPU computes.
 //!
 //! Successive halving rather than a full grid: all candidates once, the better half again, and so on. The default setting runs between
 //! the others all the time and every time is divided by the default's at that moment, so a disk that drifts fools nobody. What wins is
 //! compared with the default once more, in pairs, and kept only where it is better beyond the noise of these pairs.
 
-use std::path::{Path, PathBuf};
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
-
-use super::rates::{kept_path, machine_name};
+use super::plan::RING_BYTES;
 use crate::error::Result;
 use crate::io::ReaderKind;
-
-/// File name of the record.
-pub const TUNE_FILE: &str = "tune.json";
-const FORMAT_VERSION: u32 = 1;
+use crate::units::flag_size;
 
 /// How units are read ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +20,25 @@ pub struct Setting {
     pub queue_depth: usize,
     /// Units ahead of the one computing.
     pub prefetch_depth: usize,
+    /// Pinned frames of a page each, through which all goes to a GPU; `None`: as many as [`RING_BYTES`] hold. Nothing on a CPU.
+    pub ring_frames: Option<usize>,
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} {} × {}, prefetch {}",
+            self.reader.name(),
+            flag_size(self.page_bytes),
+            self.queue_depth,
+            self.prefetch_depth
+        )?;
+        match self.ring_frames {
+            Some(n) => write!(f, ", {n} frames"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What is tried.
@@ -35,8 +49,21 @@ pub struct Space {
     pub page_bytes: Vec<u64>,
     pub queue_depths: Vec<usize>,
     pub prefetch_depths: Vec<usize>,
-    /// Units a pass streams: each step of prefetch depth takes the memory of one of them from the residents, and counts as that much.
+    /// `[None]` where the CPU computes.
+    pub ring_frames: Vec<Option<usize>>,
+    /// Units a pass streams, and bytes of the largest: each step of prefetch depth takes the memory of one of them from the residents, and
+    /// counts as that much; so do pinned frames beyond [`RING_BYTES`].
     pub streamed_units: usize,
+    pub unit_bytes: u64,
+}
+
+impl Space {
+    /// Units that must stay on disk for it, beyond those of the default.
+    fn units_taken(&self, s: &Setting) -> f64 {
+        let deeper = s.prefetch_depth.saturating_sub(self.default.prefetch_depth);
+        let frames = s.ring_frames.unwrap_or(0) as u64 * s.page_bytes;
+        deeper as f64 + frames.saturating_sub(RING_BYTES) as f64 / self.unit_bytes.max(1) as f64
+    }
 }
 
 /// One setting's standing.
@@ -87,14 +114,18 @@ fn first_candidates(space: &Space) -> Vec<Setting> {
     for &reader in &space.readers {
         for &page_bytes in &space.page_bytes {
             for &queue_depth in &space.queue_depths {
-                let setting = Setting {
-                    reader,
-                    page_bytes,
-                    queue_depth,
-                    ..space.default
-                };
-                if setting != space.default {
-                    all.push(setting);
+                for &ring_frames in &space.ring_frames {
+                    let setting = Setting {
+                        reader,
+                        page_bytes,
+                        // Each read has a frame of its own: fewer of these are fewer reads in flight.
+                        queue_depth: queue_depth.min(ring_frames.unwrap_or(usize::MAX)),
+                        ring_frames,
+                        ..space.default
+                    };
+                    if setting != space.default && !all.contains(&setting) {
+                        all.push(setting);
+                    }
                 }
             }
         }
@@ -133,8 +164,7 @@ pub fn tune(space: &Space, run: &mut dyn FnMut(&Setting) -> Result<f64>) -> Resu
     trials.sweep(&alive, run)?;
     trials.sweep(&alive, run)?;
     let worth = |s: &Setting| {
-        let deeper = s.prefetch_depth as f64 - space.default.prefetch_depth as f64;
-        trials.score(s) * (1.0 + deeper.max(0.0) / space.streamed_units.max(1) as f64)
+        trials.score(s) * (1.0 + space.units_taken(s) / space.streamed_units.max(1) as f64)
     };
     let best = alive
         .iter()
@@ -258,142 +288,6 @@ fn median(values: &mut [f64]) -> f64 {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct SettingRecord {
-    io: String,
-    page_size: u64,
-    queue_depth: usize,
-    prefetch_depth: usize,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Record {
-    version: u32,
-    machine: String,
-    /// What computes: processor, instruction set, threads.
-    device: String,
-    best: SettingRecord,
-    /// Time over the default's.
-    ratio: f64,
-    noise: f64,
-    curve: Vec<CurveRecord>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct CurveRecord {
-    #[serde(flatten)]
-    setting: SettingRecord,
-    ratio: f64,
-    runs: usize,
-}
-
-impl SettingRecord {
-    fn of(s: &Setting) -> SettingRecord {
-        SettingRecord {
-            io: s.reader.name().to_string(),
-            page_size: s.page_bytes,
-            queue_depth: s.queue_depth,
-            prefetch_depth: s.prefetch_depth,
-        }
-    }
-
-    fn setting(&self) -> Option<Setting> {
-        let sane = self.page_size.is_power_of_two()
-            && (64 << 10..=1 << 30).contains(&self.page_size)
-            && (1..=1 << 16).contains(&self.queue_depth)
-            && self.prefetch_depth <= 1 << 16;
-        Some(Setting {
-            reader: ReaderKind::ALL
-                .into_iter()
-                .find(|k| sane && k.name() == self.io)?,
-            page_bytes: self.page_size,
-            queue_depth: self.queue_depth,
-            prefetch_depth: self.prefetch_depth,
-        })
-    }
-}
-
-/// Where the setting of one model's files is kept.
-#[derive(Clone, Debug)]
-pub struct KeptSetting {
-    /// Beside the weights, then under the user's cache directory, where the folder is not ours to write.
-    paths: Vec<PathBuf>,
-}
-
-impl KeptSetting {
-    /// `folder`: the packed folder, or the source when it is streamed in place (`ours` false).
-    pub fn of(folder: &Path, ours: bool) -> KeptSetting {
-        let mut paths = vec![kept_path(folder, false, TUNE_FILE)];
-        if ours {
-            paths.insert(0, kept_path(folder, true, TUNE_FILE));
-        }
-        KeptSetting { paths }
-    }
-
-    /// What was measured on this machine, if anything.
-    pub fn best(&self) -> Option<Setting> {
-        self.record()?.best.setting()
-    }
-
-    /// The curve measured on this machine, the fastest first.
-    pub fn curve(&self) -> Vec<Score> {
-        let record = self.record();
-        let rows = record.iter().flat_map(|r| &r.curve);
-        rows.filter_map(|r| {
-            Some(Score {
-                setting: r.setting.setting()?,
-                ratio: r.ratio,
-                runs: r.runs,
-            })
-        })
-        .collect()
-    }
-
-    fn record(&self) -> Option<Record> {
-        self.paths.iter().find_map(|path| {
-            let text = std::fs::read_to_string(path).ok()?;
-            let record: Record = serde_json::from_str(&text).ok()?;
-            let ours = record.version == FORMAT_VERSION && record.machine == machine_name();
-            ours.then_some(record)
-        })
-    }
-
-    /// Keeps what came out, and says where. `None`: it can be written nowhere, which is only a measurement to be made again.
-    pub fn keep(&self, tuned: &Tuned, device: &str) -> Option<&Path> {
-        let record = Record {
-            version: FORMAT_VERSION,
-            machine: machine_name(),
-            device: device.to_string(),
-            best: SettingRecord::of(&tuned.best),
-            ratio: tuned.ratio,
-            noise: tuned.noise,
-            curve: tuned.curve.iter().map(CurveRecord::of).collect(),
-        };
-        let text = serde_json::to_string_pretty(&record).ok()?;
-        let written = |path: &&PathBuf| {
-            path.parent()
-                .is_some_and(|dir| std::fs::create_dir_all(dir).is_ok())
-                && std::fs::write(path, &text).is_ok()
-        };
-        self.paths.iter().find(written).map(PathBuf::as_path)
-    }
-}
-
-impl CurveRecord {
-    fn of(score: &Score) -> CurveRecord {
-        CurveRecord {
-            setting: SettingRecord::of(&score.setting),
-            // JSON has no infinity: a setting that could not run.
-            ratio: if score.ratio.is_finite() {
-                score.ratio
-            } else {
-                1e9
-            },
-            runs: score.runs,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -403,6 +297,7 @@ mod tests {
         page_bytes: 4 << 20,
         queue_depth: 32,
         prefetch_depth: 1,
+        ring_frames: None,
     };
 
     fn space() -> Space {
@@ -412,15 +307,26 @@ mod tests {
             page_bytes: vec![256 << 10, 1 << 20, 4 << 20, 16 << 20],
             queue_depths: vec![8, 32, 128],
             prefetch_depths: vec![1, 2, 4],
+            ring_frames: vec![None],
             streamed_units: 33,
+            unit_bytes: 100 << 20,
         }
     }
 
     /// A disk with a curve, noise, and a rate that falls by half while it is measured.
     fn measure(curve: impl Fn(&Setting) -> f64, noise: f64, drift: f64) -> (Tuned, usize) {
+        measure_in(&space(), curve, noise, drift)
+    }
+
+    fn measure_in(
+        space: &Space,
+        curve: impl Fn(&Setting) -> f64,
+        noise: f64,
+        drift: f64,
+    ) -> (Tuned, usize) {
         let mut state = 0x9e37_79b9_7f4a_7c15u64;
         let mut runs = 0;
-        let tuned = tune(&space(), &mut |s| {
+        let tuned = tune(space, &mut |s| {
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
@@ -495,34 +401,35 @@ mod tests {
     }
 
     #[test]
-    fn the_record_is_for_this_machine_and_this_version() {
-        let dir = tempfile::tempdir().unwrap();
-        let kept = KeptSetting {
-            paths: vec!["/proc/nowhere/tune.json".into(), dir.path().join(TUNE_FILE)],
+    fn frames_in_flight_are_tried_where_a_gpu_computes() {
+        let gpu = Space {
+            ring_frames: vec![None, Some(32)],
+            ..space()
         };
-        assert_eq!(kept.best(), None);
-        let (tuned, _) = measure(|s| 1.0 / s.queue_depth as f64, 0.0, 0.0);
-        let path = kept.keep(&tuned, "a processor").unwrap().to_path_buf();
-        assert_eq!(
-            path,
-            dir.path().join(TUNE_FILE),
-            "the first place cannot be written"
-        );
-        assert_eq!(kept.best(), Some(tuned.best));
-        assert_eq!(tuned.best.queue_depth, 128);
-        assert_eq!(kept.curve().len(), tuned.curve.len());
-        let text = std::fs::read_to_string(&path).unwrap();
-        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        for (pointer, wrong) in [
-            ("/machine", serde_json::json!("elsewhere")),
-            ("/version", serde_json::json!(2)),
-            ("/best/page_size", serde_json::json!(5)),
-            ("/best/io", serde_json::json!("telepathy")),
-        ] {
-            let right = std::mem::replace(json.pointer_mut(pointer).unwrap(), wrong);
-            std::fs::write(&path, json.to_string()).unwrap();
-            assert_eq!(kept.best(), None, "{pointer}");
-            *json.pointer_mut(pointer).unwrap() = right;
-        }
+        // 128 reads need 128 frames: with 32 they are 32 reads.
+        let tried = first_candidates(&gpu);
+        assert_eq!(tried.len(), 2 * 4 * 5 - 1);
+        let frames = |s: &Setting| s.ring_frames.unwrap_or(usize::MAX);
+        assert!(tried.iter().all(|s| s.queue_depth <= frames(s)));
+        let few = |s: &Setting| if s.ring_frames == Some(32) { 0.8 } else { 1.0 };
+        let (tuned, runs) = measure_in(&gpu, few, 0.02, 0.01);
+        assert_eq!(tuned.best.ring_frames, Some(32), "{tuned:?}");
+        assert!(runs <= most_runs(&gpu));
+        assert!(tuned.best.to_string().ends_with(", 32 frames"));
+        let (tuned, _) = measure_in(&gpu, |_| 1.0, 0.1, 0.01);
+        assert_eq!(tuned.best, DEFAULT);
+        // 512 MiB of frames, in place of two and a half units of 33: eight percent.
+        let costly = |by: f64| {
+            let gpu = Space {
+                page_bytes: vec![4 << 20, 16 << 20],
+                ..gpu.clone()
+            };
+            let much = move |s: &Setting| match (s.ring_frames, s.page_bytes >> 20) {
+                (Some(32), 16) => by,
+                _ => 1.0,
+            };
+            measure_in(&gpu, much, 0.0, 0.0).0.best.ring_frames
+        };
+        assert_eq!((costly(0.95), costly(0.8)), (None, Some(32)));
     }
 }

@@ -131,7 +131,8 @@ fn passes(events: &[TraceEvent]) -> Vec<PassTime> {
     let seconds = |ns: u64| ns as f64 / 1e9;
     let mut passes: Vec<PassTime> = Vec::new();
     let mut end = 0.0;
-    for e in events.iter().filter(|e| e.what != Happening::Read) {
+    let beside = [Happening::Read, Happening::Copy, Happening::Kv];
+    for e in events.iter().filter(|e| !beside.contains(&e.what)) {
         if e.what == Happening::Pass {
             let start = seconds(e.start_ns);
             if let Some(last) = passes.last_mut() {
@@ -308,13 +309,7 @@ fn curve_chart(curve: &[Score]) -> String {
     let mut body = String::new();
     for (i, s) in shown.iter().enumerate() {
         let y = i as f64 * 18.0;
-        let name = format!(
-            "{} {} × {}, prefetch {}",
-            s.setting.reader.name(),
-            flag_size(s.setting.page_bytes),
-            s.setting.queue_depth,
-            s.setting.prefetch_depth
-        );
+        let name = s.setting.to_string();
         let width = s.ratio / slowest * (WIDTH - 340.0);
         body += &format!(
             "<text x=\"0\" y=\"{:.0}\">{}</text>",

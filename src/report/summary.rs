@@ -34,6 +34,9 @@ pub struct PagingReport {
     pub h2d_bytes: u64,
     pub h2d_s: f64,
     pub h2d_gb_per_s: f64,
+    /// The part of `h2d_bytes` that was keys and values in host memory, and what of those went back.
+    pub kv_h2d_bytes: u64,
+    pub d2h_bytes: u64,
     pub stall_s: f64,
     pub stall_disk_s: f64,
     pub stall_copy_s: f64,
@@ -46,6 +49,8 @@ pub struct PagingReport {
     pub prefetch_depth: usize,
     pub page_size: u64,
     pub queue_depth: usize,
+    /// Pinned frames between disk and GPU; 0 where the CPU computes.
+    pub ring_frames: usize,
     pub io: &'static str,
     pub direct: bool,
     pub verify: &'static str,
@@ -83,16 +88,18 @@ impl PagingReport {
         let used_per_pass = p.used_bytes as f64 / passes;
         let bounds = Bounds {
             disk_s: seconds_at(p.used_bytes, settings.probed_disk_gb_per_s),
-            copy_s: seconds_at(p.copied_bytes, settings.probed_h2d_gb_per_s),
+            // The two directions of the bus do not wait for one another.
+            copy_s: seconds_at(
+                p.copied_bytes.max(p.d2h_bytes),
+                settings.probed_h2d_gb_per_s,
+            ),
             compute_s,
         };
         let share = bounds.share_of(during.pass.as_secs_f64());
         PagingReport {
             passes: p.passes,
             units: p.units,
-            bytes_per_pass: plan.resident_bytes
-                + plan.gpu.map_or(0, |g| g.resident_bytes)
-                + plan.streamed_bytes,
+            bytes_per_pass: plan.weight_bytes(),
             disk_bytes: p.disk_bytes,
             disk_bytes_per_pass: used_per_pass as u64,
             disk_s,
@@ -100,6 +107,8 @@ impl PagingReport {
             h2d_bytes: p.h2d_bytes,
             h2d_s: p.h2d.as_secs_f64(),
             h2d_gb_per_s: rate(p.h2d_bytes, p.h2d.as_secs_f64()),
+            kv_h2d_bytes: p.kv_bytes,
+            d2h_bytes: p.d2h_bytes,
             stall_s: (p.stall_disk + p.stall_copy).as_secs_f64(),
             stall_disk_s: p.stall_disk.as_secs_f64(),
             stall_copy_s: p.stall_copy.as_secs_f64(),
@@ -114,6 +123,7 @@ impl PagingReport {
             prefetch_depth: plan.depth,
             page_size: settings.page_bytes,
             queue_depth: settings.queue_depth,
+            ring_frames: plan.ring().frames,
             io: pager.reader_name(),
             direct: pager.direct(),
             verify: match (settings.verify, settings.self_recorded) {
@@ -162,7 +172,8 @@ fn seconds_at(bytes: u64, best_gb_per_s: Option<f64>) -> Option<f64> {
 /// computing: waits, and what is neither (rows of the embedding, sampling).
 fn where_the_rest_went(p: &PagingReport, during: &PagingStats, pass_s: f64) -> Option<String> {
     let disk_s = seconds_at(during.used_bytes, p.probed_disk_gb_per_s)?;
-    let copy_s = seconds_at(during.copied_bytes, p.probed_h2d_gb_per_s)?;
+    let copied = during.copied_bytes.max(during.d2h_bytes);
+    let copy_s = seconds_at(copied, p.probed_h2d_gb_per_s)?;
     // More may have been moved than was used: passes end with slots full.
     let busy = |s: f64| s.min(pass_s);
     let parts = if copy_s >= disk_s.max(p.compute_s) {
@@ -294,16 +305,20 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
     let mut text = String::new();
     if let Some(gpu) = plan.gpu {
         text += &format!(
-            "{} on the GPU, {} in RAM, {} from disk a pass; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
+            "{} on the GPU, {} in RAM, {} a token from disk at {:.2} GB/s; copied at {:.2} GB/s; the GPU waited {:.2} s for the disk and {:.2} s for copies; ",
             human_bytes(gpu.resident_bytes),
             human_bytes(plan.resident_bytes),
-            human_bytes(plan.streamed_bytes),
+            human_bytes(during.paging.used_bytes / during.rows.max(1)),
+            paging.disk_gb_per_s,
             paging.h2d_gb_per_s,
             paging.stall_disk_s,
             paging.stall_copy_s,
         );
         if engine.kv_in_host() {
-            text += "keys and values in RAM; ";
+            text += &format!(
+                "keys and values in RAM, {} of them copied a pass; ",
+                human_bytes(during.paging.kv_bytes / during.paging.passes.max(1))
+            );
         }
         if let Some(why) = engine.pager().pin_note() {
             text += &format!("host memory is not pinned ({why}); ");

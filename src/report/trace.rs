@@ -32,6 +32,14 @@ pub fn write(path: &Path, trace: &Trace, pager: &Pager) -> Result<()> {
         )
         .map_err(failed)?;
     }
+    let copies = COMPUTING + 1 + slots as u64;
+    let on_gpu = [
+        (copies, "copies to the GPU"),
+        (copies + 1, "keys and values to the GPU"),
+    ];
+    for (tid, name) in on_gpu.iter().filter(|_| pager.plan().gpu.is_some()) {
+        write!(out, ",\n{}", track(*tid, name)).map_err(failed)?;
+    }
     let mut reads = 0;
     for event in trace.events() {
         let tid = match event.what {
@@ -39,6 +47,8 @@ pub fn write(path: &Path, trace: &Trace, pager: &Pager) -> Result<()> {
                 reads += 1;
                 COMPUTING + 1 + (reads - 1) % slots as u64
             }
+            Happening::Copy => copies,
+            Happening::Kv => copies + 1,
             _ => COMPUTING,
         };
         write!(out, ",\n{}", line(&event, tid, pager)).map_err(failed)?;

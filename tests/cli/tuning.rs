@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::process::{Place, fixture, str};
+use super::process::{Place, Ran, fixture, str};
 
 fn run_json(p: &Place, more: &[&str]) -> serde_json::Value {
     let model = fixture("qwen2-bf16");
@@ -23,6 +23,18 @@ fn run_json(p: &Place, more: &[&str]) -> serde_json::Value {
     ];
     args.extend(more);
     p.run(&args).done().json()
+}
+
+/// Prompts of eight tokens, and `more`.
+fn bench(p: &Place, more: &[&str]) -> Ran {
+    let model = fixture("qwen2-bf16");
+    p.run(&[&["bench", str(&model), "-p", "8"], more].concat())
+}
+
+/// At rates given by hand, and `more`.
+fn plan(p: &Place, model: &str, more: &[&str]) -> Ran {
+    let model = fixture(model);
+    p.run(&[&["plan", str(&model)], &RATES[..], more].concat())
 }
 
 #[test]
@@ -91,29 +103,11 @@ fn tune_keeps_a_setting_that_runs_use() {
 #[test]
 fn bench_rows_can_be_compared() {
     let p = Place::new();
-    let model = fixture("qwen2-bf16");
-    let bench = |batch: &str| {
-        let ran = p.run(&[
-            "bench",
-            str(&model),
-            "-p",
-            "8",
-            "-n",
-            "4",
-            "--pg",
-            "8,4",
-            "-b",
-            batch,
-            "-r",
-            "3",
-            "-o",
-            "json",
-            "--device-map",
-            "disk",
-        ]);
-        ran.done().json()
-    };
-    let rows = bench("1,8");
+    let asked = [
+        "-n", "4", "--pg", "8,4", "-b", "1,8", "-r", "3", "-o", "json",
+    ];
+    let rows = bench(&p, &[&asked[..], &["--device-map", "disk"]].concat());
+    let rows = rows.done().json();
     assert_eq!(rows["rows"].as_array().unwrap().len(), 6);
     for row in rows["rows"].as_array().unwrap() {
         assert_eq!(row["samples_s"].as_array().unwrap().len(), 3);
@@ -154,10 +148,8 @@ const RATES: [&str; 6] = [
 #[test]
 fn plan_answers_without_loading_anything() {
     let p = Place::new();
-    let model = fixture("qwen2-bf16");
-    let mut args = vec!["plan", str(&model), "--device-map", "disk", "--json"];
-    args.extend(RATES);
-    let plan = p.run(&args).done().json();
+    let planned = plan(&p, "qwen2-bf16", &["--device-map", "disk", "--json"]);
+    let plan = planned.done().json();
     assert_eq!(
         plan["rows"].as_array().unwrap().len(),
         4,
@@ -178,6 +170,7 @@ fn plan_answers_without_loading_anything() {
         per_pass.abs_diff(predicted) <= 2 * 65_536,
         "{per_pass} read, {predicted} predicted"
     );
+    let model = fixture("qwen2-bf16");
     let refused = p.run(&["plan", str(&model), "--disk-gb-per-s", "-1"]);
     assert_eq!(refused.code, 2, "{}", refused.stderr);
 }
@@ -185,16 +178,14 @@ fn plan_answers_without_loading_anything() {
 #[test]
 fn plan_says_what_pictures_cost_and_that_text_reads_none_of_the_tower() {
     let p = Place::new();
-    let model = fixture("vl-bf16");
-    let mut args = vec!["plan", str(&model), "--device-map", "disk"];
-    args.extend(RATES);
-    let table = p.run(&args).done().stdout;
+    let args = ["--device-map", "disk"];
+    let table = plan(&p, "vl-bf16", &args).done().stdout;
     assert!(
         table.contains("a megapixel of image more") && table.contains("never by a pass over text"),
         "{table}"
     );
-    args.push("--json");
-    let plan = p.run(&args).done().json();
+    let json = plan(&p, "vl-bf16", &[&args[..], &["--json"]].concat());
+    let plan = json.done().json();
     let of = |words: &str| {
         let units = plan["units"].as_array().unwrap().iter();
         units
@@ -252,8 +243,7 @@ fn plan_for_a_gpu_that_is_not_here() {
         "{}",
         refused.stderr
     );
-    let mut args = base.to_vec();
-    args.extend(RATES);
+    let mut args = [&base[..], &RATES].concat();
     args.extend([
         "--h2d-gb-per-s",
         "12",
@@ -279,26 +269,9 @@ fn plan_for_a_gpu_that_is_not_here() {
 #[test]
 fn bench_records_each_test_and_reads_llama_benchs_spelling() {
     let p = Place::new();
-    let model = fixture("qwen2-bf16");
-    let args = [
-        "bench",
-        str(&model),
-        "-p",
-        "8",
-        "-n",
-        "0",
-        "-pg",
-        "8,4",
-        "-r",
-        "1",
-        "-o",
-        "json",
-        "--trace",
-        "t.json",
-        "--report",
-        "r.html",
-    ];
-    let report = p.run(&args).json();
+    let records = ["--trace", "t.json", "--report", "r.html"];
+    let args = ["-n", "0", "-pg", "8,4", "-r", "1", "-o", "json"];
+    let report = bench(&p, &[&args[..], &records].concat()).json();
     let tests: Vec<&str> = report["rows"]
         .as_array()
         .unwrap()
@@ -312,18 +285,6 @@ fn bench_records_each_test_and_reads_llama_benchs_spelling() {
         assert!(!trace["traceEvents"].as_array().unwrap().is_empty());
         assert!(p.path(&format!("r.{name}.b1.html")).is_file());
     }
-    let one = [
-        "bench",
-        str(&model),
-        "-p",
-        "8",
-        "-n",
-        "0",
-        "-r",
-        "1",
-        "--trace",
-        "one.json",
-    ];
-    p.run(&one).done();
+    bench(&p, &["-n", "0", "-r", "1", "--trace", "one.json"]).done();
     assert!(p.path("one.json").is_file());
 }

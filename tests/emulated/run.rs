@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use tensorpager::checkpoint::write_synthetic;
 
 use crate::common::{fixtures, read_safetensors};
 
@@ -106,4 +107,24 @@ impl Run {
             .or_else(|_| serde_json::from_str(&text))
             .unwrap()
     }
+}
+
+/// So many layers that two of them are little beside all.
+pub fn deep(dir: &Path) -> String {
+    let model = dir.join("deep");
+    let config = json!({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    write_synthetic(&model, &config, &mut |_, _| Ok(())).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(
+            fixtures().join("gpu-qwen2-bf16").join(name),
+            model.join(name),
+        )
+        .unwrap();
+    }
+    model.display().to_string()
 }

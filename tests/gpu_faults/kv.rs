@@ -1,12 +1,10 @@
 //! Keys and values in host memory beside a GPU: no bit changes, whatever the order of the streams, and budgets hold.
 
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use serde_json::{Value, json};
-use tensorpager::checkpoint::write_synthetic;
 use tensorpager::engine::{DeviceChoice, Engine, EngineOptions, Event, JobId, KvPlace};
 use tensorpager::paging::{Placement, Tier};
 use tensorpager::store::Store;
@@ -17,6 +15,7 @@ use crate::emulated::driver;
 use crate::engine_common::{fixture, job, open, packed, same_bits, score, scoring};
 use crate::inside;
 use crate::jobs::{batch, ended, read, write};
+use crate::run::deep;
 
 /// A window of 16 keys in one, tied heads and norms of q and k in another.
 const MODELS: [&str; 3] = ["gpu-qwen2-bf16", "gpu-qwen3-f16-tied", "gpu-mistral-bf16"];
@@ -164,22 +163,6 @@ fn sequences_that_come_and_go() {
     }
 }
 
-/// So many layers that two of them are little beside all.
-fn deep(dir: &Path) -> String {
-    let model = dir.join("deep");
-    let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-        "tie_word_embeddings": true, "torch_dtype": "bfloat16"
-    });
-    write_synthetic(&model, &config, &mut |_, _| Ok(())).unwrap();
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        fs::copy(fixture(MODELS[0]).join(name), model.join(name)).unwrap();
-    }
-    model.display().to_string()
-}
-
 /// `--kv-memory` of more than the GPU has: in host memory, the same answers, and `--gpu-memory` holds.
 #[test]
 fn a_job_with_more_kv_than_the_gpu_has_room_for() {
@@ -227,4 +210,98 @@ fn a_job_with_more_kv_than_the_gpu_has_room_for() {
         1,
     );
     assert!(said.contains("--cpu-memory "), "{said}");
+}
+
+/// Keys and values that a pass moves: every block of its sequence to the GPU, the blocks it wrote to the host.
+#[test]
+#[ignore = "started by the tests above, on a driver"]
+fn every_byte_is_counted() {
+    const PROMPT: usize = 37;
+    const TOKENS: usize = 20;
+    let dir = tempfile::tempdir().unwrap();
+    let store = packed(MODELS[0], dir.path());
+    for place in [KvPlace::Gpu, KvPlace::Host] {
+        let options = EngineOptions {
+            context: 96,
+            pass_tokens: 64,
+            logits_rows: 1,
+            keep_logits: true,
+            ..options(place)
+        };
+        let mut engine = open(&store, &options).unwrap();
+        let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| 1 + i).collect();
+        let sampling = SamplingParams::default();
+        engine.submit(job(&prompt, TOKENS, sampling)).unwrap();
+        while engine.pending() > 0 {
+            engine.step(&mut Vec::new()).unwrap();
+        }
+        let spec = engine.spec();
+        let block = (2 * spec.layers * spec.kv_heads * 16 * spec.head_size * 2) as u64;
+        let seen: usize = (0..TOKENS - 1).map(|i| (PROMPT + i).div_ceil(16)).sum();
+        let written = PROMPT.div_ceil(16) + TOKENS - 1;
+        let expected = match place {
+            KvPlace::Host => (seen as u64 * block, written as u64 * block),
+            _ => (0, 0),
+        };
+        let paging = engine.stats().paging;
+        assert_eq!((paging.kv_bytes, paging.d2h_bytes), expected, "{place:?}");
+        let weights = engine.plan().streamed_bytes * paging.passes;
+        assert_eq!(paging.copied_bytes, weights + paging.kv_bytes);
+        // Weights are counted when their copies are known to be done, and without what pads them.
+        assert!(
+            paging.h2d_bytes >= paging.kv_bytes + weights / 2,
+            "{paging:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_copied_is_counted() {
+    inside("kv::every_byte_is_counted", &[]);
+}
+
+/// A wait for keys and values is a wait, not computing: a sleep in their copies lowers the share of the bound.
+#[test]
+fn a_sleep_in_their_copies_lowers_the_share_of_the_bound() {
+    let Some(driver) = driver() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let model = deep(dir.path());
+    let row = json!({"custom_id": "a", "url": "/v1/completions",
+        "body": {"prompt": "the sea", "max_tokens": 8, "ignore_eos": true}});
+    write(dir.path(), &[row]);
+    let paging = |output: &str, sleep_us: &str| {
+        let trace = dir.path().join(format!("{output}.trace.json"));
+        let done = batch(driver, &model, dir.path(), output)
+            .args(["--device-map", "gpu", "--gpu-memory", "200MiB"])
+            .args(["--kv-memory", "256MiB", "--trace", trace.to_str().unwrap()])
+            .env("EMUCUDA_CONTEXT", "50000000")
+            .env("EMUCUDA_MEMORY", "209715200")
+            .env("EMUCUDA_COPY_US", sleep_us)
+            .output();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{said}");
+        let text = String::from_utf8(done.stdout).unwrap();
+        let report: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let trace: Value = serde_json::from_slice(&fs::read(trace).unwrap()).unwrap();
+        (report["paging"].clone(), trace)
+    };
+    let figure = |p: &Value, name: &str| p[name].as_f64().unwrap();
+    let (quick, _) = paging("quick.jsonl", "0");
+    let (slow, trace) = paging("slow.jsonl", "5000");
+    assert_eq!(slow["kv_tier"], "cpu");
+    assert!(figure(&slow, "kv_h2d_bytes") > 0.0 && figure(&slow, "d2h_bytes") > 0.0);
+    assert!(figure(&slow, "h2d_bytes") >= figure(&slow, "kv_h2d_bytes"));
+    let share = |p: &Value| figure(p, "percent_of_bound");
+    assert!(share(&slow) < 0.7 * share(&quick), "{slow} {quick}");
+    // Seven passes behind the prompt's, twelve layers each.
+    let slept = 0.005 * 7.0 * 12.0;
+    assert!(figure(&slow, "stall_copy_s") > 0.8 * slept, "{slow}");
+    let events = trace["traceEvents"].as_array().unwrap();
+    let copies: Vec<f64> = events
+        .iter()
+        .filter(|e| e["cat"] == "kv")
+        .map(|e| e["dur"].as_f64().unwrap())
+        .collect();
+    assert_eq!(copies.len(), 7 * 12);
+    assert!(copies.iter().all(|us| *us >= 4900.0), "{copies:?}");
 }

@@ -170,3 +170,41 @@ fn a_sleep_in_the_copy_lowers_the_share_of_the_bound_and_shows_as_a_stall() {
         assert!(share(&quick) > 0.0 && share(&quick) <= 130.0, "{quick}");
     }
 }
+
+/// Reads, copies, waits and kernels of every unit that is streamed, in the order they must have.
+#[test]
+fn a_trace_shows_copies_and_kernels_by_the_gpus_clock() {
+    let Some(driver) = driver() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    let run = Run::new(driver, "run", "gpu-qwen2-bf16")
+        .args(["--raw", "--prompt", "Layer 7", "--ignore-eos"])
+        .args(["--max-tokens", "4", "--device-map", "disk"])
+        .args(["--trace", path.to_str().unwrap()])
+        .env("EMUCUDA_COPY_US", "2000");
+    run.json();
+    let trace: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of = |what: &str| {
+        let events = events
+            .iter()
+            .filter(|e| e["cat"] == what && e["name"] == "layer 1");
+        let time = |e: &serde_json::Value, name: &str| e[name].as_f64().unwrap();
+        events
+            .map(|e| (time(e, "ts"), time(e, "ts") + time(e, "dur")))
+            .collect::<Vec<(f64, f64)>>()
+    };
+    let (reads, copies, computes) = (of("read"), of("copy"), of("compute"));
+    assert_eq!(computes.len(), 4, "{events:?}");
+    // The last copy may not be known to be done when the trace is written.
+    assert!(
+        reads.len() >= 4 && copies.len() >= 3,
+        "{reads:?} {copies:?}"
+    );
+    for (i, (copy, (start, end))) in copies.iter().zip(&computes).enumerate() {
+        assert!(copy.1 - copy.0 >= 1900.0, "{copy:?}");
+        assert!(reads[i].0 < copy.1, "read before it is copied");
+        // The host's clock and the GPU's are compared once: a little may be between.
+        assert!(copy.1 <= start + 500.0 && start <= end, "{copy:?} {start}");
+    }
+}

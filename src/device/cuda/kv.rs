@@ -20,8 +20,9 @@ use super::CudaDevice;
 use super::context::Context;
 use super::lists::CHUNK;
 use super::memory::{Address, DeviceBuffer, HostBuffer};
+use super::slots::Clock;
 use super::stream::{Event, Fence, Stream};
-use crate::device::{KV_BLOCK_TOKENS, KvShape, Room, Span};
+use crate::device::{KV_BLOCK_TOKENS, KvMove, KvShape, Room, Span};
 use crate::error::{Error, Result};
 
 /// Blocks that nobody asked for are copied along up to so many bytes between two that are: one copy costs about as much to begin.
@@ -54,9 +55,30 @@ struct HostKv {
     sees: Vec<Range<usize>>,
     writes: Vec<Range<usize>>,
     blocks: Vec<usize>,
+    /// By layer.
+    ticks: Vec<LayerTicks>,
     layers: usize,
     block_bytes: usize,
     layer_bytes: usize,
+}
+
+/// When a layer's load began and ended, and when the compute stream wanted it and had it.
+struct LayerTicks {
+    load: Event,
+    loaded: Event,
+    wanted: Event,
+    had: Event,
+}
+
+impl LayerTicks {
+    fn new(context: &Arc<Context>) -> Result<LayerTicks> {
+        Ok(LayerTicks {
+            load: Event::timing(context)?,
+            loaded: Event::timing(context)?,
+            wanted: Event::timing(context)?,
+            had: Event::timing(context)?,
+        })
+    }
 }
 
 impl CudaKv {
@@ -83,6 +105,14 @@ impl CudaKv {
 
     pub fn in_host(&self) -> bool {
         matches!(self.place, Place::Host(_))
+    }
+
+    /// What the last pass moved, layer by layer. Only after a whole pass that the GPU is done with.
+    pub fn moves(&self, clock: Option<&Clock>, each: &mut dyn FnMut(KvMove)) -> Result<()> {
+        match &self.place {
+            Place::Device(_) => Ok(()),
+            Place::Host(kv) => kv.borrow().moves(clock, each),
+        }
     }
 
     /// One layer's part, from the layer's first op of a pass on: what is given to `compute` from now on finds the pass's blocks there.
@@ -126,6 +156,9 @@ impl HostKv {
             sees: Vec::with_capacity(shape.blocks),
             writes: Vec::with_capacity(shape.blocks),
             blocks: Vec::with_capacity(shape.blocks),
+            ticks: (0..shape.layers)
+                .map(|_| LayerTicks::new(context))
+                .collect::<Result<_>>()?,
             layers: shape.layers,
             block_bytes: layer_bytes / shape.blocks.max(1),
             layer_bytes,
@@ -175,6 +208,7 @@ impl HostKv {
             let event = self.load.wait(stored)?;
             self.spare.push(event);
         }
+        self.load.mark(&self.ticks[layer].load)?;
         for run in &self.sees {
             let (at, len) = (run.start * self.block_bytes, run.len() * self.block_bytes);
             let from = self.memory.piece(layer * self.layer_bytes + at, len);
@@ -185,6 +219,7 @@ impl HostKv {
                     .copy_in(self.slots[layer % SLOTS].at(at, len), from)
             }?;
         }
+        self.load.mark(&self.ticks[layer].loaded)?;
         let event = self.event()?;
         self.loaded = Some(self.load.record(event)?);
         Ok(())
@@ -193,7 +228,9 @@ impl HostKv {
     fn enter(&mut self, compute: &Stream, layer: usize) -> Result<Address> {
         let loaded = self.loaded.take();
         let loaded = loaded.ok_or_else(|| Error::internal("KV of a pass that has not begun"))?;
+        compute.mark(&self.ticks[layer].wanted)?;
         let event = compute.wait(loaded)?;
+        compute.mark(&self.ticks[layer].had)?;
         self.spare.push(event);
         if layer + 1 < self.layers {
             self.load(layer + 1)?;
@@ -217,6 +254,25 @@ impl HostKv {
         let fence = self.store.record(event)?;
         let before = self.stored.replace(fence).map(Fence::into_event);
         self.spare.extend(before);
+        Ok(())
+    }
+
+    fn moves(&self, clock: Option<&Clock>, each: &mut dyn FnMut(KvMove)) -> Result<()> {
+        let bytes = |runs: &[Range<usize>]| {
+            let blocks: usize = runs.iter().map(Range::len).sum();
+            (blocks * self.block_bytes) as u64
+        };
+        let (to_gpu_bytes, to_host_bytes) = (bytes(&self.sees), bytes(&self.writes));
+        for (layer, t) in self.ticks.iter().enumerate() {
+            each(KvMove {
+                layer,
+                to_gpu_bytes,
+                to_host_bytes,
+                began: clock.map(|c| c.at(&t.load)).transpose()?,
+                load: t.loaded.since(&t.load)?,
+                waited: t.had.since(&t.wanted)?,
+            });
+        }
         Ok(())
     }
 

@@ -27,7 +27,7 @@ pub use context::{Context, available};
 pub use kv::CudaKv;
 pub use lists::ListShape;
 pub use memory::{DeviceBuffer, Pin};
-pub use slots::{Compute, Copier, Piece, Slot, Ticks};
+pub use slots::{Clock, Compute, Copier, Piece, Slot, Ticks};
 
 use crate::error::{Code, Error, Result};
 use crate::units::{Dtype, flag_size, human_bytes};
@@ -218,6 +218,11 @@ impl CudaDevice {
         self.limit
     }
 
+    /// What of it is not taken.
+    pub fn left(&self) -> u64 {
+        self.limit.saturating_sub(self.context.used())
+    }
+
     /// What context, kernels and slack take of it.
     pub fn base(&self) -> u64 {
         self.base
@@ -226,8 +231,7 @@ impl CudaDevice {
     /// The best rate of copies from pinned memory, 10⁹ bytes a second: what nothing that streams through this GPU can beat. Takes a few
     /// milliseconds and, for so long, 16 MiB on either side, or what is left. `None` where nothing is left to measure with.
     pub fn measure_copies(&self) -> Result<Option<f64>> {
-        let left = self.limit.saturating_sub(self.context.used());
-        let bytes = (left / 2).min(PROBE_BYTES) >> 20 << 20;
+        let bytes = (self.left() / 2).min(PROBE_BYTES) >> 20 << 20;
         if bytes == 0 {
             return Ok(None);
         }

@@ -107,6 +107,9 @@ pub struct Copier<F> {
     done: u64,
     done_bytes: u64,
     busy: Duration,
+    clock: Option<Arc<Clock>>,
+    /// When the copy last reclaimed began, by that clock.
+    began: Duration,
 }
 
 impl<F: Deref<Target = [u8]>> Copier<F> {
@@ -121,7 +124,19 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
             done: 0,
             done_bytes: 0,
             busy: Duration::ZERO,
+            clock: None,
+            began: Duration::ZERO,
         })
+    }
+
+    /// From now on [`Copier::began`] tells the time by this clock.
+    pub fn tell_time(&mut self, clock: Arc<Clock>) {
+        self.clock = Some(clock);
+    }
+
+    /// When the copy last reclaimed began; zero without a clock.
+    pub fn began(&self) -> Duration {
+        self.began
     }
 
     /// To be called once on the thread that copies.
@@ -191,6 +206,9 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
         };
         let end = flight.end.wait_on_host()?;
         let took = end.since(&flight.start)?;
+        if let Some(clock) = &self.clock {
+            self.began = clock.at(&flight.start)?;
+        }
         self.done += 1;
         self.done_bytes += flight.bytes;
         self.busy += took;
@@ -240,6 +258,25 @@ impl Ticks {
     pub fn spent(&self) -> Result<(Duration, Duration)> {
         Ok((self.go.since(&self.idle)?, self.done.since(&self.go)?))
     }
+
+    /// When the compute stream was there, went on, and left. Only after all are done.
+    pub fn times(&self, clock: &Clock) -> Result<[Duration; 3]> {
+        Ok([
+            clock.at(&self.idle)?,
+            clock.at(&self.go)?,
+            clock.at(&self.done)?,
+        ])
+    }
+}
+
+/// The GPU's clock, from a moment that the host knows: when [`Compute::clock`] returned.
+pub struct Clock(Event);
+
+impl Clock {
+    /// When the GPU passed a place that it has passed.
+    pub(super) fn at(&self, event: &Event) -> Result<Duration> {
+        event.since(&self.0)
+    }
 }
 
 /// The computing side, as the pager sees it: a handle that needs no device at hand.
@@ -255,6 +292,15 @@ impl CudaDevice {
 impl Compute {
     pub fn context(&self) -> &Arc<Context> {
         self.0.context()
+    }
+
+    /// A clock that begins now. Waits for everything given so far.
+    pub fn clock(&self) -> Result<Clock> {
+        let zero = Event::timing(self.context())?;
+        self.0.synchronize()?;
+        self.0.mark(&zero)?;
+        self.0.synchronize()?;
+        Ok(Clock(zero))
     }
 
     /// To be called before the host waits for the unit.

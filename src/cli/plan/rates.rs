@@ -1,0 +1,265 @@
+//! What the machine that is planned for gives a second: said by hand, else on record, else measured now.
+
+use clap::Args;
+
+use crate::cli::gpu::device_choice;
+use crate::cli::options::{GemmArg, MachineOptions};
+use crate::device::Device;
+use crate::device::cuda;
+use crate::engine::{DeviceChoice, EngineOptions, GpuRoom, open_device};
+use crate::error::{Code, Error, Result};
+use crate::paging::{ComputeRates, DiskRates, KeptCompute, MachineRates};
+use crate::store::Outline;
+use crate::units::Dtype;
+
+/// What a driver's context, kernels and slack take of a GPU that is not here.
+const GPU_BASE_BYTES: u64 = 700 << 20;
+/// What it takes to plan for one.
+const BY_HAND: &str = "--gpu-memory, --h2d-gb-per-s, --gpu-gb-per-s and --gpu-gflops";
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Rates")]
+pub(super) struct RateArgs {
+    /// The disk's direct reading rate, 10^9 bytes a second [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    disk_gb_per_s: Option<f64>,
+    /// Weights a product of one row reads, 10^9 bytes a second [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    memory_gb_per_s: Option<f64>,
+    /// 10^9 floating point operations a second of a product of many rows [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    cpu_gflops: Option<f64>,
+    /// Host memory to the GPU, 10^9 bytes a second [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    h2d_gb_per_s: Option<f64>,
+    /// Weights the GPU reads from its own memory, 10^9 bytes a second [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    gpu_gb_per_s: Option<f64>,
+    /// The GPU's 10^9 floating point operations a second [default: measured, and kept]
+    #[arg(long, value_name = "RATE")]
+    gpu_gflops: Option<f64>,
+}
+
+/// What is to compute.
+pub(super) enum Computer {
+    Host,
+    /// Of this machine, open.
+    Gpu(Box<Device>),
+    /// Of another machine: its memory and its rates were given.
+    GpuElsewhere,
+}
+
+impl RateArgs {
+    pub fn check(&self) -> Result<()> {
+        for (flag, value) in [
+            ("--disk-gb-per-s", self.disk_gb_per_s),
+            ("--memory-gb-per-s", self.memory_gb_per_s),
+            ("--cpu-gflops", self.cpu_gflops),
+            ("--h2d-gb-per-s", self.h2d_gb_per_s),
+            ("--gpu-gb-per-s", self.gpu_gb_per_s),
+            ("--gpu-gflops", self.gpu_gflops),
+        ] {
+            if let Some(v) = value.filter(|v| !(*v > 0.0 && *v < 1e9)) {
+                return Err(super::usage(flag, v, "a rate is above 0"));
+            }
+        }
+        Ok(())
+    }
+
+    fn of_gpu(&self) -> [Option<f64>; 3] {
+        [self.h2d_gb_per_s, self.gpu_gb_per_s, self.gpu_gflops]
+    }
+
+    /// Rates given by hand, else those on record, else measured now.
+    pub fn rates(
+        &self,
+        computer: &Computer,
+        machine: &MachineOptions,
+        outline: &Outline,
+        dtype: Dtype,
+    ) -> Result<MachineRates> {
+        let disk = DiskRates::of(&outline.dir, outline.ready && !outline.in_place);
+        let disk_gb_per_s = match self.disk_gb_per_s {
+            Some(rate) => rate,
+            None => known_disk_rate(&disk, outline)?,
+        };
+        let (h2d_gb_per_s, compute) = match computer {
+            Computer::Host => {
+                let device = Device::cpu(machine.threads, None)?;
+                let given = (self.memory_gb_per_s, self.cpu_gflops);
+                (None, compute_rates(given, Some(&device), dtype)?)
+            }
+            Computer::Gpu(device) => {
+                let h2d = match self.h2d_gb_per_s {
+                    Some(rate) => rate,
+                    None => known_copy_rate(&disk, device)?,
+                };
+                let given = (self.gpu_gb_per_s, self.gpu_gflops);
+                (Some(h2d), compute_rates(given, Some(device), dtype)?)
+            }
+            Computer::GpuElsewhere => {
+                let given = (self.gpu_gb_per_s, self.gpu_gflops);
+                (self.h2d_gb_per_s, compute_rates(given, None, dtype)?)
+            }
+        };
+        Ok(MachineRates {
+            disk_gb_per_s,
+            h2d_gb_per_s,
+            compute,
+        })
+    }
+}
+
+impl Computer {
+    /// What `--device` asks for. A GPU whose memory and rates are all given need not be here.
+    ///
+    /// # Errors
+    /// A GPU is asked for that is not here, and not all of it is given: what to give.
+    pub fn of(
+        rates: &RateArgs,
+        machine: &MachineOptions,
+        outline: &Outline,
+        quiet: bool,
+    ) -> Result<Computer> {
+        let memory = machine.gpu_budget()?;
+        if machine.device == "cpu" {
+            return Ok(Computer::Host);
+        }
+        if memory.is_some() && rates.of_gpu().iter().all(Option::is_some) {
+            return Ok(Computer::GpuElsewhere);
+        }
+        let device = device_choice(machine, &outline.spec, &outline.units, quiet)?;
+        if device == DeviceChoice::Cpu {
+            let wanted = memory.is_some() || rates.of_gpu().iter().any(Option::is_some);
+            return match cuda::available() {
+                Err(e) if wanted => Err(not_here(&e)),
+                _ => Ok(Computer::Host),
+            };
+        }
+        let options = EngineOptions {
+            device,
+            gpu_memory: memory,
+            ..EngineOptions::default()
+        };
+        let gpu =
+            open_device(&outline.spec, &outline.units, &options).map_err(|e| match e.code() {
+                Code::Device => {
+                    let fix = format!("{}; or give {BY_HAND} of the one to plan for", e.fix());
+                    e.with_fix(fix)
+                }
+                _ => e,
+            })?;
+        Ok(Computer::Gpu(Box::new(gpu)))
+    }
+
+    /// The memory of the GPU, where one computes.
+    pub fn gpu_room(&self, machine: &MachineOptions) -> Result<Option<GpuRoom>> {
+        Ok(match self {
+            Computer::Host => None,
+            Computer::Gpu(device) => GpuRoom::of(device),
+            Computer::GpuElsewhere => machine.gpu_budget()?.map(|limit| GpuRoom {
+                limit,
+                base: GPU_BASE_BYTES,
+            }),
+        })
+    }
+
+    /// As a run with this computer would be started.
+    pub fn machine(&self, asked: &MachineOptions) -> MachineOptions {
+        MachineOptions {
+            device: match self {
+                Computer::Host => "cpu".into(),
+                Computer::Gpu(device) => device.name().into(),
+                Computer::GpuElsewhere => "cuda".into(),
+            },
+            gemm: GemmArg::Own,
+            ..asked.clone()
+        }
+    }
+
+    /// As the report names it.
+    pub fn name(&self) -> String {
+        match self {
+            Computer::Host => "cpu".into(),
+            Computer::Gpu(device) => device.name().into(),
+            Computer::GpuElsewhere => "a GPU as given".into(),
+        }
+    }
+}
+
+fn not_here(none: &Error) -> Error {
+    Error::new(
+        Code::Usage,
+        "a GPU cannot be planned for without its rates",
+        format!(
+            "none can be asked here ({}), and not all of it is given",
+            none.cause()
+        ),
+        format!("give {BY_HAND}, or leave them out to plan for the CPU"),
+    )
+}
+
+/// What runs of this model read at, else the best the disk is known to give, else that measured now.
+fn known_disk_rate(kept: &DiskRates, outline: &Outline) -> Result<f64> {
+    let known = match kept.streamed() {
+        Some(rate) => Some(rate),
+        None => kept.best_or_probe(&outline.files, u64::MAX)?,
+    };
+    known.ok_or_else(|| {
+        Error::new(
+            Code::Unsupported,
+            "the disk's rate cannot be measured",
+            "its file system does not read past the page cache",
+            "give --disk-gb-per-s",
+        )
+    })
+}
+
+/// The best that copies to this GPU are known to reach, else that measured now.
+fn known_copy_rate(kept: &DiskRates, device: &Device) -> Result<f64> {
+    let name = device.describe();
+    if let Some(rate) = kept.h2d_to(&name) {
+        return Ok(rate);
+    }
+    let measured = match device.as_cuda() {
+        Some(gpu) => gpu.measure_copies()?,
+        None => None,
+    };
+    let rate = measured.ok_or_else(|| {
+        Error::new(
+            Code::Memory,
+            "copies to the GPU cannot be measured",
+            "the driver's context and the kernels leave no memory to copy to",
+            "give a larger --gpu-memory, or --h2d-gb-per-s",
+        )
+    })?;
+    kept.raise_h2d(&name, rate);
+    Ok(rate)
+}
+
+/// `given`: 10⁹ bytes and operations a second. `device`: to be asked for what is not.
+fn compute_rates(
+    given: (Option<f64>, Option<f64>),
+    device: Option<&Device>,
+    dtype: Dtype,
+) -> Result<ComputeRates> {
+    let by_hand = |memory_gb_per_s, gflops| ComputeRates {
+        memory_gb_per_s,
+        gflops,
+        element_bytes: dtype.bytes() as f64,
+        points: Vec::new(),
+    };
+    let measured = |device: &Device| KeptCompute::of(device, dtype).known_or_measured(device);
+    Ok(match (given, device) {
+        ((Some(memory), Some(gflops)), _) => by_hand(memory, gflops),
+        ((None, None), Some(device)) => measured(device)?,
+        ((memory, gflops), Some(device)) => {
+            let measured = measured(device)?;
+            by_hand(
+                memory.unwrap_or(measured.memory_gb_per_s),
+                gflops.unwrap_or(measured.gflops),
+            )
+        }
+        (_, None) => return Err(Error::internal("rates of nothing")),
+    })
+}

@@ -1,0 +1,279 @@
+//! What `plan` and `tune` say of a GPU, against the emulated driver: rates asked of it and kept, budgets that hold, what it takes where none
+//! is here, and frames in flight.
+//!
+//! How fast the emulated GPU is says nothing of a real one; that what was measured is what is used does.
+
+mod common;
+mod emulated;
+#[path = "emulated/run.rs"]
+mod run;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use emulated::driver;
+use run::{Run, deep};
+use serde_json::{Value, json};
+
+const MODEL: &str = "gpu-qwen2-bf16";
+
+/// Rates are kept under `kept`; those of the disk are given, for the disk is not what is looked at.
+fn plan(driver: &Path, kept: &Path, device: &str) -> Run {
+    let run = Run::on(device, driver, "plan", MODEL).args([
+        "--in-place",
+        "--disk-gb-per-s",
+        "2",
+        "--sequences",
+        "1,8",
+    ]);
+    run.env("XDG_CACHE_HOME", kept.to_str().unwrap())
+}
+
+/// The only record whose name begins so.
+fn record(kept: &Path, name: &str) -> PathBuf {
+    let of_name = |p: &PathBuf| p.file_name().unwrap().to_str().unwrap().starts_with(name);
+    let dir = fs::read_dir(kept.join("tensorpager")).unwrap();
+    let mut found: Vec<PathBuf> = dir.map(|e| e.unwrap().path()).filter(of_name).collect();
+    assert_eq!(found.len(), 1, "{name}: {found:?}");
+    found.remove(0)
+}
+
+fn read(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_gpu_is_asked_once_and_what_it_gave_is_kept() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let kept = kept.path();
+    let first = plan(driver, kept, "cuda").json();
+    assert_eq!(first["device"], "cuda:0");
+    let rates = &first["rates"];
+    assert!(rates["h2d_gb_per_s"].as_f64().unwrap() > 0.0, "{rates}");
+    assert_eq!(rates["compute"]["points"].as_array().unwrap().len(), 4);
+    let (compute, copies) = (record(kept, "compute-bfloat16"), record(kept, "rates"));
+    assert_eq!(read(&copies)["h2d"]["gb_per_s"], rates["h2d_gb_per_s"]);
+
+    // What is on record is used as it stands, by `--device auto` too.
+    let mut known = read(&compute);
+    assert!(
+        known["device"].as_str().unwrap().contains("driver CUDA"),
+        "{known}"
+    );
+    known["rates"] = json!({"memory_gb_per_s": 400.0, "gflops": 5e4, "element_bytes": 2.0,
+        "points": [[1, 0.0025], [8, 0.0025], [64, 0.004], [256, 0.01]]});
+    fs::write(&compute, known.to_string()).unwrap();
+    for device in ["cuda", "auto"] {
+        let plan = plan(driver, kept, device).json();
+        assert_eq!(plan["device"], "cuda:0");
+        assert_eq!(plan["rates"]["compute"], known["rates"]);
+        assert_eq!(plan["rates"]["h2d_gb_per_s"], rates["h2d_gb_per_s"]);
+    }
+    // A run's one row stands before the measured one.
+    known["ran_ns_per_byte"] = json!(0.005);
+    fs::write(&compute, known.to_string()).unwrap();
+    let after = plan(driver, kept, "cuda").json();
+    assert_eq!(after["rates"]["compute"]["memory_gb_per_s"], 200.0);
+    assert_eq!(after["rates"]["compute"]["points"][0][1], 0.005);
+
+    // What the user says comes first.
+    let by_hand = plan(driver, kept, "cuda").args(["--gpu-gb-per-s", "123"]);
+    let by_hand = by_hand.json()["rates"].clone();
+    assert_eq!(by_hand["compute"]["memory_gb_per_s"], 123.0);
+    assert_eq!(by_hand["compute"]["gflops"], 5e4);
+    let by_hand = plan(driver, kept, "cuda")
+        .args(["--h2d-gb-per-s", "7"])
+        .json();
+    assert_eq!(by_hand["rates"]["h2d_gb_per_s"], 7.0);
+
+    // Opening a GPU for a run keeps what its copies reach.
+    let fast = json!({"gpu": known["device"], "gb_per_s": 1e6});
+    let mut copied = read(&copies);
+    copied["h2d"] = json!({"gpu": known["device"], "gb_per_s": 1e-9});
+    fs::write(&copies, copied.to_string()).unwrap();
+    let ran = Run::new(driver, "run", MODEL)
+        .args([
+            "--raw",
+            "--prompt",
+            "Layer 7",
+            "--max-tokens",
+            "3",
+            "--in-place",
+        ])
+        .env("XDG_CACHE_HOME", kept.to_str().unwrap())
+        .json();
+    let reached = read(&copies)["h2d"]["gb_per_s"].clone();
+    assert_eq!(ran["paging"]["probed_h2d_gb_per_s"], reached);
+    let now = plan(driver, kept, "cuda").json();
+    assert_eq!(now["rates"]["h2d_gb_per_s"], reached);
+    // And never lowers it.
+    copied["h2d"] = fast;
+    fs::write(&copies, copied.to_string()).unwrap();
+    let now = plan(driver, kept, "cuda").json();
+    assert_eq!(now["rates"]["h2d_gb_per_s"], 1e6);
+}
+
+#[test]
+fn the_budgets_named_are_those_that_run() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let small = |run: Run| run.env("EMUCUDA_CONTEXT", "100000000");
+    let plan = small(plan(driver, kept.path(), "cuda")).json();
+    let smallest = plan["smallest_gpu_memory"].as_u64().unwrap();
+    assert!(plan["gpu_memory"].as_u64().unwrap() > smallest, "{plan}");
+    let run = |bytes: u64| {
+        let run = Run::new(driver, "run", MODEL);
+        let memory = bytes.to_string();
+        small(run.args([
+            "--raw",
+            "--prompt",
+            "T",
+            "--max-tokens",
+            "2",
+            "--gpu-memory",
+            &memory,
+        ]))
+    };
+    // A run of one prompt has smaller passes than the plan has room for.
+    run(smallest).json();
+    run(smallest - (8 << 20)).fails();
+}
+
+#[test]
+fn what_is_not_here_is_asked_for() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let none = |device: &str| plan(driver, kept.path(), device).env("EMUCUDA_DEVICES", "0");
+    let said = none("cuda").fails();
+    assert!(
+        said.contains("no such GPU") && said.contains("--gpu-gflops"),
+        "{said}"
+    );
+    let done = none("auto").args(["--gpu-memory", "8GiB"]).output();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(done.status.code(), Some(2), "{said}");
+    assert!(said.contains("--h2d-gb-per-s"), "{said}");
+    let by_hand = ["--gpu-memory", "8GiB", "--h2d-gb-per-s", "20"];
+    let more = ["--gpu-gb-per-s", "500", "--gpu-gflops", "5e4"];
+    let plan = none("auto").args(by_hand).args(more).json();
+    assert_eq!(plan["gpu_memory"], 8u64 << 30);
+    assert!(plan["resident_gpu_bytes"].as_u64().unwrap() > 0);
+    // Nobody spoke of a GPU, and none is there.
+    let cpu = none("auto").args(["--memory-gb-per-s", "10", "--cpu-gflops", "100"]);
+    let cpu = cpu.json();
+    assert_eq!(
+        (&cpu["device"], &cpu["gpu_memory"]),
+        (&json!("cpu"), &Value::Null)
+    );
+}
+
+/// Where the GPU has no room for keys and values they are planned in host memory, and their copies are counted.
+#[test]
+fn keys_and_values_without_room_on_the_gpu_are_copied() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let model = deep(kept.path());
+    let with = |memory: &str| {
+        let by_hand = ["--gpu-memory", memory, "--h2d-gb-per-s", "0.1"];
+        let more = ["--gpu-gb-per-s", "500", "--gpu-gflops", "5e4"];
+        let run = Run::on("auto", driver, "plan", &model).args(["--disk-gb-per-s", "2"]);
+        let run = run.env("XDG_CACHE_HOME", kept.path().to_str().unwrap());
+        let run = run.args(["--in-place", "--sequences", "1"]);
+        run.args(by_hand).args(more).json()
+    };
+    let much = with("8GiB");
+    assert_eq!(much["rows"][0]["kv_tier"], "gpu");
+    assert_eq!(much["rows"][0]["copied_bytes_per_pass"], 0);
+    // A little less than the least that does has room for two layers of them at a time, not for twelve.
+    let least = much["smallest_gpu_memory"].as_u64().unwrap();
+    let little = with(&(least - (1 << 20)).to_string());
+    let row = &little["rows"][0];
+    assert_eq!(row["kv_tier"], "cpu", "{little}");
+    let count = |name: &str| row[name].as_u64().unwrap();
+    let token = count("kv_bytes") / count("kv_tokens");
+    let through_slots = |u: &&Value| {
+        let name = u["unit"].as_str().unwrap();
+        u["tier"] != "gpu" && (name.starts_with("layer") || name.starts_with("head"))
+    };
+    let units = little["units"].as_array().unwrap();
+    let sizes = units.iter().filter(through_slots);
+    let weights: u64 = sizes.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    // Half a context; a block.
+    assert_eq!(count("copied_bytes_per_pass"), weights + 256 * token);
+    assert_eq!(count("copied_back_bytes_per_pass"), 16 * token);
+    let pass_s = row["pass_s"].as_f64().unwrap();
+    assert!(
+        pass_s >= 0.999 * count("copied_bytes_per_pass") as f64 / 1e8,
+        "{row}"
+    );
+}
+
+#[test]
+fn frames_in_flight_are_tuned_kept_and_used() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let kept = kept.path();
+    let here = |run: Run| {
+        run.args(["--in-place"])
+            .env("XDG_CACHE_HOME", kept.to_str().unwrap())
+    };
+    let tune = |device: &str| {
+        let run = Run::on(device, driver, "tune", MODEL).args(["--seconds", "0.001", "--quiet"]);
+        let run = run.args(["--page-sizes", "64KiB", "--queue-depths", "4,16"]);
+        let run = run.args(["--readers", "auto", "--prefetch-depths", "1"]);
+        here(run.args(["--ring-sizes", "auto,8"])).json()
+    };
+    let curve = tune("cuda")["curve"].clone();
+    let rings = |queue: u64| {
+        let rows = curve.as_array().unwrap().iter();
+        let of_queue = rows.filter(|r| r["page_size"] == 65_536 && r["queue_depth"] == queue);
+        of_queue
+            .map(|r| r["ring_frames"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        rings(4).contains(&json!(8)) && rings(4).contains(&Value::Null),
+        "{curve}"
+    );
+    // 16 reads have no room in 8 frames: these are 8 reads.
+    assert_eq!((rings(8), rings(16)), (vec![json!(8)], vec![Value::Null]));
+    let record_path = record(kept, "tune");
+    let mut found = read(&record_path);
+    assert!(
+        found["device"].as_str().unwrap().contains("driver CUDA"),
+        "{found}"
+    );
+    let in_record = found["curve"].as_array().unwrap().iter();
+    assert!(in_record.filter(|r| r["ring_frames"] == 8).count() >= 2);
+
+    found["best"] = json!({"io": "io_uring", "page_size": 65_536, "queue_depth": 4, "prefetch_depth": 1, "ring_frames": 3});
+    fs::write(&record_path, found.to_string()).unwrap();
+    let run = |more: &[&str]| {
+        let mut run = Run::new(driver, "run", MODEL).args(["--raw", "--prompt", "Layer 7"]);
+        run.command
+            .args(["--max-tokens", "3", "--device-map", "disk"])
+            .args(more);
+        let report = here(run).json();
+        (
+            report["paging"]["ring_frames"].as_u64().unwrap(),
+            report["token_ids"].clone(),
+        )
+    };
+    let (tuned, said, plain) = (run(&[]), run(&["--ring-size", "5"]), run(&["--no-tune"]));
+    assert_eq!((tuned.0, said.0), (3, 5));
+    assert!(plain.0 > 1 && plain.0 != 3, "{plain:?}");
+    assert!(
+        tuned.1 == said.1 && said.1 == plain.1,
+        "frames change no token"
+    );
+    // A CPU has none.
+    let cpu = tune("cpu");
+    assert!(
+        cpu["curve"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|r| r.get("ring_frames").is_none())
+    );
+}

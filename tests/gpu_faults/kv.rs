@@ -293,9 +293,9 @@ fn a_sleep_in_their_copies_lowers_the_share_of_the_bound() {
     assert!(figure(&slow, "h2d_bytes") >= figure(&slow, "kv_h2d_bytes"));
     let share = |p: &Value| figure(p, "percent_of_bound");
     assert!(share(&slow) < 0.7 * share(&quick), "{slow} {quick}");
-    // Seven passes behind the prompt's, twelve layers each.
+    // Seven passes behind the prompt's, twelve layers each; what computing hides of a sleep is no wait.
     let slept = 0.005 * 7.0 * 12.0;
-    assert!(figure(&slow, "stall_copy_s") > 0.8 * slept, "{slow}");
+    assert!(figure(&slow, "stall_copy_s") > 0.5 * slept, "{slow}");
     let events = trace["traceEvents"].as_array().unwrap();
     let copies: Vec<f64> = events
         .iter()

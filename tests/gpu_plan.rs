@@ -74,7 +74,7 @@ fn a_gpu_is_asked_once_and_what_it_gave_is_kept() {
     known["ran_ns_per_byte"] = json!(0.005);
     fs::write(&compute, known.to_string()).unwrap();
     let after = plan(driver, kept, "cuda").json();
-    assert_eq!(after["rates"]["compute"]["memory_gb_per_s"], 200.0);
+    assert_eq!(after["rates"]["compute"]["memory_gb_per_s"], 400.0);
     assert_eq!(after["rates"]["compute"]["points"][0][1], 0.005);
 
     // What the user says comes first.

@@ -16,7 +16,7 @@ pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 pub(super) const MAX_INDEX_BYTES: u64 = 32 << 20;
 
 /// The text files of a model that this engine or a pack of it has a use for.
-pub const TEXT_FILES: [&str; 14] = [
+pub(crate) const TEXT_FILES: [&str; 14] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",

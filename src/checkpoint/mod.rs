@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 #[cfg(feature = "hub")]
 pub use self::download::{DownloadProgress, Downloaded, Hub, wants_download};
-pub use self::files::TEXT_FILES;
+pub(crate) use self::files::TEXT_FILES;
 use self::files::{Folder, MAX_CONFIG_BYTES, clip};
 use self::header::Stored;
 pub use self::hub::{ModelPath, resolve_model};

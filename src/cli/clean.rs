@@ -11,7 +11,7 @@ use crate::units::human_bytes;
 
 #[derive(Args)]
 #[command(after_help = "Examples:
-  tensorpager clean                             what lies there; nothing is removed
+  tensorpager clean --dry-run                   what lies there; nothing is removed
   tensorpager clean Qwen--Qwen2.5-7B--bf16      this pack
   tensorpager clean --stale                     what no run would use any more")]
 pub struct CleanArgs {

@@ -57,8 +57,8 @@ impl<'a> From<&'a Outline> for Weights<'a> {
 
 impl Weights<'_> {
     /// How they are read: as the user says, else as `tune` found on this machine, else the defaults.
-    pub fn reading(&self, machine: &MachineOptions) -> Setting {
-        reading(machine, self.dir, self.ours)
+    pub fn reading(&self, machine: &MachineOptions, on_gpu: bool) -> Setting {
+        reading(machine, self.dir, self.ours, on_gpu)
     }
 
     /// What each unit takes in pages of `page_bytes`, where it is computed with.
@@ -79,7 +79,7 @@ impl Weights<'_> {
     ) -> Result<EngineOptions> {
         let device = gpu::device_choice(machine, self.spec, self.units, quiet)?;
         let defaults = EngineOptions::default();
-        let reading = self.reading(machine);
+        let reading = self.reading(machine, device != DeviceChoice::Cpu);
         let kinds: Vec<UnitKind> = self.units.iter().map(|u| u.kind).collect();
         if machine.device_map == "gpu" && device == DeviceChoice::Cpu {
             return Err(Error::new(
@@ -137,10 +137,10 @@ pub(super) fn placement(map: &str, kinds: &[UnitKind]) -> Result<Placement> {
 }
 
 /// [`Weights::reading`] of the pack in `dir`, or the source streamed in place (`ours` false).
-fn reading(machine: &MachineOptions, dir: &Path, ours: bool) -> Setting {
+fn reading(machine: &MachineOptions, dir: &Path, ours: bool, on_gpu: bool) -> Setting {
     let tuned = match machine.no_tune {
         true => None,
-        false => KeptSetting::of(dir, ours).best(),
+        false => KeptSetting::of(dir, ours, on_gpu).best(),
     };
     let usual = tuned.unwrap_or(Setting {
         reader: ReaderKind::Auto,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::advice::{self, Advisor};
 use super::machine::{Weights, verify_when};
-use super::options::{MachineOptions, SourceOptions};
+use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
     Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom, kv_dtype,
@@ -210,8 +210,8 @@ impl Model {
         engine.map_err(|e| Advisor::new(&Weights::from(&self.store), &options, host).too_little(e))
     }
 
-    pub fn reading(&self, machine: &MachineOptions) -> Setting {
-        Weights::from(&self.store).reading(machine)
+    pub fn reading(&self, machine: &MachineOptions, on_gpu: bool) -> Setting {
+        Weights::from(&self.store).reading(machine, on_gpu)
     }
 
     pub(super) fn engine_options(
@@ -252,7 +252,12 @@ impl Model {
                 .map(|u| (u.kind, unit_name(u.kind), u.bytes))
                 .collect(),
             events: trace.events(),
-            curve: KeptSetting::of(&self.store.dir, !self.store.in_place).curve(),
+            curve: KeptSetting::of(
+                &self.store.dir,
+                !self.store.in_place,
+                engine.plan().gpu.is_some(),
+            )
+            .curve(),
         };
         crate::report::html::write(path, &page)
     }
@@ -266,11 +271,12 @@ impl Model {
         engine: &Engine,
     ) -> ReadSettings {
         let p = &during.paging;
-        if let Some(rate) = compute_rate(engine.plan().weight_bytes(), during) {
+        if let Some(rate) = compute_rate(engine.plan().pass_bytes, during) {
             let kept = KeptCompute::of(engine.device(), engine.dtype());
             match engine.plan().gpu {
                 None => kept.ran_at(rate),
-                Some(_) => kept.ran_on_gpu_at(rate),
+                Some(_) if machine.gemm == GemmArg::Own => kept.ran_on_gpu_at(rate),
+                Some(_) => {}
             }
         }
         match disk_rate(p, during.pass, engine.pager().direct()) {
@@ -278,7 +284,7 @@ impl Model {
             Some((rate, false)) => self.record_disk_rate(rate),
             None => {}
         }
-        let reading = self.reading(machine);
+        let reading = self.reading(machine, engine.plan().gpu.is_some());
         ReadSettings {
             page_bytes: reading.page_bytes,
             queue_depth: reading.queue_depth,

@@ -60,7 +60,7 @@ pub fn make(
     }
     write_synthetic(dir, &config, &mut |done, of| {
         if cancel.load(Relaxed) {
-            return Err(crate::paging::interrupted());
+            return Err(Error::interrupted());
         }
         progress(done, of);
         Ok(())

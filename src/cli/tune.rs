@@ -79,9 +79,10 @@ pub fn run(args: TuneArgs) -> Result<u8> {
     found.expect_room(&machine, &OpenFor::default(), args.quiet)?;
     let budget = machine.cpu_budget()?;
     let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
-    let kept = KeptSetting::of(&model.store.dir, !model.store.in_place);
     let options = model.engine_options(&machine, &OpenFor::default(), args.quiet)?;
-    let space = space(&args, &machine, &model, options.device != DeviceChoice::Cpu)?;
+    let on_gpu = options.device != DeviceChoice::Cpu;
+    let kept = KeptSetting::of(&model.store.dir, !model.store.in_place, on_gpu);
+    let space = space(&args, &machine, &model, on_gpu)?;
     let bench = Bench {
         store: shortened(model.store),
         options,
@@ -139,12 +140,15 @@ fn space(args: &TuneArgs, machine: &MachineOptions, model: &Model, on_gpu: bool)
             "a depth is 1 to 65536",
         );
     }
-    let reading = model.reading(machine);
+    let reading = model.reading(machine, on_gpu);
     let fixed =
         |given: bool, all: &[usize], one: usize| if given { vec![one] } else { all.to_vec() };
     let streamed = || model.store.units.iter().filter(|u| is_streamed(u.kind));
     Ok(Space {
-        default: reading,
+        default: Setting {
+            ring_frames: reading.ring_frames.filter(|_| on_gpu),
+            ..reading
+        },
         readers: match machine.io {
             IoArg::Auto => args
                 .readers

@@ -8,7 +8,7 @@ use super::options::KeptIn;
 use super::signals;
 use crate::error::{Code, Error, Result};
 use crate::report::progress::ByteProgress;
-use crate::store::{PackState, VerifyReport, list_packs, verify};
+use crate::store::{PackState, VerifyReport, clean_command, list_packs, verify};
 use crate::units::{counted, human_bytes};
 
 #[derive(Args)]
@@ -56,16 +56,22 @@ pub fn run(args: VerifyArgs) -> Result<u8> {
         ))?;
     }
     let bad: Vec<&VerifyReport> = reports.iter().filter(|r| !r.is_good()).collect();
-    let Some(first) = bad.first() else {
+    if bad.is_empty() {
         return Ok(0);
-    };
+    }
     let all: Vec<String> = bad.iter().map(|r| r.dir.display().to_string()).collect();
-    let name = first.dir.file_name().unwrap_or_default().display();
+    let commands: Vec<String> = bad
+        .iter()
+        .map(|r| format!("`{}`", clean_command(&r.dir)))
+        .collect();
     Err(Error::new(
         Code::Corrupt,
         format!("{} cannot be trusted", all.join(", ")),
         "bytes on disk differ from those that were packed",
-        format!("`tensorpager clean {name}` and pack again; check the drive if it happens twice"),
+        format!(
+            "{} and pack again; check the drive if it happens twice",
+            commands.join(", ")
+        ),
     ))
 }
 

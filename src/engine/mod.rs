@@ -151,7 +151,7 @@ impl Engine {
         watch: &mut dyn FnMut(usize, usize),
     ) -> Result<()> {
         if self.cancel.load(Relaxed) {
-            return Err(crate::paging::interrupted());
+            return Err(Error::interrupted());
         }
         self.look()?;
         let most = self.forward.max_tokens();

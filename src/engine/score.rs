@@ -83,7 +83,7 @@ impl Engine {
         let mut parts: Vec<(usize, usize, usize)> = Vec::new();
         while next < inputs.len() || !open.is_empty() {
             if self.cancel.load(Relaxed) {
-                return Err(crate::paging::interrupted());
+                return Err(Error::interrupted());
             }
             self.scheduler.pass.clear();
             parts.clear();

@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use super::decode::{read_size, size};
-use super::locate::{Located, locate};
-use super::locate::{at_name, frame_files, open, video_file};
+use super::locate::{Located, at_name, frame_files, locate, open, video_file};
 use super::processor::no_frames;
 use super::{Grid, Kind, MediaRequest, Options, Processor, VideoTools, read_image};
 use crate::error::Result;

@@ -353,12 +353,12 @@ mod tests {
         };
         kept.keep(|r| r.rates = Some(measured.clone()));
         let known = kept.known().unwrap();
-        assert_eq!(known.memory_gb_per_s, 500.0);
+        assert_eq!(known.memory_gb_per_s, 2000.0);
         // What one row takes, eight take at least.
         assert_eq!(known.points, [(1, 0.002), (8, 0.002), (256, 0.01)]);
         assert_eq!(known.gflops, measured.gflops);
         kept.ran_on_gpu_at(f64::NAN);
         kept.ran_on_gpu_at(1000.0);
-        assert_eq!(kept.known().unwrap().memory_gb_per_s, 1000.0);
+        assert_eq!(kept.known().unwrap().points[0], (1, 0.001));
     }
 }

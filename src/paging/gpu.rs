@@ -71,6 +71,9 @@ impl GpuTrace {
     }
 }
 
+/// Two places in a stream are never passed at once: what is shorter was no wait.
+const LEAST_WAIT: Duration = Duration::from_micros(10);
+
 pub(super) struct GpuSide {
     compute: Compute,
     /// By unit: when the GPU reached and left it.
@@ -191,11 +194,12 @@ impl GpuSide {
             stats.stall_copy += copy;
             stats.stall_disk += waited - copy;
             if let Some(trace) = &self.trace {
-                let [there, on, left] = ticks.times(&trace.clock)?;
-                if !waited.is_zero() {
+                let there = ticks.reached(&trace.clock)?;
+                let on = there + waited;
+                if waited >= LEAST_WAIT {
                     trace.computing(Happening::Wait, unit, there, on, 0);
                 }
-                trace.computing(Happening::Compute, unit, on, left, 0);
+                trace.computing(Happening::Compute, unit, on, on + computed, 0);
             }
         }
         Ok(())
@@ -215,11 +219,13 @@ impl GpuSide {
             stats.kv_bytes += moved.to_gpu_bytes;
             stats.h2d_bytes += moved.to_gpu_bytes;
             stats.d2h_bytes += moved.to_host_bytes;
-            stats.h2d += moved.load;
+            stats.kv_h2d += moved.load;
             stats.stall_copy += moved.waited;
             stats.gpu_compute = stats.gpu_compute.saturating_sub(moved.waited);
-            let unit = layer(moved.layer).filter(|_| moved.to_gpu_bytes > 0);
-            if let (Some(trace), Some(unit), Some(began)) = (&self.trace, unit, moved.began) {
+            if let (Some(trace), Some(began)) = (&self.trace, moved.began)
+                && moved.to_gpu_bytes > 0
+                && let Some(unit) = layer(moved.layer)
+            {
                 let end = began + moved.load;
                 trace.computing(Happening::Kv, unit, began, end, moved.to_gpu_bytes);
             }

@@ -8,8 +8,9 @@ use super::rates::{kept_path, machine_name};
 use super::tune::{Score, Setting, Tuned};
 use crate::io::ReaderKind;
 
-/// File name of the record.
-pub const TUNE_FILE: &str = "tune.json";
+/// File names of the records: reading for a CPU and reading for a GPU are tuned apart.
+const TUNE_FILE: &str = "tune.json";
+const TUNE_GPU_FILE: &str = "tune-gpu.json";
 const FORMAT_VERSION: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
@@ -81,10 +82,15 @@ pub struct KeptSetting {
 
 impl KeptSetting {
     /// `folder`: the packed folder, or the source when it is streamed in place (`ours` false).
-    pub fn of(folder: &Path, ours: bool) -> KeptSetting {
-        let mut paths = vec![kept_path(folder, false, TUNE_FILE)];
+    /// `on_gpu`: one computes.
+    pub fn of(folder: &Path, ours: bool, on_gpu: bool) -> KeptSetting {
+        let name = match on_gpu {
+            true => TUNE_GPU_FILE,
+            false => TUNE_FILE,
+        };
+        let mut paths = vec![kept_path(folder, false, name)];
         if ours {
-            paths.insert(0, kept_path(folder, true, TUNE_FILE));
+            paths.insert(0, kept_path(folder, true, name));
         }
         KeptSetting { paths }
     }

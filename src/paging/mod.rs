@@ -23,9 +23,8 @@ mod tune;
 
 pub use compute_rates::KeptCompute;
 pub use device_map::parse_device_map;
-pub use kept_setting::{KeptSetting, TUNE_FILE};
+pub use kept_setting::KeptSetting;
 pub use origin::{Origin, unit_name};
-pub(crate) use pager::interrupted;
 pub use pager::{Lease, Pager, PagerOptions, WrapReader};
 pub use plan::{
     Frames, GATHER_BLOCKS, GpuPart, Placement, Plan, RING_BYTES, Ring, Tier, Walk, is_streamed,

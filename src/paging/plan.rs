@@ -76,7 +76,9 @@ pub struct Plan {
     pub slot_bytes: u64,
     /// Weights that stay in host memory.
     pub resident_bytes: u64,
-    /// Bytes from disk each decoder pass (embedding rows apart).
+    /// What a pass with logits computes with, wherever it rests (embedding rows apart).
+    pub pass_bytes: u64,
+    /// From disk each pass (embedding rows apart).
     pub streamed_bytes: u64,
     pub gather_bytes: u64,
     /// Which units its passes walk through.
@@ -117,6 +119,11 @@ impl Ring {
     /// No more frames than two of the largest units have pages.
     pub fn new(units: &[UnitSize], asked: Frames) -> Ring {
         let largest = units.iter().map(|u| u.room_bytes).max().unwrap_or(0);
+        Ring::of_largest(largest, asked)
+    }
+
+    /// As [`Ring::new`], for a largest unit of `largest` bytes.
+    pub(super) fn of_largest(largest: u64, asked: Frames) -> Ring {
         let frame_bytes = asked.page_bytes.min(largest).max(ALIGN_BYTES);
         let of_use = 2 * largest.div_ceil(frame_bytes) + 2;
         let count = asked.count.map_or(RING_BYTES / frame_bytes, |n| n as u64);
@@ -152,13 +159,15 @@ impl Plan {
     pub fn vision(units: &[UnitSize], depth: usize) -> Plan {
         let tower = || units.iter().filter(|u| is_vision(u.kind));
         let slots = (depth + 1).min(tower().count());
+        let bytes = tower().map(|u| u.read_bytes).sum();
         Plan {
             tiers: vec![Tier::Disk; units.len()],
             depth: slots.saturating_sub(1),
             slots,
             slot_bytes: tower().map(|u| u.room_bytes).max().unwrap_or(0),
             resident_bytes: 0,
-            streamed_bytes: tower().map(|u| u.read_bytes).sum(),
+            pass_bytes: bytes,
+            streamed_bytes: bytes,
             gather_bytes: 0,
             walk: Walk::Vision,
             gpu: None,
@@ -172,11 +181,6 @@ impl Plan {
             Some(gpu) => gpu.ring.bytes(),
         };
         slots + self.resident_bytes + self.gather_bytes
-    }
-
-    /// Weights that a pass with logits computes with, wherever they rest.
-    pub fn weight_bytes(&self) -> u64 {
-        self.resident_bytes + self.gpu.map_or(0, |g| g.resident_bytes) + self.streamed_bytes
     }
 
     /// GPU memory the pager takes.
@@ -346,6 +350,7 @@ impl Plan {
             slots: n.slots,
             slot_bytes: n.slot_bytes,
             resident_bytes: n.cpu_resident_bytes,
+            pass_bytes: n.pass_bytes,
             streamed_bytes: n.streamed_bytes,
             gather_bytes: n.gather_bytes,
             walk: Walk::Decoder,
@@ -455,94 +460,4 @@ fn refusal(plan: &Plan, budget: u64, placement: &Placement) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layout(kind: UnitKind, bytes: u64) -> SlotLayout {
-        SlotLayout {
-            kind,
-            reads: vec![],
-            weights: vec![],
-            slot_bytes: bytes,
-            read_bytes: bytes,
-        }
-    }
-
-    fn model(layers: u32, heads: u32) -> Vec<SlotLayout> {
-        let mut v = vec![layout(UnitKind::Embed, 400 << 20)];
-        v.extend((0..layers).map(|i| layout(UnitKind::Layer(i), 100 << 20)));
-        v.push(layout(UnitKind::Norm, 4096));
-        v.extend((0..heads).map(|i| layout(UnitKind::Head(i), 90 << 20)));
-        v
-    }
-
-    #[test]
-    fn the_budget_is_kept_and_more_of_it_streams_less() {
-        let m = model(28, 5);
-        let mut last = u64::MAX;
-        for mib in (210..4000).step_by(37) {
-            let p = Plan::new(&m, mib << 20, 1, &Placement::Auto, true).unwrap();
-            assert!(p.arena_bytes() <= mib << 20);
-            assert!(
-                p.streamed_bytes <= last,
-                "more memory must never stream more"
-            );
-            last = p.streamed_bytes;
-        }
-        assert_eq!(last, 0);
-    }
-
-    #[test]
-    fn too_little_is_refused_with_the_budget_that_would_do() {
-        let m = model(28, 5);
-        let e = Plan::new(&m, 100 << 20, 1, &Placement::Auto, true).unwrap_err();
-        assert_eq!(e.code(), Code::Memory);
-        let missing: u64 = crate::units::parse_size(
-            e.fix()
-                .split_whitespace()
-                .find(|w| w.ends_with("MiB"))
-                .unwrap(),
-        )
-        .unwrap();
-        assert!(Plan::new(&m, (100 << 20) + missing, 1, &Placement::Auto, true).is_ok());
-    }
-
-    #[test]
-    fn the_ring_is_bounded_unless_frames_are_asked_for_and_never_longer_than_of_use() {
-        let units: Vec<UnitSize> = model(28, 5).iter().map(UnitSize::of).collect();
-        let ring = |page_mib: u64, count| {
-            let frames = Frames {
-                page_bytes: page_mib << 20,
-                count,
-            };
-            Ring::new(&units[1..], frames)
-        };
-        assert_eq!(ring(4, None).frames, 52, "two units of 25 pages, and two");
-        assert_eq!(ring(1, None).frames, 202);
-        let small = Frames {
-            page_bytes: 64 << 10,
-            count: None,
-        };
-        assert_eq!(Ring::new(&units[1..], small).bytes(), 3_202 * (64 << 10));
-        assert!(Ring::new(&units, small).bytes() <= RING_BYTES);
-        assert_eq!(ring(16, Some(9)).bytes(), 144 << 20);
-        assert_eq!(ring(16, Some(1)).frames, 2);
-        assert_eq!(ring(16, Some(1000)).frames, 16);
-    }
-
-    #[test]
-    fn residents_are_spread_between_streamed_units() {
-        let m = model(28, 5);
-        let p = Plan::new(&m, 1900 << 20, 1, &Placement::Auto, true).unwrap();
-        let pass: Vec<Tier> = (0..m.len())
-            .filter(|i| is_streamed(m[*i].kind))
-            .map(|i| p.tiers[i])
-            .collect();
-        let run = pass
-            .split(|t| *t == Tier::Disk)
-            .map(<[Tier]>::len)
-            .max()
-            .unwrap();
-        assert!(run <= 2, "{pass:?}");
-    }
-}
+mod tests;

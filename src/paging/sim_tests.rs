@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
+use super::super::origin::Origin;
 use super::super::plan::Placement;
 use super::super::sync::{Scheduler, schedule_by};
 use super::*;
@@ -16,7 +17,7 @@ use crate::device::Bytes;
 use crate::io::{FaultReader, Faults, RawDone, ReadOp, Reader};
 use crate::spec::{Role, UnitKind};
 use crate::store::{Checksums, Extent, Place, UnitLayout};
-use crate::units::{Dtype, FileId};
+use crate::units::{BLOCK_BYTES, Dtype, FileId};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 #[derive(Clone)]

@@ -50,8 +50,10 @@ pub struct PagingStats {
     /// Time the GPU computed; nothing where the CPU does.
     pub gpu_compute: Duration,
     pub h2d_bytes: u64,
-    /// Time that copies to the GPU took; those of keys and values run beside those of weights.
+    /// Time that copies of weights to the GPU took.
     pub h2d: Duration,
+    /// Time that copies of keys and values to the GPU took, beside those of weights on the same bus.
+    pub kv_h2d: Duration,
     pub rereads: u64,
 }
 
@@ -64,7 +66,7 @@ impl PagingStats {
         self.rereads = c.rereads.load(Relaxed);
         // Keys and values are copied by the computing side, which counted them already.
         self.h2d_bytes += c.h2d_bytes.load(Relaxed);
-        self.h2d += Duration::from_nanos(c.h2d_ns.load(Relaxed));
+        self.h2d = Duration::from_nanos(c.h2d_ns.load(Relaxed));
         self
     }
 
@@ -87,6 +89,7 @@ impl PagingStats {
             gpu_compute: self.gpu_compute + other.gpu_compute,
             h2d_bytes: self.h2d_bytes + other.h2d_bytes,
             h2d: self.h2d + other.h2d,
+            kv_h2d: self.kv_h2d + other.kv_h2d,
             rereads: self.rereads + other.rereads,
         }
     }
@@ -110,6 +113,7 @@ impl PagingStats {
             gpu_compute: self.gpu_compute - earlier.gpu_compute,
             h2d_bytes: self.h2d_bytes - earlier.h2d_bytes,
             h2d: self.h2d - earlier.h2d,
+            kv_h2d: self.kv_h2d - earlier.kv_h2d,
             rereads: self.rereads - earlier.rereads,
         }
     }

@@ -87,6 +87,8 @@ pub struct Needs {
     pub cpu_resident_bytes: u64,
     /// Weights that stay on the GPU.
     pub gpu_resident_bytes: u64,
+    /// What a pass with logits computes with, wherever it rests (embedding rows apart).
+    pub pass_bytes: u64,
     /// From disk each pass (embedding rows apart).
     pub streamed_bytes: u64,
     /// From host memory to the GPU each pass.
@@ -139,6 +141,9 @@ impl Problem<'_> {
                 _ => false,
             };
             gathers |= rows && *tier != Tier::Cpu;
+            if streamed || unit.kind == UnitKind::Norm {
+                n.pass_bytes += unit.read_bytes;
+            }
             match tier {
                 Tier::Gpu => n.gpu_resident_bytes += unit.room_bytes,
                 Tier::Cpu => n.cpu_resident_bytes += unit.room_bytes,

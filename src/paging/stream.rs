@@ -357,7 +357,7 @@ impl Stream {
             if self.shared.checksums.recorded() {
                 "the file changed while it was in use, or the disk is failing: restore the checkpoint and start again"
             } else {
-                "run `tensorpager verify` on the model, then `clean` and pack it again; check the drive"
+                "run `tensorpager verify` on the pack: it says what to do; check the drive"
             },
         ))
     }

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use super::plan::RING_BYTES;
+use super::plan::{Frames, Ring};
 use crate::error::Result;
 use crate::io::ReaderKind;
 use crate::units::flag_size;
@@ -52,7 +52,7 @@ pub struct Space {
     /// `[None]` where the CPU computes.
     pub ring_frames: Vec<Option<usize>>,
     /// Units a pass streams, and bytes of the largest: each step of prefetch depth takes the memory of one of them from the residents, and
-    /// counts as that much; so do pinned frames beyond [`RING_BYTES`].
+    /// counts as that much; so do pinned frames beyond those of the default.
     pub streamed_units: usize,
     pub unit_bytes: u64,
 }
@@ -61,8 +61,15 @@ impl Space {
     /// Units that must stay on disk for it, beyond those of the default.
     fn units_taken(&self, s: &Setting) -> f64 {
         let deeper = s.prefetch_depth.saturating_sub(self.default.prefetch_depth);
-        let frames = s.ring_frames.unwrap_or(0) as u64 * s.page_bytes;
-        deeper as f64 + frames.saturating_sub(RING_BYTES) as f64 / self.unit_bytes.max(1) as f64
+        let ring = |s: &Setting| {
+            let frames = Frames {
+                page_bytes: s.page_bytes,
+                count: s.ring_frames,
+            };
+            Ring::of_largest(self.unit_bytes, frames).bytes()
+        };
+        let pinned = ring(s).saturating_sub(ring(&self.default));
+        deeper as f64 + pinned as f64 / self.unit_bytes.max(1) as f64
     }
 }
 
@@ -418,10 +425,12 @@ mod tests {
         assert!(tuned.best.to_string().ends_with(", 32 frames"));
         let (tuned, _) = measure_in(&gpu, |_| 1.0, 0.1, 0.01);
         assert_eq!(tuned.best, DEFAULT);
-        // 512 MiB of frames, in place of two and a half units of 33: eight percent.
+        // 512 MiB of frames where the default has 256: in place of nine tenths of a unit of ten, nine percent.
         let costly = |by: f64| {
             let gpu = Space {
                 page_bytes: vec![4 << 20, 16 << 20],
+                unit_bytes: 300 << 20,
+                streamed_units: 10,
                 ..gpu.clone()
             };
             let much = move |s: &Setting| match (s.ring_frames, s.page_bytes >> 20) {

@@ -111,11 +111,15 @@ fn figures(page: &Page<'_>) -> String {
         (
             "read with",
             format!(
-                "{} {} × {}, prefetch {}",
+                "{} {} × {}, prefetch {}{}",
                 p.io,
                 flag_size(p.page_size),
                 p.queue_depth,
-                p.prefetch_depth
+                p.prefetch_depth,
+                match p.ring_frames {
+                    0 => String::new(),
+                    n => format!(", {n} frames"),
+                }
             ),
         ),
         ("peak memory", human_bytes(p.peak_memory_bytes)),

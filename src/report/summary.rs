@@ -32,10 +32,12 @@ pub struct PagingReport {
     pub disk_s: f64,
     pub disk_gb_per_s: f64,
     pub h2d_bytes: u64,
+    /// Time that copies of weights took, and their rate; that of keys and values where there were no others.
     pub h2d_s: f64,
     pub h2d_gb_per_s: f64,
-    /// The part of `h2d_bytes` that was keys and values in host memory, and what of those went back.
+    /// The part of `h2d_bytes` that was keys and values in host memory, the time they took beside the weights, and what of them went back.
     pub kv_h2d_bytes: u64,
+    pub kv_h2d_s: f64,
     pub d2h_bytes: u64,
     pub stall_s: f64,
     pub stall_disk_s: f64,
@@ -99,15 +101,19 @@ impl PagingReport {
         PagingReport {
             passes: p.passes,
             units: p.units,
-            bytes_per_pass: plan.weight_bytes(),
+            bytes_per_pass: plan.pass_bytes,
             disk_bytes: p.disk_bytes,
             disk_bytes_per_pass: used_per_pass as u64,
             disk_s,
             disk_gb_per_s: rate(p.disk_bytes, disk_s),
             h2d_bytes: p.h2d_bytes,
             h2d_s: p.h2d.as_secs_f64(),
-            h2d_gb_per_s: rate(p.h2d_bytes, p.h2d.as_secs_f64()),
+            h2d_gb_per_s: match p.h2d.is_zero() {
+                true => rate(p.kv_bytes, p.kv_h2d.as_secs_f64()),
+                false => rate(p.h2d_bytes - p.kv_bytes, p.h2d.as_secs_f64()),
+            },
             kv_h2d_bytes: p.kv_bytes,
+            kv_h2d_s: p.kv_h2d.as_secs_f64(),
             d2h_bytes: p.d2h_bytes,
             stall_s: (p.stall_disk + p.stall_copy).as_secs_f64(),
             stall_disk_s: p.stall_disk.as_secs_f64(),
@@ -176,13 +182,15 @@ fn where_the_rest_went(p: &PagingReport, during: &PagingStats, pass_s: f64) -> O
     let copy_s = seconds_at(copied, p.probed_h2d_gb_per_s)?;
     // More may have been moved than was used: passes end with slots full.
     let busy = |s: f64| s.min(pass_s);
+    // Weights, keys and values share the bus: its time is at most the sum of theirs.
+    let bus_s = busy(p.h2d_s + p.kv_h2d_s);
     let parts = if copy_s >= disk_s.max(p.compute_s) {
         vec![
-            ("copies below their best rate", busy(p.h2d_s) - copy_s),
+            ("copies below their best rate", bus_s - copy_s),
             ("waits for the disk", p.stall_disk_s),
             (
                 "copies without a free slot",
-                pass_s - busy(p.h2d_s) - p.stall_disk_s,
+                pass_s - bus_s - p.stall_disk_s,
             ),
         ]
     } else if disk_s >= p.compute_s {

@@ -32,6 +32,14 @@ pub struct Cleaned {
     pub bytes: u64,
 }
 
+/// What removes this one pack, wherever it lies.
+pub fn clean_command(pack: &Path) -> String {
+    let pack = pack.canonicalize().unwrap_or_else(|_| pack.to_path_buf());
+    let name = pack.file_name().unwrap_or_default().display();
+    let folder = pack.parent().unwrap_or(Path::new(".")).display();
+    format!("tensorpager clean --offload-folder {folder} {name}")
+}
+
 /// Removes packs from an offload folder. Folders and files that are not ours stay, with the reason.
 pub fn clean(offload_folder: &Path, options: &CleanOptions) -> Result<Cleaned> {
     let mut result = Cleaned::default();
@@ -101,6 +109,7 @@ fn is_recognised(name: &str) -> bool {
         LAST_USED,
         "lock",
         "tune.json",
+        "tune-gpu.json",
         "rates.json",
     ];
     let base = name.strip_suffix(".tmp").unwrap_or(name);

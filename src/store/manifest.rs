@@ -269,7 +269,10 @@ pub(crate) fn invalid(dir: &Path, cause: impl Into<String>) -> Error {
         Code::Store,
         format!("{} is no valid packed model", dir.display()),
         cause,
-        "pack the model again (`tensorpager pack`), or remove the folder (`tensorpager clean`)",
+        format!(
+            "pack the model again (`tensorpager pack`), or remove the folder (`{}`)",
+            super::clean_command(dir)
+        ),
     )
 }
 

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 pub use checksums::Checksums;
-pub use clean::{CleanOptions, Cleaned, clean};
+pub use clean::{CleanOptions, Cleaned, clean, clean_command};
 pub use dtype::{DtypeLabel, DtypePolicy};
 pub use inspect::{ModelInfo, PackInfo, PackState, UnitInfo, describe, list_packs};
 pub use layout::{Extent, MERGE_GAP_BYTES, Place, UnitLayout};

@@ -216,6 +216,7 @@ impl Scan<'_> {
             LAST_USED,
             "lock",
             "tune.json",
+            "tune-gpu.json",
             "rates.json",
         ];
         for entry in fs::read_dir(self.dir).map_err(failed)? {

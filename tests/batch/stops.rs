@@ -19,7 +19,9 @@ fn killed_at_any_moment_a_job_ends_in_the_same_bytes() {
     rows[40]["body"]["frobnicate"] = json!(1);
     write_rows(&input, &rows);
     let whole = dir.path().join("whole.jsonl");
-    done(batch(&input, &whole, &[]), 3);
+    let started = Instant::now();
+    done(batch(&input, &whole, &["--max-sequences", "4"]), 3);
+    let took = started.elapsed();
     let expected = fs::read_to_string(&whole).unwrap();
     let expected_errors = fs::read_to_string(dir.path().join("whole.errors.jsonl")).unwrap();
     assert_eq!(expected.lines().count(), 149);
@@ -32,24 +34,30 @@ fn killed_at_any_moment_a_job_ends_in_the_same_bytes() {
     for job in 0..jobs {
         let output = dir.path().join(format!("killed-{job}.jsonl"));
         println!("job {job}, moments from seed {seed}");
-        kills += killed_until_done(&input, &output, &expected, &expected_errors, seed + job);
+        kills += killed_until_done(
+            &input,
+            &output,
+            &expected,
+            &expected_errors,
+            took,
+            seed + job,
+        );
     }
     println!("{jobs} jobs, killed {kills} times");
 }
 
-/// Runs the job, killed again and again at random moments, until it ends; how often it was killed.
+/// Runs the job, which takes about `took`, killed again and again at random moments, until it ends; how often it was killed.
 fn killed_until_done(
     input: &Path,
     output: &Path,
     expected: &str,
     expected_errors: &str,
+    took: Duration,
     seed: u64,
 ) -> u64 {
     let few = ["--max-sequences", "4"];
     let mut kept = Vec::new();
     let mut cut_short = 0u64;
-    // Moments lie within the time that a job takes here.
-    let mut longest_s = 0.2;
     for round in 0..200u64 {
         let mut child = batch(input, output, &few)
             .stdout(Stdio::null())
@@ -61,14 +69,13 @@ fn killed_until_done(
             choice: 0,
             position: round,
         };
-        std::thread::sleep(Duration::from_secs_f64(longest_s * draw.uniform()));
+        std::thread::sleep(took.mul_f64(draw.uniform()));
         let ended = child.try_wait().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
         let now = fs::read_to_string(output).unwrap_or_default();
         match (ended, cut_short) {
             (Some(_), 0) => {
-                longest_s /= 2.0;
                 for file in [output, &output.with_extension("errors.jsonl")] {
                     let _ = fs::remove_file(file);
                 }

@@ -3,7 +3,6 @@
 use std::process::Stdio;
 
 use serde_json::{Value, json};
-use tensorpager::checkpoint::TEXT_FILES;
 
 use super::process::{Place, fixture, str};
 
@@ -141,6 +140,7 @@ fn files_that_are_no_jobs_are_refused_before_anything_is_made() {
         (format!("nonsense\n{row}"), 2, 1),
         (format!("\u{feff}{row}"), 1, 0),
         (long, 1, 0),
+        ("{'custom_id': 'a'}\n{\"b\": 1,}\n".to_string(), 2, 2),
     ] {
         let input = p.file("good.jsonl", bytes);
         let ran = p.run(&["batch-check", &model, "-i", &input, "--json"]);
@@ -530,6 +530,24 @@ fn a_closed_pipe_is_an_error_and_no_panic() {
         );
     }
 }
+
+/// The files beside the weights that are read, or copied into a pack.
+const TEXT_FILES: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+];
 
 /// As [`Place::run`], but ended after half a minute.
 fn run_briefly(p: &Place, args: &[&str]) -> super::process::Ran {

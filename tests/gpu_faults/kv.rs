@@ -287,15 +287,15 @@ fn a_sleep_in_their_copies_lowers_the_share_of_the_bound() {
     };
     let figure = |p: &Value, name: &str| p[name].as_f64().unwrap();
     let (quick, _) = paging("quick.jsonl", "0");
-    let (slow, trace) = paging("slow.jsonl", "5000");
+    let (slow, trace) = paging("slow.jsonl", "20000");
     assert_eq!(slow["kv_tier"], "cpu");
     assert!(figure(&slow, "kv_h2d_bytes") > 0.0 && figure(&slow, "d2h_bytes") > 0.0);
     assert!(figure(&slow, "h2d_bytes") >= figure(&slow, "kv_h2d_bytes"));
     let share = |p: &Value| figure(p, "percent_of_bound");
     assert!(share(&slow) < 0.7 * share(&quick), "{slow} {quick}");
-    // Seven passes behind the prompt's, twelve layers each; what computing hides of a sleep is no wait.
-    let slept = 0.005 * 7.0 * 12.0;
-    assert!(figure(&slow, "stall_copy_s") > 0.5 * slept, "{slow}");
+    // Seven passes behind the prompt's, twelve layers each. Longer by far than a layer computes, which hides so much of each.
+    let slept = 0.020 * 7.0 * 12.0;
+    assert!(figure(&slow, "stall_copy_s") > 0.8 * slept, "{slow}");
     let events = trace["traceEvents"].as_array().unwrap();
     let copies: Vec<f64> = events
         .iter()
@@ -303,5 +303,5 @@ fn a_sleep_in_their_copies_lowers_the_share_of_the_bound() {
         .map(|e| e["dur"].as_f64().unwrap())
         .collect();
     assert_eq!(copies.len(), 7 * 12);
-    assert!(copies.iter().all(|us| *us >= 4900.0), "{copies:?}");
+    assert!(copies.iter().all(|us| *us >= 19_900.0), "{copies:?}");
 }

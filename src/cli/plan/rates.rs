@@ -70,6 +70,10 @@ impl RateArgs {
         [self.h2d_gb_per_s, self.gpu_gb_per_s, self.gpu_gflops]
     }
 
+    fn of_cpu(&self) -> [Option<f64>; 2] {
+        [self.memory_gb_per_s, self.cpu_gflops]
+    }
+
     /// Rates given by hand, else those on record, else measured now.
     pub fn rates(
         &self,
@@ -111,10 +115,11 @@ impl RateArgs {
 }
 
 impl Computer {
-    /// What `--device` asks for. A GPU whose memory and rates are all given need not be here.
+    /// What `--device` asks for. A GPU whose memory and rates are all given need not be here; who gives a CPU's rates and nothing of a GPU plans
+    /// for a CPU.
     ///
     /// # Errors
-    /// A GPU is asked for that is not here, and not all of it is given: what to give.
+    /// A GPU is asked for that is not here, and not all of it is given: what to give. A GPU's rates beside `--device cpu`.
     pub fn of(
         rates: &RateArgs,
         machine: &MachineOptions,
@@ -122,17 +127,25 @@ impl Computer {
         quiet: bool,
     ) -> Result<Computer> {
         let memory = machine.gpu_budget()?;
+        let gpu_rates = rates.of_gpu().iter().flatten().count();
         if machine.device == "cpu" {
-            return Ok(Computer::Host);
+            return match gpu_rates {
+                0 => Ok(Computer::Host),
+                _ => Err(not_of_a_cpu()),
+            };
         }
-        if memory.is_some() && rates.of_gpu().iter().all(Option::is_some) {
+        if memory.is_some() && gpu_rates == rates.of_gpu().len() {
             return Ok(Computer::GpuElsewhere);
+        }
+        let of_gpu = memory.is_some() || gpu_rates > 0;
+        let of_cpu = rates.of_cpu().iter().any(Option::is_some);
+        if machine.device == "auto" && of_cpu && !of_gpu {
+            return Ok(Computer::Host);
         }
         let device = device_choice(machine, &outline.spec, &outline.units, quiet)?;
         if device == DeviceChoice::Cpu {
-            let wanted = memory.is_some() || rates.of_gpu().iter().any(Option::is_some);
             return match cuda::available() {
-                Err(e) if wanted => Err(not_here(&e)),
+                Err(e) if of_gpu => Err(not_here(&e)),
                 _ => Ok(Computer::Host),
             };
         }
@@ -196,6 +209,15 @@ fn not_here(none: &Error) -> Error {
             none.cause()
         ),
         format!("give {BY_HAND}, or leave them out to plan for the CPU"),
+    )
+}
+
+fn not_of_a_cpu() -> Error {
+    Error::new(
+        Code::Usage,
+        "a GPU's rates mean nothing to a CPU",
+        "--device cpu was given beside them",
+        "leave out --device cpu to plan for a GPU, or the rates to plan for a CPU",
     )
 }
 

@@ -4,8 +4,9 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::act::ActRows;
-use super::linear::{Asked, tile4};
+use super::linear::tile4;
 use super::math::exp;
+use super::prefetch::Asked;
 use super::scratch::{ATTENTION_CHUNK, KV_BLOCK_TOKENS, MAX_QUERIES, QUERY_FLOATS, Scratch};
 use super::simd::{F32, MAX_LANES, Op, Simd};
 

@@ -15,6 +15,7 @@
 use std::ops::Range;
 
 use super::act::{ActBuf, Operand};
+use super::prefetch::{Ahead, Asked, LINE};
 use super::scratch::{K_BLOCK, SUMS_STRIDE, SWEEP_COLS, SWEEP_ROWS};
 use super::simd::{Bf16Split, Element, F16, F32, Format, Op, Product, Simd};
 use super::{CpuDevice, OutPtr};
@@ -37,8 +38,6 @@ const ACTS_BYTES: usize = 256 * 1024;
 const PANEL_ROWS: usize = 4;
 /// Least bytes of weights a task takes: below this, starting a stream costs more than an even share saves.
 const LEAST_TASK_BYTES: usize = 96 * 1024;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 impl CpuDevice {
     /// `out[r·out_stride + n]` (+)= `a[r]·w[n] + bias[n]` for the `rows` first rows of `a` and all rows of `w`: `a` is [rows][K],
@@ -348,60 +347,6 @@ impl Task<'_> {
     }
 }
 
-/// Memory to ask for, chunk by chunk: addresses, never read from here.
-#[derive(Clone, Copy, Default)]
-struct Ahead {
-    at: usize,
-    end: usize,
-    /// This one included.
-    chunks: usize,
-    chunk_bytes: usize,
-    /// Bytes between two chunks.
-    skip: usize,
-    lines_per_step: usize,
-    /// From, to: after the chunks.
-    acts: (usize, usize),
-}
-
-impl Ahead {
-    /// What a tile of so many steps asks for.
-    #[inline(always)]
-    fn take(&mut self, steps: usize) -> Asked {
-        if self.at >= self.end {
-            if self.chunks > 1 {
-                self.chunks -= 1;
-                self.at = self.end + self.skip;
-                self.end = self.at + self.chunk_bytes;
-            } else {
-                (self.at, self.end) = std::mem::take(&mut self.acts);
-                if self.at >= self.end {
-                    return Asked::NOTHING;
-                }
-            }
-        }
-        let asked = Asked {
-            at: self.at as *const u8,
-            lines_per_step: self.lines_per_step,
-        };
-        self.at += steps * self.lines_per_step * LINE;
-        asked
-    }
-}
-
-/// Cache lines that a tile asks for while it computes, `lines_per_step` each step.
-#[derive(Clone, Copy)]
-pub(crate) struct Asked {
-    at: *const u8,
-    lines_per_step: usize,
-}
-
-impl Asked {
-    pub(crate) const NOTHING: Asked = Asked {
-        at: std::ptr::null(),
-        lines_per_step: 0,
-    };
-}
-
 /// Rows of activations against a panel of weights, over one block of K.
 struct Tiles {
     acts: *const u8,
@@ -486,7 +431,7 @@ impl Tiles {
 /// # Safety
 /// `len` weights are readable at each pointer, and `len` activations followed by zeros up to a multiple of `P::STEP`.
 #[inline(always)]
-pub(crate) unsafe fn tile4<S: Simd, P: Product<S>, const R: usize>(
+pub(super) unsafe fn tile4<S: Simd, P: Product<S>, const R: usize>(
     s: S,
     acts: [*const u8; R],
     weights: [*const u8; 4],

@@ -33,6 +33,7 @@ mod linear;
 mod math;
 mod norm;
 mod pool;
+mod prefetch;
 mod rope;
 mod scratch;
 mod simd;

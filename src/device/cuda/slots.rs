@@ -259,17 +259,14 @@ impl Ticks {
         Ok((self.go.since(&self.idle)?, self.done.since(&self.go)?))
     }
 
-    /// When the compute stream was there, went on, and left. Only after all are done.
-    pub fn times(&self, clock: &Clock) -> Result<[Duration; 3]> {
-        Ok([
-            clock.at(&self.idle)?,
-            clock.at(&self.go)?,
-            clock.at(&self.done)?,
-        ])
+    /// When the compute stream was there. Only after it was.
+    pub fn reached(&self, clock: &Clock) -> Result<Duration> {
+        clock.at(&self.idle)
     }
 }
 
-/// The GPU's clock, from a moment that the host knows: when [`Compute::clock`] returned.
+/// The GPU's clock, from a moment that the host knows: when [`Compute::clock`] returned. In milliseconds as float32, so a quarter of one after
+/// an hour: durations are to be taken between near events.
 pub struct Clock(Event);
 
 impl Clock {

@@ -29,6 +29,9 @@ pub struct CheckReport {
 
 /// Parses and tokenizes every row of the shard. `context`: rows whose prompt fills it are bad. Each bad row is told to `bad`
 /// with its line number. `progress(rows)` now and then.
+///
+/// # Errors
+/// `Usage`: the file holds no rows; `Io`: it cannot be read.
 pub fn check(
     source: &Source,
     shard: Shard,

@@ -76,7 +76,7 @@ impl Source {
                 continue;
             }
             let whole = !cut || line.ends_with(b"\n");
-            if self.is_like_a_row(line, whole) {
+            if self.is_like_a_row(line, seen == 0, whole) {
                 return Ok(());
             }
             seen += 1;
@@ -112,17 +112,21 @@ impl Source {
         Error::new(Code::Usage, what, cause, fix)
     }
 
-    /// `whole`: the line is not cut off where the beginning ends.
-    fn is_like_a_row(&self, line: &[u8], whole: bool) -> bool {
+    /// `first`: nothing but blank lines before it. `whole`: it is not cut off where the beginning ends.
+    fn is_like_a_row(&self, line: &[u8], first: bool, whole: bool) -> bool {
         match self {
             Source::Prompts { .. } => match std::str::from_utf8(line) {
                 Ok(text) => !text.contains('\0'),
                 Err(e) => !whole && e.error_len().is_none(),
             },
-            Source::Jsonl(_) if whole => {
-                serde_json::from_slice::<HashMap<String, IgnoredAny>>(line).is_ok()
+            Source::Jsonl(_) => {
+                // A file that begins with an object is one of rows, be the object broken; one that begins otherwise may be an array over many
+                // lines, whose lines may begin like objects.
+                let line = line.trim_ascii();
+                let begins_one = line.len() > 1 && line[0] == b'{' && !line.contains(&0);
+                let is_one = || serde_json::from_slice::<HashMap<String, IgnoredAny>>(line).is_ok();
+                begins_one && (first || !whole || is_one())
             }
-            Source::Jsonl(_) => line.trim_ascii_start().starts_with(b"{") && !line.contains(&0),
         }
     }
 

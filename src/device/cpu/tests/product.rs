@@ -2,7 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::device::cpu::Mode;
-use crate::device::cpu::linear::{Asked, tile4};
+use crate::device::cpu::linear::tile4;
+use crate::device::cpu::prefetch::Asked;
 use crate::device::cpu::scratch::K_BLOCK;
 use crate::device::cpu::simd::{Format, Isa, Op, Product, Simd};
 

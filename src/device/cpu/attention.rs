@@ -131,7 +131,14 @@ struct PagedKeys<'a> {
 
 impl Keys for PagedKeys<'_> {
     #[inline(always)]
-    unsafe fn fill<S: Simd>(&self, s: S, values: bool, block: usize, n: usize, to: *mut f32) {
+    unsafe fn block<S: Simd>(
+        &self,
+        s: S,
+        values: bool,
+        block: usize,
+        n: usize,
+        to: *mut f32,
+    ) -> *const f32 {
         let id = self.table[block];
         assert!((id as usize) < self.layout.blocks, "block out of range");
         let (size, dtype) = (self.layout.head_size, self.layout.dtype);
@@ -156,5 +163,6 @@ impl Keys for PagedKeys<'_> {
                 zero_pad(to, len, if runs == 1 { len } else { step });
             }
         }
+        to
     }
 }

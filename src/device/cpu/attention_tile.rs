@@ -51,11 +51,19 @@ impl Ranges {
 
 /// Where keys and values come from, a block of 16 positions at a time.
 pub(super) trait Keys {
-    /// Writes keys (or values) `block·16..block·16 + n` as float32 [n][padded], zeros after each head.
+    /// Keys (or values) `block·16..block·16 + n` as float32 [n][padded], zeros after each head: where they lie so already, or written to `to`.
+    /// Up to three rows more may be read.
     ///
     /// # Safety
     /// `to` holds 16 × padded float32, and the positions exist.
-    unsafe fn fill<S: Simd>(&self, s: S, values: bool, block: usize, n: usize, to: *mut f32);
+    unsafe fn block<S: Simd>(
+        &self,
+        s: S,
+        values: bool,
+        block: usize,
+        n: usize,
+        to: *mut f32,
+    ) -> *const f32;
 }
 
 /// # Safety
@@ -214,29 +222,36 @@ impl<K: Keys> Walk<'_, K> {
             let n = (to - key).min(KV_BLOCK_TOKENS);
             // SAFETY: the caller's promise.
             unsafe {
-                self.keys.fill(s, false, block, n, self.block);
+                let keys = self.keys.block(s, false, block, n, self.block);
                 let mut i = 0;
                 while self.count - i >= 3 && self.count - i != 4 {
-                    self.score_tile::<S, 3>(s, i, key - chunk, n);
+                    self.score_tile::<S, 3>(s, i, keys, key - chunk, n);
                     i += 3;
                 }
                 while self.count - i >= 2 {
-                    self.score_tile::<S, 2>(s, i, key - chunk, n);
+                    self.score_tile::<S, 2>(s, i, keys, key - chunk, n);
                     i += 2;
                 }
                 if self.count - i == 1 {
-                    self.score_tile::<S, 1>(s, i, key - chunk, n);
+                    self.score_tile::<S, 1>(s, i, keys, key - chunk, n);
                 }
             }
             block += 1;
         }
     }
 
-    /// R query vectors against the `n` keys of the block in scratch.
+    /// R query vectors against the `n` keys of a block.
     #[inline(always)]
-    unsafe fn score_tile<S: Simd, const R: usize>(&self, s: S, i: usize, at: usize, n: usize) {
+    unsafe fn score_tile<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        i: usize,
+        block: *const f32,
+        at: usize,
+        n: usize,
+    ) {
         // SAFETY: the caller's promise: i + R <= count, at + 16 <= ATTENTION_CHUNK. A group of four keys that is cut short
-        // reads what an earlier block left in scratch; those scores are outside every row's range.
+        // reads whatever lies behind them; those scores are outside every row's range.
         unsafe {
             let mut acts = [self.queries.cast_const().cast::<u8>(); R];
             for (r, a) in acts.iter_mut().enumerate() {
@@ -244,7 +259,7 @@ impl<K: Keys> Walk<'_, K> {
             }
             let mut j = 0;
             while j < n {
-                let mut keys = [self.block.cast_const().cast::<u8>(); 4];
+                let mut keys = [block.cast::<u8>(); 4];
                 for (g, k) in keys.iter_mut().enumerate() {
                     *k = k.add((j + g) * self.padded * 4);
                 }
@@ -312,19 +327,19 @@ impl<K: Keys> Walk<'_, K> {
             while block * KV_BLOCK_TOKENS < to {
                 let key = block * KV_BLOCK_TOKENS;
                 let n = (to - key).min(KV_BLOCK_TOKENS);
-                self.keys.fill(s, true, block, n, self.block);
+                let values = self.keys.block(s, true, block, n, self.block);
                 let at = key - chunk;
                 let mut i = 0;
                 while i < self.count {
                     if i + 3 <= self.count && (i..i + 3).all(|i| self.sees(i, chunk, at, n)) {
-                        self.sum_tile::<S, 3>(s, i, at, 0, n);
+                        self.sum_tile::<S, 3>(s, i, values, at, (0, n));
                         i += 3;
                         continue;
                     }
                     let (a, b) = self.part(i, chunk);
                     let (a, b) = (a.max(at) - at, b.min(at + n).saturating_sub(at));
                     if a < b {
-                        self.sum_tile::<S, 1>(s, i, at, a, b);
+                        self.sum_tile::<S, 1>(s, i, values, at, (a, b));
                     }
                     i += 1;
                 }
@@ -340,25 +355,25 @@ impl<K: Keys> Walk<'_, K> {
         a <= at && at + n <= b
     }
 
-    /// chunk[i..i + R] += Σ p·v over the keys a..b of the block in scratch, in order.
+    /// chunk[i..i + R] += Σ p·v over some keys of a block, in order.
     #[inline(always)]
     unsafe fn sum_tile<S: Simd, const R: usize>(
         &self,
         s: S,
         i: usize,
+        values: *const f32,
         at: usize,
-        a: usize,
-        b: usize,
+        keys: (usize, usize),
     ) {
         let mut c = 0;
         // SAFETY: the caller's promise.
         unsafe {
             while c + 4 * S::LANES <= self.padded {
-                self.sum_columns::<S, R, 4>(s, i, at, (a, b), c);
+                self.sum_columns::<S, R, 4>(s, i, values, at, keys, c);
                 c += 4 * S::LANES;
             }
             while c < self.padded {
-                self.sum_columns::<S, R, 1>(s, i, at, (a, b), c);
+                self.sum_columns::<S, R, 1>(s, i, values, at, keys, c);
                 c += S::LANES;
             }
         }
@@ -369,6 +384,7 @@ impl<K: Keys> Walk<'_, K> {
         &self,
         s: S,
         i: usize,
+        values: *const f32,
         at: usize,
         keys: (usize, usize),
         c: usize,
@@ -388,7 +404,7 @@ impl<K: Keys> Walk<'_, K> {
                     p[r] = s.splat(*self.scores.add((i + r) * ATTENTION_CHUNK + at + j));
                 }
                 for v in 0..C {
-                    let value = s.load(self.block.add(j * self.padded + c + v * S::LANES));
+                    let value = s.load(values.add(j * self.padded + c + v * S::LANES));
                     for r in 0..R {
                         acc[r][v] = s.fma(p[r], value, acc[r][v]);
                     }

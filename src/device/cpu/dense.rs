@@ -172,7 +172,14 @@ struct DenseKeys<'a> {
 
 impl Keys for DenseKeys<'_> {
     #[inline(always)]
-    unsafe fn fill<S: Simd>(&self, s: S, values: bool, block: usize, n: usize, to: *mut f32) {
+    unsafe fn block<S: Simd>(
+        &self,
+        s: S,
+        values: bool,
+        block: usize,
+        n: usize,
+        to: *mut f32,
+    ) -> *const f32 {
         let a = self.a;
         let (x, stride) = if values {
             (a.v, a.v_stride)
@@ -182,12 +189,9 @@ impl Keys for DenseKeys<'_> {
         let step = padded(a.head_size);
         if let Some(gathered) = self.gathered {
             let first = block * KV_BLOCK_TOKENS + if values { self.rows } else { 0 };
-            // SAFETY: the block is inside the window, and `gather` wrote two times its rows.
-            unsafe {
-                let from = gathered.as_ptr().add(first * step);
-                std::ptr::copy_nonoverlapping(from, to, n * step);
-            }
-            return;
+            // SAFETY: the block is inside the window, and `gather` wrote two times its rows; behind a window's last key lie its values, and
+            // the buffer is made for twice more than GATHER_ROWS.
+            return unsafe { gathered.as_ptr().add(first * step) };
         }
         for i in 0..n {
             let row = self.start + block * KV_BLOCK_TOKENS + i;
@@ -204,5 +208,6 @@ impl Keys for DenseKeys<'_> {
                 zero_pad(to, c, step);
             }
         }
+        to
     }
 }

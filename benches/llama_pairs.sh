@@ -6,6 +6,7 @@
 #
 # MODEL: packed or a Hugging Face folder; GGUF: benches/to_gguf.py makes it; LLAMA_BIN: the folder of llama-bench and llama-batched-bench.
 set -eu
+# Option names of 2026 (`-lm`); older builds say `-mmp 0` and `--no-mmap`.
 what=${1:?ram or limit} model=${2:?MODEL} gguf=${3:?GGUF} llama=${4:?LLAMA_BIN} pairs=${5:-3} limit=${6:-1600}
 bin=${TENSORPAGER:-target/release/tensorpager}
 out=$(mktemp -d)
@@ -22,8 +23,8 @@ ours_ram() {
         for f in ("one", "many") for r in json.load(open(sys.argv[1] + "/" + f))["rows"]}'
 }
 theirs_ram() {
-    "$llama/llama-bench" -m "$gguf" -p 512 -n 16 -r 2 -t 2 -mmp 0 -o json >"$out/one" 2>"$out/err"
-    "$llama/llama-batched-bench" -m "$gguf" -c 2048 -b 2048 -ub 512 -npp 4 -ntg 8 -npl 64 -t 2 -tb 2 --no-mmap --output-format jsonl >"$out/many" 2>>"$out/err"
+    "$llama/llama-bench" -m "$gguf" -p 512 -n 16 -r 2 -t 2 -lm none -o json >"$out/one" 2>"$out/err"
+    "$llama/llama-batched-bench" -m "$gguf" -c 2048 -b 2048 -ub 512 -npp 4 -ntg 8 -npl 64 -t 2 -tb 2 -lm none --output-format jsonl >"$out/many" 2>>"$out/err"
     rows '{("prefill" if r["n_prompt"] else "decode"): r["avg_ts"] for r in json.load(open(sys.argv[1] + "/one"))}
         | {"batch64": r["speed_tg"] for l in open(sys.argv[1] + "/many") if l.startswith("{") for r in [json.loads(l)]}'
 }
@@ -39,7 +40,7 @@ ours_limit() {
 }
 theirs_limit() {
     cold
-    limited "$llama/llama-bench" -m "$gguf" -p 0 -n 4 -r 1 -t 2 -mmp 1 -o json >"$out/one" 2>"$out/err"
+    limited "$llama/llama-bench" -m "$gguf" -p 0 -n 4 -r 1 -t 2 -lm mmap -o json >"$out/one" 2>"$out/err"
     rows '{"decode": r["avg_ts"] for r in json.load(open(sys.argv[1] + "/one"))}'
 }
 case $what in

@@ -620,7 +620,15 @@ fn what_a_pack_keeps_about_itself_leads_nowhere() {
         for commands in [
             &["run", str(&pack), "-p", "x", "-n", "1"][..],
             &["run", &model, "-p", "x", "-n", "1"],
-            &["bench", "io", str(&pack), "--depth", "1", "--block", "64KiB"],
+            &[
+                "bench",
+                "io",
+                str(&pack),
+                "--depth",
+                "1",
+                "--block",
+                "64KiB",
+            ],
         ] {
             let _ = std::fs::remove_file(&place);
             p.fifo(str(&place));

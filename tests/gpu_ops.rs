@@ -20,7 +20,7 @@ fn on_this_driver() {
     };
     let mut bad = 0;
     for half in ops::HALVES {
-        ops::compare(half, shapes, &mut |row| {
+        ops::compare(half, shapes, &|| true, &mut |row| {
             println!(
                 "{:<28} {:<4} {:9.2e} of {:7.1e}, {} shapes {}",
                 row.op,

@@ -72,8 +72,13 @@ pub fn open(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> R
     })
 }
 
-/// All ops in one type; `said` hears of each as it is done.
-pub fn compare(half: Dtype, shapes: Shapes, said: &mut dyn FnMut(&Row)) -> Result<()> {
+/// All ops in one type; `said` hears of each as it is done. `go_on` is asked before every few; false once it said no.
+pub fn compare(
+    half: Dtype,
+    shapes: Shapes,
+    go_on: &dyn Fn() -> bool,
+    said: &mut dyn FnMut(&Row),
+) -> Result<bool> {
     for (i, head) in HEAD_SIZES.into_iter().enumerate() {
         let vision = [64, 80].contains(&head).then_some(head);
         let mut pair = Pair {
@@ -85,19 +90,29 @@ pub fn compare(half: Dtype, shapes: Shapes, said: &mut dyn FnMut(&Row)) -> Resul
             shapes,
             rows: Vec::new(),
         };
-        if i == 0 {
-            pair.products()?;
-            pair.norms()?;
-            pair.elementwise()?;
-            pair.selection()?;
-        }
-        pair.attention(head)?;
+        type Step = fn(&mut Pair, usize) -> Result<()>;
+        let mut steps: Vec<Step> = match i {
+            0 => vec![
+                |p, _| p.products(),
+                |p, _| p.norms(),
+                |p, _| p.elementwise(),
+                |p, _| p.selection(),
+            ],
+            _ => Vec::new(),
+        };
+        steps.push(Pair::attention);
         if vision.is_some() {
-            pair.vision(head)?;
+            steps.push(Pair::vision);
         }
-        pair.rows.iter().for_each(&mut *said);
+        for step in steps {
+            if !go_on() {
+                return Ok(false);
+            }
+            step(&mut pair, head)?;
+            pair.rows.drain(..).for_each(|row| said(&row));
+        }
     }
-    Ok(())
+    Ok(true)
 }
 
 impl Pair {

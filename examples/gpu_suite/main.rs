@@ -5,6 +5,7 @@
 //! It wants the driver alone; `gpu/README.md` says how the folder it runs in is made. Exit code 1: something is wrong.
 //! `--smoke` runs every section at small shapes, on an emulated GPU too; its timings mean nothing and are not to be recorded.
 
+mod attending;
 mod bed;
 mod copies;
 mod cublas;
@@ -14,9 +15,11 @@ mod goals;
 mod kernels;
 mod machine;
 mod models;
+mod one_pass;
 mod ops;
 mod report;
 mod tools;
+mod vision;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// Machine code is made for those of these that nvcc knows.
-const ARCHITECTURES: [&str; 5] = ["80", "86", "89", "90", "120"];
+/// Machine code is made for those of these that nvcc knows; kernels/check.py reads the list here.
+const ARCHITECTURES: [&str; 6] = ["80", "86", "89", "90", "100", "120"];
 /// As kernels/README.md says: `-fmad=false` is part of the definition of the ops.
 const OPTIONS: [&str; 4] = ["-std=c++17", "-O3", "-fmad=false", "-fatbin"];
 const REQUIRE: &str = "TENSORPAGER_REQUIRE_NVCC";

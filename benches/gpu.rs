@@ -13,13 +13,19 @@ use tensorpager::device::{CudaOptions, Device, Into};
 use tensorpager::error::Result;
 use tensorpager::units::Dtype;
 
+#[path = "../examples/gpu_suite/attending.rs"]
+mod attending;
 #[path = "../examples/gpu_suite/bed.rs"]
 mod bed;
 
+use attending::Attention;
 use bed::{Bed, Random, bytes_of};
 
 const HIDDEN: usize = 3584;
 const MLP: usize = 18944;
+const HEADS: usize = 28;
+const KV_HEADS: usize = 4;
+const VOCAB: usize = 152_064;
 /// Weights are taken in turn from more bytes than any cache has.
 const COPIES: usize = 4;
 
@@ -111,6 +117,46 @@ fn rowwise(c: &mut Criterion, bed: &Bed) -> Result<()> {
     Ok(())
 }
 
+/// Decode of many and of one long sequence, and a prompt; with what appends its keys and values.
+fn attention(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    for (what, sequences, cached, new) in [
+        ("decode/64x2000", 64, 2000, 1),
+        ("decode/1x16000", 1, 16_000, 1),
+        ("prefill/2048", 1, 0, 2048),
+    ] {
+        let mut pass = Attention::new(bed, (HEADS, KV_HEADS), sequences, cached, new)?;
+        pass.begin()?;
+        c.bench_function(&format!("gpu/rope_append/{what}"), |b| {
+            b.iter_custom(|times| spent(bed, times, |_| pass.append()));
+        });
+        c.bench_function(&format!("gpu/attention/{what}"), |b| {
+            b.iter_custom(|times| spent(bed, times, |_| pass.attend()));
+        });
+    }
+    Ok(())
+}
+
+/// argmax and the 50 best, of all logits at once.
+fn selection(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    let d = &bed.device;
+    for rows in [1, 64] {
+        let logits = bed.rows(&Random::new(2).values(rows * VOCAB, 4.0), VOCAB)?;
+        let mut best = d.best(1, rows)?.expect("a GPU selects");
+        let mut group = c.benchmark_group("gpu/select");
+        group.throughput(Throughput::Bytes((rows * VOCAB * 4) as u64));
+        for k in [1, 50] {
+            group.bench_function(BenchmarkId::new(format!("best {k}"), rows), |b| {
+                b.iter_custom(|times| {
+                    spent(bed, times, |_| {
+                        d.select(&logits, rows, VOCAB, k, 0, &mut best)
+                    })
+                });
+            });
+        }
+    }
+    Ok(())
+}
+
 struct Frame(Arc<MmapMut>);
 
 impl Deref for Frame {
@@ -172,6 +218,8 @@ fn all(c: &mut Criterion) {
     if let Some(bed) = open() {
         let done = linear(c, &bed)
             .and_then(|()| rowwise(c, &bed))
+            .and_then(|()| attention(c, &bed))
+            .and_then(|()| selection(c, &bed))
             .and_then(|()| copies(c, &bed));
         done.unwrap_or_else(|e| panic!("{e}"));
     }

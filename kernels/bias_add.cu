@@ -1,7 +1,7 @@
 // bias_add: x[r][c] += bias[c]
 //
 //   x [rows][cols] float32, row stride in elements      bias [cols] 16 bit
-//   moves 8 bytes an element; bound: device memory. (linear adds a bias itself; this is for what comes from elsewhere.)
+//   moves 8 bytes an element; bound: device memory. (linear adds a bias itself; this is for cublasLt's products.)
 //
 // Launch: grid (rows, ceil(cols/1024)), block 256, shared 0.
 #include "ptx.cuh"

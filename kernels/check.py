@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ARCHITECTURES = ["80", "86", "89", "90", "120"]
+# Those that a build with nvcc makes machine code for, and from the same virtual architectures.
+ARCHITECTURES = re.findall(r'"(\d+)"', re.search(r"const ARCHITECTURES.*?= \[(.*?)\];", (HERE.parent / "build.rs").read_text())[1])
 HALVES = {"bf16": [], "f16": ["-DTP_F16"]}
 PACKAGES = [
     "nvidia-cuda-nvcc==13.0.88",
@@ -154,7 +155,7 @@ def all_well(rows):
 def check_compile(tools, _write):
     def build(module):
         name, half = module
-        targets = [f"-gencode=arch=compute_80,code=sm_{a}" for a in ARCHITECTURES]  # no code is for one of them alone
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]  # as build.rs does
         with tempfile.TemporaryDirectory() as out:
             log = run([tools.nvcc, *OPTIONS, "-O3", *HALVES[half], *targets, "-Xptxas", "-v", "-fatbin",
                        "-o", f"{out}/x.fatbin", HERE / f"{name}.cu"])  # fmt: skip

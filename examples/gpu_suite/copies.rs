@@ -10,6 +10,7 @@ use tensorpager::device::{Device, Into};
 use tensorpager::units::Dtype;
 
 use super::bed::{Bed, Random};
+use super::goals::Goal;
 use super::{Outcome, Suite, ops};
 
 /// Pinned memory, as the engine's frames have it: pages of a mapping, registered with the driver.
@@ -163,6 +164,7 @@ fn to_first_kernel(suite: &mut Suite, bed: &Bed) -> Outcome<()> {
         "Slot ready to its first kernel: at most {median:.0} µs (median of 21; the longest {worst:.0} µs)."
     );
     suite.report.note(&said);
+    suite.goals.seen(Goal::Ready, median);
     Ok(())
 }
 

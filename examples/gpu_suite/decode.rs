@@ -8,13 +8,18 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tensorpager::checkpoint::{synthetic_bytes, write_synthetic};
+use tensorpager::engine::HostMemory;
+use tensorpager::error::{Code, Error};
 
+use super::goals::Goal;
 use super::tools::{Ran, python, run};
-use super::{Outcome, Suite};
+use super::{Outcome, Suite, TIME_IS_UP};
 
 const LAYERS: usize = 28;
 /// Beyond the checkpoint.
 const MARGIN: u64 = 2 << 30;
+/// Time in which writing and running a checkpoint says anything.
+const LEAST_TIME: Duration = Duration::from_secs(20);
 
 /// Qwen2.5-7B's text part.
 fn config(layers: usize) -> Value {
@@ -54,7 +59,7 @@ fn free_bytes(folder: &Path) -> Outcome<u64> {
 }
 
 /// As many layers as the disk has room for. It is streamed in place: accelerate reads the very same file.
-fn checkpoint(suite: &mut Suite) -> Outcome<Checkpoint> {
+fn checkpoint(suite: &Suite) -> Outcome<Checkpoint> {
     let folder = suite.scratch.join("7b");
     let packs = suite.scratch.join("7b-packs");
     let free = free_bytes(&suite.scratch)?;
@@ -74,8 +79,16 @@ fn checkpoint(suite: &mut Suite) -> Outcome<Checkpoint> {
     let made = folder.join("made");
     if !made.exists() {
         std::fs::create_dir_all(&folder)?;
-        write_synthetic(&folder, &config, &mut |_, _| Ok(()))?;
-        super::fixtures::tokenizer(suite, &folder)?;
+        write_synthetic(&folder, &config, &mut |_, _| match suite.up() {
+            false => Ok(()),
+            true => Err(Error::new(
+                Code::Stalled,
+                "the checkpoint was not written whole",
+                TIME_IS_UP,
+                "give a faster --scratch, or more --minutes",
+            )),
+        })?;
+        super::models::tokenizer(suite, &folder)?;
         std::fs::write(&made, "")?;
     }
     Ok(Checkpoint {
@@ -135,7 +148,8 @@ fn walk(folder: &Path) -> Outcome<Vec<PathBuf>> {
 }
 
 /// `batch --bench`: its closing object.
-fn bench(suite: &Suite, made: &Checkpoint, sequences: usize, cpu_memory: &str) -> Outcome<Value> {
+fn bench(suite: &Suite, made: &Checkpoint, sequences: usize, memory: u64) -> Outcome<Value> {
+    let cpu_memory = &format!("{}MiB", memory >> 20);
     let output = if suite.smoke { 3 } else { 8 };
     let gpu = if suite.smoke { "512MiB" } else { "8GiB" };
     let folder = text(&made.folder);
@@ -169,16 +183,46 @@ fn bench(suite: &Suite, made: &Checkpoint, sequences: usize, cpu_memory: &str) -
     }
 }
 
+/// Runs it and says how it went; what there is no memory or time for, or was stopped when the time was up, is said and no error.
+fn measure(
+    suite: &mut Suite,
+    made: &Checkpoint,
+    what: &str,
+    sequences: usize,
+    memory: Result<u64, String>,
+) -> Outcome<()> {
+    let memory = match memory {
+        Ok(memory) => memory,
+        Err(why) => {
+            suite.report.not_run(what, &why);
+            return Ok(());
+        }
+    };
+    if suite.left() < LEAST_TIME && !suite.smoke {
+        suite.report.not_run(what, TIME_IS_UP);
+        return Ok(());
+    }
+    match bench(suite, made, sequences, memory) {
+        Ok(report) => row(suite, what, &report),
+        Err(_) if suite.up() => suite.report.not_run(what, TIME_IS_UP),
+        Err(e) => return Err(e),
+    }
+    Ok(())
+}
+
 fn row(suite: &mut Suite, what: &str, report: &Value) {
     let p = &report["paging"];
     let n = |v: &Value| v.as_f64().unwrap_or(0.0);
     let seconds = n(&report["timings"]["decode_s"]);
     let passes = n(&p["passes"]).max(1.0);
     let largest = n(&p["disk_s"]).max(n(&p["h2d_s"])).max(n(&p["compute_s"]));
-    let ratio = match largest > 0.0 {
-        true => format!("{:.2}", seconds / largest),
-        false => "-".into(),
-    };
+    let ratio = (largest > 0.0).then(|| seconds / largest);
+    let copies = n(&p["h2d_gb_per_s"]);
+    let of_pinned = suite.pinned_gb_per_s.filter(|_| copies > 0.0);
+    let of_pinned = of_pinned.map(|peak| copies / peak);
+    ratio.iter().for_each(|r| suite.goals.seen(Goal::Pass, *r));
+    let seen = |s| suite.goals.seen(Goal::Copies, s);
+    of_pinned.into_iter().for_each(seen);
     suite.report.row(&[
         what,
         &format!("{:.2}", n(&report["timings"]["output_tokens_per_s"])),
@@ -186,13 +230,14 @@ fn row(suite: &mut Suite, what: &str, report: &Value) {
         &format!("{:.2}", n(&p["resident_gpu_bytes"]) / 1e9),
         &format!("{:.2}", n(&p["disk_bytes_per_pass"]) / 1e9),
         &format!("{:.2}", n(&p["disk_gb_per_s"])),
-        &format!("{:.2}", n(&p["h2d_gb_per_s"])),
+        &format!("{copies:.2}"),
+        &of_pinned.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s)),
         &format!("{:.3}", n(&p["compute_s"]) / passes),
-        &ratio,
+        &ratio.map_or("-".into(), |r| format!("{r:.2}")),
     ]);
 }
 
-const COLUMNS: [&str; 9] = [
+const COLUMNS: [&str; 10] = [
     "how",
     "tokens/s",
     "s a pass",
@@ -200,16 +245,41 @@ const COLUMNS: [&str; 9] = [
     "GB disk",
     "disk GB/s",
     "copy GB/s",
+    "of pinned",
     "compute s",
     "to largest",
 ];
 
-/// Host memory: room for all of it, and for little.
-fn budgets(suite: &Suite, made: &Checkpoint) -> (String, String) {
-    match suite.smoke {
-        true => ("1GiB".into(), "1GiB".into()),
-        false => (format!("{}GiB", (made.bytes >> 30) + 12), "4GiB".into()),
+/// A bound on host memory, for what needs `least` and is given `most`: never more than the machine has to spare; else what is missing.
+fn bounded(available: u64, least: u64, most: u64) -> Result<u64, String> {
+    let spare = available.saturating_sub(KEPT_FREE);
+    match spare >= least {
+        true => Ok(most.min(spare)),
+        false => Err(format!(
+            "needs {:.1} GiB of RAM, {:.1} GiB are available",
+            gib(least + KEPT_FREE),
+            gib(available)
+        )),
     }
+}
+
+/// For the rest of the machine.
+const KEPT_FREE: u64 = 1 << 30;
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
+/// Host memory: room for all of it, and for little.
+fn budgets(suite: &Suite, made: &Checkpoint) -> [Result<u64, String>; 2] {
+    if suite.smoke {
+        return [Ok(1 << 30), Ok(1 << 30)];
+    }
+    let available = HostMemory::read().available;
+    [
+        bounded(available, made.bytes + MARGIN, made.bytes + (12 << 30)),
+        bounded(available, MARGIN, 4 << 30),
+    ]
 }
 
 pub fn section(suite: &mut Suite) -> Outcome<()> {
@@ -221,12 +291,10 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
         if suite.smoke { "512 MiB" } else { "8 GiB" }
     );
     suite.report.table(&name, &COLUMNS);
-    let (much, little) = budgets(suite, &made);
-    let report = bench(suite, &made, 1, &much)?;
-    row(suite, "from RAM", &report);
+    let [much, little] = budgets(suite, &made);
+    measure(suite, &made, "from RAM", 1, much)?;
     let warm = evict(&made.folder)?;
-    let report = bench(suite, &made, 1, &little)?;
-    row(suite, "from disk", &report);
+    measure(suite, &made, "from disk", 1, little)?;
     suite.report.note(&format!(
         "Before the run from disk the page cache held {:.1} % of the files, after asking the kernel to forget them.",
         100.0 * warm
@@ -239,7 +307,13 @@ fn accelerate(suite: &mut Suite, made: &Checkpoint) -> Outcome<()> {
         suite.report.note("accelerate: not in a smoke run");
         return Ok(());
     }
-    let Some(python) = python() else {
+    if suite.left() < LEAST_TIME {
+        suite
+            .report
+            .note(&format!("accelerate: not run, {TIME_IS_UP}"));
+        return Ok(());
+    }
+    let Some(python) = python(suite.left()) else {
         suite.report.note("accelerate: no Python with torch (and its CUDA), transformers and accelerate here; TENSORPAGER_PYTHON names one");
         return Ok(());
     };
@@ -248,6 +322,10 @@ fn accelerate(suite: &mut Suite, made: &Checkpoint) -> Outcome<()> {
         &["how", "tokens/s", "load s"],
     );
     for mode in ["cpu", "disk"] {
+        if suite.left() < LEAST_TIME {
+            suite.report.not_run(&format!("{mode} offload"), TIME_IS_UP);
+            continue;
+        }
         let warm = evict(&made.folder)?;
         let ran = run(
             Command::new(&python)
@@ -280,19 +358,32 @@ pub fn throughput(suite: &mut Suite) -> Outcome<()> {
     suite
         .report
         .table("Throughput, from RAM, by sequences", &COLUMNS);
-    let (much, _) = budgets(suite, &made);
+    let [much, _] = budgets(suite, &made);
     let counts: &[usize] = if suite.smoke {
         &[1, 4]
     } else {
         &[1, 8, 64, 256]
     };
     for sequences in counts {
-        if suite.left() < Duration::from_secs(20) && !suite.smoke {
-            suite.report.note("the time was up");
-            break;
-        }
-        let report = bench(suite, &made, *sequences, &much)?;
-        row(suite, &format!("{sequences} sequences"), &report);
+        let what = format!("{sequences} sequences");
+        measure(suite, &made, &what, *sequences, much.clone())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn a_budget_is_never_more_than_the_machine_has_to_spare() {
+        assert_eq!(bounded(64 * GIB, 17 * GIB, 27 * GIB), Ok(27 * GIB));
+        assert_eq!(bounded(20 * GIB, 17 * GIB, 27 * GIB), Ok(19 * GIB));
+        assert_eq!(bounded(18 * GIB, 17 * GIB, 27 * GIB), Ok(17 * GIB));
+        let missing = bounded(12 * GIB, 17 * GIB, 27 * GIB).unwrap_err();
+        assert_eq!(missing, "needs 18.0 GiB of RAM, 12.0 GiB are available");
+        assert!(bounded(0, 2 * GIB, 4 * GIB).is_err());
+    }
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::{Value, json};
-use tensorpager::checkpoint::write_synthetic;
+use serde_json::Value;
 
 use super::bed::nmse;
+use super::goals::Goal;
+use super::models::{self, Model, Prompt, folders};
 use super::tools::{Ran, run};
-use super::{Outcome, Suite};
+use super::{Outcome, Suite, TIME_IS_UP};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Where there is no reference run to compare with: what 16-bit arithmetic may cost.
@@ -19,33 +20,13 @@ const ALLOWED: f64 = 1e-3;
 /// Below it two tokens are as good as equal.
 const CLEAR: f64 = 0.02;
 
-struct Model {
-    name: String,
-    folder: PathBuf,
-    golden: Option<Value>,
-    inputs: Vec<Vec<u32>>,
-}
-
 fn tensorpager(suite: &Suite, arguments: &[&str]) -> Outcome<Ran> {
     let mut command = Command::new(suite.binary());
     command
         .args(arguments)
         .arg("--offload-folder")
         .arg(suite.scratch.join("packs"));
-    run(&mut command, LIMIT)
-}
-
-fn folders(suite: &Suite) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(suite.home.join("fixtures")) else {
-        return Vec::new();
-    };
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| p.join("config.json").is_file() && p.join("golden.json").is_file())
-        .collect();
-    found.sort();
-    found
+    run(&mut command, suite.left().min(LIMIT))
 }
 
 /// How files are read here, as the engine says it.
@@ -92,62 +73,17 @@ pub fn reader(suite: &Suite) -> String {
         .to_string()
 }
 
-fn models(suite: &Suite) -> Outcome<Vec<Model>> {
-    let mut models = Vec::new();
+/// All models, and of the fixtures that cannot be read why not.
+fn models(suite: &Suite) -> Outcome<(Vec<Model>, Vec<String>)> {
+    let (mut found, mut unread) = (Vec::new(), Vec::new());
     for folder in folders(suite) {
-        let golden: Value = serde_json::from_slice(&std::fs::read(folder.join("golden.json"))?)?;
-        let Some(prompts) = golden["prompts"].as_array() else {
-            continue;
-        };
-        let ids = |p: &Value| {
-            let ids = p["input_ids"].as_array().into_iter().flatten();
-            ids.filter_map(|i| i.as_u64().map(|i| i as u32)).collect()
-        };
-        models.push(Model {
-            name: folder
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-            inputs: prompts.iter().map(ids).collect(),
-            golden: Some(golden),
-            folder,
-        });
+        match models::fixture(&folder) {
+            Ok(model) => found.push(model),
+            Err(why) => unread.push(format!("{}: {why}", folder.display())),
+        }
     }
-    // Every head size that the fixtures may lack, with weights that mean nothing.
-    for (heads, kv_heads, head) in [(4, 2, 64), (2, 1, 128)] {
-        let folder = suite.scratch.join(format!("random-h{head}"));
-        let config = small(heads, kv_heads, head);
-        write_synthetic(&folder, &config, &mut |_, _| Ok(()))?;
-        tokenizer(suite, &folder)?;
-        models.push(Model {
-            name: format!("random weights, heads of {head}"),
-            inputs: [1usize, 9, 70]
-                .map(|n| (0..n as u32).map(|i| (i * 37 + 11) % 250).collect())
-                .into(),
-            golden: None,
-            folder,
-        });
-    }
-    Ok(models)
-}
-
-fn small(heads: usize, kv_heads: usize, head: usize) -> Value {
-    json!({
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-        "hidden_size": heads * head, "intermediate_size": 200, "num_hidden_layers": 4, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": 288, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4, "tie_word_embeddings": false, "use_sliding_window": false, "torch_dtype": "bfloat16"
-    })
-}
-
-/// A tokenizer for a checkpoint that has none.
-pub fn tokenizer(suite: &Suite, folder: &Path) -> Outcome<()> {
-    let from = suite.home.join("fixtures/qwen2-bf16");
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(from.join(file), folder.join(file))?;
-    }
-    Ok(())
+    found.extend(models::random(suite)?);
+    Ok((found, unread))
 }
 
 /// Shapes and values by name.
@@ -190,10 +126,7 @@ fn score(
     more: &[&str],
 ) -> Outcome<Result<PathBuf, String>> {
     let inputs = suite.scratch.join("inputs.jsonl");
-    let lines = model
-        .inputs
-        .iter()
-        .map(|ids| json!({"input_ids": ids}).to_string() + "\n");
+    let lines = model.inputs.iter().map(|i| i.line.to_string() + "\n");
     std::fs::write(&inputs, lines.collect::<String>())?;
     let output = suite.scratch.join(format!("{device}.safetensors"));
     let _ = std::fs::remove_file(&output);
@@ -221,65 +154,83 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
         "Models end to end",
         &["model", "nmse to CPU", "to float32", "theirs", "tokens", ""],
     );
-    let models = models(suite)?;
+    let (models, unread) = models(suite)?;
+    for why in unread {
+        suite.report.failed(&why);
+    }
     let mut runs = Vec::new();
     for model in &models {
-        // Every bit of the model's way, on the same bytes.
-        let gpu = match score(suite, model, "cuda", &["--in-place"])? {
-            Ok(path) => tensors(&path)?,
-            Err(why) if why.contains("head size") || why.contains("float32") => {
-                let why = why
-                    .split(';')
-                    .next()
-                    .unwrap_or("")
-                    .trim_start_matches("error: ");
-                suite.report.row(&[&model.name, "-", "-", "-", "-", why]);
-                continue;
-            }
-            Err(why) => {
-                suite.report.failed(&format!("{}: {why}", model.name));
-                continue;
-            }
-        };
-        let cpu = tensors(&score(suite, model, "cpu", &["--in-place"])??)?;
-        compare(suite, model, &gpu, &cpu)?;
-        runs.push(model);
+        if suite.up() {
+            suite.report.not_run(&model.name, TIME_IS_UP);
+            continue;
+        }
+        match end_to_end(suite, model) {
+            Ok(true) => runs.push(model),
+            Ok(false) => {}
+            // What was stopped by the end of the time says nothing.
+            Err(_) if suite.up() => suite.report.not_run(&model.name, TIME_IS_UP),
+            Err(e) => return Err(e),
+        }
     }
-    if let Some(model) = runs.last() {
-        identical(suite, model)?;
+    match runs.iter().rfind(|m| m.golden) {
+        Some(model) => identical(suite, model),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Every bit of the model's way, on the same bytes. False where a GPU does not run it.
+fn end_to_end(suite: &mut Suite, model: &Model) -> Outcome<bool> {
+    let gpu = match score(suite, model, "cuda", &["--in-place"])? {
+        Ok(path) => tensors(&path)?,
+        Err(why) if why.contains("head size") || why.contains("float32") => {
+            let why = why.split(';').next().unwrap_or("");
+            let why = why.trim_start_matches("error: ");
+            suite.report.not_run(&model.name, why);
+            return Ok(false);
+        }
+        Err(why) if suite.up() => return Err(why.into()),
+        Err(why) => {
+            suite.report.failed(&format!("{}: {why}", model.name));
+            return Ok(false);
+        }
+    };
+    let cpu = tensors(&score(suite, model, "cpu", &["--in-place"])??)?;
+    compare(suite, model, &gpu, &cpu)?;
+    Ok(true)
 }
 
 fn compare(suite: &mut Suite, model: &Model, gpu: &Tensors, cpu: &Tensors) -> Outcome<()> {
     let (mut to_cpu, mut to_reference, mut theirs) = (0.0f64, 0.0f64, 0.0f64);
-    let reference = match &model.golden {
-        Some(_) => tensors(&model.folder.join("golden.safetensors"))?,
-        None => HashMap::new(),
+    let reference = match model.golden {
+        true => tensors(&model.folder.join("golden.safetensors"))?,
+        false => HashMap::new(),
     };
     let mut closer = true;
-    for (i, _) in model.inputs.iter().enumerate() {
+    for (i, input) in model.inputs.iter().enumerate() {
         let name = format!("logits.{i}");
         let (shape, got) = gpu.get(&name).ok_or("logits are missing")?;
         to_cpu = to_cpu.max(nmse(got, &cpu.get(&name).ok_or("logits are missing")?.1));
-        let (Some(golden), Some((_, want))) = (&model.golden, reference.get(&name)) else {
+        if !model.golden {
             continue;
-        };
-        let prompt = &golden["prompts"][i];
+        }
+        let want = reference.get(&input.logits);
+        let want = &want
+            .ok_or_else(|| format!("the reference has no {}", input.logits))?
+            .1;
         let vocab = shape[1];
-        let picked: Vec<f32> = match prompt["positions"].as_array() {
+        let picked: Vec<f32> = match &input.positions {
             None => got.clone(),
             Some(list) => list
                 .iter()
-                .filter_map(Value::as_u64)
-                .flat_map(|p| &got[p as usize * vocab..][..vocab])
+                .flat_map(|p| &got[p * vocab..][..vocab])
                 .copied()
                 .collect(),
         };
         let own = nmse(&picked, want);
-        let other = prompt["half_error"]["nmse"].as_f64().unwrap_or(ALLOWED);
+        let other = input.half_nmse.unwrap_or(ALLOWED);
         closer &= own <= other;
         (to_reference, theirs) = (to_reference.max(own), theirs.max(other));
+        suite.goals.seen(Goal::Logits, own / other);
     }
     let tokens = tokens(suite, model)?;
     let allowed = if theirs > 0.0 { 4.0 * theirs } else { ALLOWED };
@@ -307,27 +258,23 @@ fn compare(suite: &mut Suite, model: &Model, gpu: &Tensors, cpu: &Tensors) -> Ou
 
 /// Greedy tokens that both devices choose, of those that are clear in the reference; `None` without one.
 fn tokens(suite: &Suite, model: &Model) -> Outcome<Option<(usize, usize)>> {
-    let Some(golden) = &model.golden else {
+    if !model.golden {
         return Ok(None);
-    };
+    }
     let (mut same, mut of) = (0, 0);
-    for prompt in golden["prompts"].as_array().into_iter().flatten() {
-        let Some(text) = prompt["text"].as_str() else {
+    for input in &model.inputs {
+        let Some(prompt) = &input.prompt else {
             continue;
         };
         // As clear as what a 16-bit run may be wrong by.
-        let wrong = prompt["half_error"]["max_abs"].as_f64().unwrap_or(0.0);
-        let margins = prompt["margins"].as_array().into_iter().flatten();
-        let clear = margins
-            .filter_map(Value::as_f64)
-            .take_while(|m| *m >= wrong.max(CLEAR))
-            .count();
+        let least = input.half_max.max(CLEAR);
+        let clear = input.margins.iter().take_while(|m| **m >= least).count();
         if clear == 0 {
             continue;
         }
         let (gpu, cpu) = (
-            generate(suite, model, "cuda", text, clear)?,
-            generate(suite, model, "cpu", text, clear)?,
+            generate(suite, model, "cuda", prompt, clear)?,
+            generate(suite, model, "cpu", prompt, clear)?,
         );
         same += gpu.iter().zip(&cpu).filter(|(g, c)| g == c).count();
         of += clear;
@@ -339,19 +286,25 @@ fn generate(
     suite: &Suite,
     model: &Model,
     device: &str,
-    text: &str,
+    prompt: &Prompt,
     count: usize,
 ) -> Outcome<Vec<u64>> {
     let (folder, count) = (model.folder.display().to_string(), count.to_string());
+    let file = suite.scratch.join("messages.json");
+    let messages = file.display().to_string();
+    let given: &[&str] = match prompt {
+        Prompt::Text(text) => &["--raw", "--prompt", text],
+        Prompt::Messages(list) => {
+            std::fs::write(&file, list.to_string())?;
+            &["--messages", &messages]
+        }
+    };
     let arguments = [
         "run",
         &folder,
         "--device",
         device,
         "--in-place",
-        "--raw",
-        "--prompt",
-        text,
         "--greedy",
         "--ignore-eos",
         "-n",
@@ -360,7 +313,7 @@ fn generate(
         "--device-map",
         "disk",
     ];
-    let ran = tensorpager(suite, &arguments)?;
+    let ran = tensorpager(suite, &[&arguments, given].concat())?;
     if !ran.ok {
         return Err(format!("{}: {}", model.name, ran.why()).into());
     }
@@ -377,6 +330,10 @@ fn identical(suite: &mut Suite, model: &Model) -> Outcome<()> {
     );
     let base = match score(suite, model, "cuda", &["--in-place"])? {
         Ok(path) => std::fs::read(path)?,
+        Err(_) if suite.up() => {
+            suite.report.not_run("all of them", TIME_IS_UP);
+            return Ok(());
+        }
         Err(why) => return Err(why.into()),
     };
     let ways: [&[&str]; 9] = [
@@ -395,13 +352,18 @@ fn identical(suite: &mut Suite, model: &Model) -> Outcome<()> {
             "--in-place" => way.join(" "),
             _ => format!("packed {}", way.join(" ")),
         };
+        if suite.up() {
+            suite.report.not_run(&name, TIME_IS_UP);
+            continue;
+        }
         match score(suite, model, "cuda", way)? {
+            Err(_) if suite.up() => suite.report.not_run(&name, TIME_IS_UP),
             Ok(path) => {
                 let same = std::fs::read(path)? == base;
                 suite.report.checked(same, &[&name, ""]);
             }
             Err(why) if way.contains(&"io_uring") => {
-                suite.report.row(&[&name, &format!("not here: {why}")]);
+                suite.report.not_run(&name, &format!("not here: {why}"));
             }
             Err(why) => suite.report.failed(&format!("{name}: {why}")),
         }

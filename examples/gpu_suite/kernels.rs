@@ -1,14 +1,17 @@
 //! How long each kernel takes at a 7B model's shapes (Qwen2.5-7B: 3584 wide, MLP 18944, 28 heads of 128, 4 kv heads), against its floor:
-//! bytes over the measured rate of device memory where that bounds it, cublasLt's time for the same product where arithmetic does.
+//! bytes over the measured rate of device memory where that bounds it; where arithmetic does, cublasLt's time for the same product, and for
+//! attention its operations over the best rate of a product.
 
 use std::time::Instant;
 
-use tensorpager::device::{Acts, AttnShape, Into, KvShape, ListShape, PassRows, Rows, Span};
+use tensorpager::device::{Acts, Into, WeightView};
 use tensorpager::units::Dtype;
 
+use super::attending::{Attention, HEAD};
 use super::bed::{Bed, Random, Weight};
 use super::cublas::Cublas;
-use super::{Outcome, Suite, ops};
+use super::goals::Goal;
+use super::{Outcome, Suite, TIME_IS_UP, ops, vision};
 
 /// More than any cache: weights are taken in turn from so many bytes, as when they stream.
 const COLD_BYTES: usize = 512 << 20;
@@ -50,10 +53,11 @@ const SMOKE: Sizes = Sizes {
     cached: 30,
     sequences: 2,
 };
-const HEAD: usize = 128;
+/// Rows at which a product is bound by memory.
+const FEW: usize = 32;
 
 /// The best of three rounds, seconds a call; each round is long enough for the clock.
-fn time(bed: &Bed, mut call: impl FnMut(usize) -> Outcome<()>) -> Outcome<f64> {
+pub fn time(bed: &Bed, mut call: impl FnMut(usize) -> Outcome<()>) -> Outcome<f64> {
     let cuda = bed.device.as_cuda().ok_or("no GPU")?;
     let mut round = |times: usize| -> Outcome<f64> {
         cuda.synchronize()?;
@@ -78,25 +82,68 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
     let bed = ops::open(Dtype::BF16, HEAD, None)?;
     let sizes = if suite.smoke { SMOKE } else { REAL };
     products(suite, &bed, &sizes)?;
-    suite
-        .report
-        .table("Other kernels", &["kernel", "µs", "GB/s", "of memory"]);
-    rowwise(suite, &bed, &sizes)?;
-    attention(suite, &bed, &sizes)
+    if let Some(tflops) = suite.tflops {
+        suite.report.note(&format!(
+            "Floors of arithmetic: operations over {tflops:.1} TFLOP/s, the best that a product reached above."
+        ));
+    }
+    suite.report.table(
+        "Other kernels",
+        &[
+            "kernel",
+            "µs",
+            "GB/s",
+            "TFLOP/s",
+            "floor µs",
+            "bound by",
+            "of floor",
+        ],
+    );
+    let all = rowwise(suite, &bed, &sizes)
+        .and_then(|()| attention(suite, &bed, &sizes))
+        .and_then(|()| vision::section(suite));
+    match all {
+        Err(_) if suite.up() => {
+            suite.report.not_run("the kernels after these", TIME_IS_UP);
+            Ok(())
+        }
+        other => other,
+    }
 }
 
-/// A memory-bound kernel's line.
-fn bytes_row(suite: &mut Suite, what: &str, seconds: f64, bytes: usize) {
-    let rate = bytes as f64 / seconds / 1e9;
-    let share = suite
-        .memory_gb_per_s
-        .map_or("-".into(), |m| format!("{:.0} %", 100.0 * rate / m));
+/// Beside what bounds it: bytes over the measured rate of device memory, or operations over the best rate that a product reached here,
+/// whichever takes longer. Stops where the time is up.
+pub fn floor_row(
+    suite: &mut Suite,
+    what: &str,
+    seconds: f64,
+    bytes: usize,
+    flops: f64,
+) -> Outcome<()> {
+    let memory = suite.memory_gb_per_s.map(|m| bytes as f64 / m / 1e9);
+    let tensor = suite.tflops.map(|t| flops / t / 1e12);
+    let (floor, bound) = match (memory, tensor.filter(|_| flops > 0.0)) {
+        (Some(m), Some(t)) if t > m => (Some(t), "tensor cores"),
+        (Some(m), _) => (Some(m), "memory"),
+        (None, t) => (t, "tensor cores"),
+    };
+    let text = |x: Option<String>| x.unwrap_or("-".into());
     suite.report.row(&[
         what,
         &format!("{:.1}", seconds * 1e6),
-        &format!("{rate:.0}"),
-        &share,
+        &format!("{:.0}", bytes as f64 / seconds / 1e9),
+        &match flops > 0.0 {
+            true => format!("{:.1}", flops / seconds / 1e12),
+            false => "-".into(),
+        },
+        &text(floor.map(|f| format!("{:.1}", f * 1e6))),
+        if floor.is_some() { bound } else { "-" },
+        &text(floor.map(|f| format!("{:.0} %", 100.0 * f / seconds))),
     ]);
+    match suite.up() {
+        true => Err(TIME_IS_UP.into()),
+        false => Ok(()),
+    }
 }
 
 fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
@@ -143,6 +190,10 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
         let a = bed.acts(&random.values(most * k, 1.0), k)?;
         let mut out = bed.device.rows(most, n)?;
         for rows in s.few.iter().chain(s.many).copied() {
+            if suite.up() {
+                suite.report.not_run("the products after these", TIME_IS_UP);
+                return Ok(());
+            }
             let seconds = time(bed, |i| {
                 let w = weights[i % copies].view();
                 Ok(bed
@@ -179,6 +230,16 @@ fn product_row(
     let bytes = (n * k * 2 + rows * k * 2 + rows * n * 4) as f64;
     let rate = bytes / seconds / 1e9;
     let share = suite.memory_gb_per_s.map(|m| 100.0 * rate / m);
+    let tflops = 2.0 * (rows * n * k) as f64 / seconds / 1e12;
+    let of_other = other.map(|o| o / seconds);
+    let best = tflops * of_other.map_or(1.0, |o| 1.0f64.max(1.0 / o));
+    suite.tflops = Some(suite.tflops.map_or(best, |t| t.max(best)));
+    if let Some(share) = share.filter(|_| rows <= FEW) {
+        suite.goals.seen(Goal::FewRows, share / 100.0);
+    }
+    if let Some(share) = of_other.filter(|_| (512..=4096).contains(&rows)) {
+        suite.goals.seen(Goal::ManyRows, share);
+    }
     let text = |x: Option<f64>| x.map_or("-".to_string(), |x| format!("{x:.0} %"));
     suite.report.row(&[
         name,
@@ -186,38 +247,46 @@ fn product_row(
         &format!("{:.1}", seconds * 1e6),
         &format!("{rate:.0}"),
         &text(share),
-        &format!("{:.1}", 2.0 * (rows * n * k) as f64 / seconds / 1e12),
-        &text(other.map(|o| 100.0 * o / seconds)),
+        &format!("{tflops:.1}"),
+        &text(of_other.map(|o| 100.0 * o)),
     ]);
 }
 
 fn rowwise(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
     let d = &bed.device;
     for rows in [1, s.sequences, s.prompt] {
-        let x = d.rows(rows, s.hidden)?;
+        let count = rows * s.hidden;
+        let mut x = d.rows(rows, s.hidden)?;
         let w = bed.weight_bytes(vec![0; s.hidden * 2], 1, s.hidden)?;
         let mut out: Acts = d.acts(rows, s.hidden, bed.half)?;
         let t = time(bed, |_| {
             Ok(d.rmsnorm(&x, 0, rows, &w.view(), 1e-6, &mut out)?)
         })?;
-        bytes_row(
-            suite,
-            &format!("rmsnorm, {rows} rows"),
-            t,
-            rows * s.hidden * 6,
-        );
+        floor_row(suite, &format!("rmsnorm, {rows} rows"), t, count * 6, 0.0)?;
+        // As Qwen3 has them: every head of q by itself, in place.
+        let heads = s.hidden / HEAD;
+        let t = time(bed, |_| {
+            let w = w.view();
+            let w = WeightView { cols: HEAD, ..w };
+            Ok(d.rmsnorm_heads(&mut x, rows, heads, HEAD, &w, 1e-6)?)
+        })?;
+        let what = format!("rmsnorm_heads, {rows} rows of {heads}");
+        floor_row(suite, &what, t, count * 8, 0.0)?;
         let (gate, up) = (d.rows(rows, s.mlp)?, d.rows(rows, s.mlp)?);
         let mut out = d.acts(rows, s.mlp, bed.half)?;
         let t = time(bed, |_| Ok(d.swiglu(&gate, &up, rows, s.mlp, &mut out)?))?;
-        bytes_row(suite, &format!("swiglu, {rows} rows"), t, rows * s.mlp * 10);
+        floor_row(
+            suite,
+            &format!("swiglu, {rows} rows"),
+            t,
+            rows * s.mlp * 10,
+            0.0,
+        )?;
         let mut out = d.acts(rows, s.hidden, bed.half)?;
         let t = time(bed, |_| Ok(d.round(&x, rows, s.hidden, &mut out)?))?;
-        bytes_row(
-            suite,
-            &format!("round, {rows} rows"),
-            t,
-            rows * s.hidden * 6,
-        );
+        floor_row(suite, &format!("round, {rows} rows"), t, count * 6, 0.0)?;
+        let t = time(bed, |_| Ok(d.widen_rows(&out, &mut x, rows)?))?;
+        floor_row(suite, &format!("widen, {rows} rows"), t, count * 6, 0.0)?;
     }
     let rows = s.sequences;
     let logits = bed.rows(&Random::new(2).values(rows * s.vocab, 4.0), s.vocab)?;
@@ -227,7 +296,7 @@ fn rowwise(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
             Ok(d.select(&logits, rows, s.vocab, k, 0, &mut best)?)
         })?;
         let what = format!("the {k} best of {}, {rows} rows", s.vocab);
-        bytes_row(suite, &what, t, rows * s.vocab * 4);
+        floor_row(suite, &what, t, rows * s.vocab * 4, 0.0)?;
     }
     Ok(())
 }
@@ -239,144 +308,29 @@ fn attention(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
         ("prefill", 1, 0, s.prompt),
     ];
     for (what, sequences, cached, new) in cases {
-        let mut bench = Attention::new(bed, s, sequences, cached, new)?;
+        let mut bench = Attention::new(bed, (s.heads, s.kv_heads), sequences, cached, new)?;
         bench.begin()?;
-        let append = time(bed, |_| bench.append())?;
-        let attend = time(bed, |_| bench.attend())?;
+        let append = time(bed, |_| Ok(bench.append()?))?;
+        let attend = time(bed, |_| Ok(bench.attend()?))?;
         let rows = sequences * new;
         let (q, kv) = (s.heads * HEAD, 2 * s.kv_heads * HEAD);
-        let name = format!("rope and append, {rows} rows");
-        bytes_row(suite, &name, append, rows * (q * 6 + kv * 6));
+        let name = format!("rope_append, {rows} rows");
+        floor_row(suite, &name, append, rows * (q * 6 + kv * 6), 0.0)?;
         let name = format!("attention, {what}: {sequences} x {new} on {cached}");
         let keys = cached + new;
-        bytes_row(
-            suite,
-            &name,
-            attend,
-            sequences * keys * kv * 2 + rows * q * 4,
-        );
-        if what == "prefill" {
-            // Half of the square is seen; products with keys and with values.
-            let flops = 2.0 * (new * new) as f64 * (s.heads * HEAD) as f64;
-            let rate = flops / attend / 1e12;
-            suite.report.note(&format!(
-                "attention, prefill: {rate:.1} TFLOP/s of the causal half"
-            ));
+        // A prompt sees half of the square; products with keys and with values.
+        let seen = new as f64 * (cached as f64 + new as f64 / 2.0);
+        let flops = 4.0 * sequences as f64 * seen * q as f64;
+        let bytes = sequences * keys * kv * 2 + rows * q * 4;
+        floor_row(suite, &name, attend, bytes, flops)?;
+        if what == "decode" {
+            // Of each chunk of keys every head's sums and maximum in; a rounded row out.
+            let chunks = bench.merge()?;
+            let merge = time(bed, |_| Ok(bench.merge().map(|_| ())?))?;
+            let partial = chunks * s.heads * (HEAD + 2) * 4;
+            let name = format!("  of it the merge, {chunks} chunks");
+            floor_row(suite, &name, merge, partial + rows * q * 2, 0.0)?;
         }
     }
     Ok(())
 }
-
-struct Attention<'b> {
-    bed: &'b Bed,
-    lists: tensorpager::device::Lists,
-    kv: tensorpager::device::Kv,
-    shape: AttnShape,
-    tables: Vec<Vec<u32>>,
-    cached: usize,
-    new: usize,
-    angles: Vec<f32>,
-    q: Rows,
-    k: Rows,
-    v: Rows,
-    out: Acts,
-}
-
-impl<'b> Attention<'b> {
-    fn new(
-        bed: &'b Bed,
-        s: &Sizes,
-        sequences: usize,
-        cached: usize,
-        new: usize,
-    ) -> Outcome<Attention<'b>> {
-        let blocks = (cached + new).div_ceil(16);
-        let tables: Vec<Vec<u32>> = (0..sequences)
-            .map(|i| (0..blocks).map(|b| (b * sequences + i) as u32).collect())
-            .collect();
-        let rows = sequences * new;
-        let d = &bed.device;
-        Ok(Attention {
-            lists: d.lists(&ListShape {
-                rows,
-                spans: sequences,
-                table: sequences * blocks,
-                context: cached + new,
-                heads: s.heads,
-                kv_heads: s.kv_heads,
-                head_size: HEAD,
-                windows: vec![None],
-            })?,
-            kv: d.kv(&KvShape {
-                layers: 1,
-                blocks: sequences * blocks,
-                kv_heads: s.kv_heads,
-                head_size: HEAD,
-                dtype: bed.half,
-            })?,
-            shape: AttnShape {
-                heads: s.heads,
-                kv_heads: s.kv_heads,
-                head_size: HEAD,
-                scale: 0.088,
-                window: None,
-            },
-            tables,
-            cached,
-            new,
-            angles: vec![0.5; rows * HEAD / 2],
-            q: d.rows(rows, s.heads * HEAD)?,
-            k: d.rows(rows, s.kv_heads * HEAD)?,
-            v: d.rows(rows, s.kv_heads * HEAD)?,
-            out: d.acts(rows, s.heads * HEAD, bed.half)?,
-            bed,
-        })
-    }
-
-    fn begin(&mut self) -> Outcome<()> {
-        let new = self.new;
-        let spans: Vec<Span<'_>> = self
-            .tables
-            .iter()
-            .enumerate()
-            .map(|(i, table)| Span {
-                first_row: i * new,
-                rows: new,
-                start_pos: self.cached,
-                table,
-            })
-            .collect();
-        let rows = PassRows {
-            spans: &spans,
-            cos: &self.angles,
-            sin: &self.angles,
-        };
-        Ok(self.bed.device.begin(&mut self.lists, &rows)?)
-    }
-
-    fn append(&mut self) -> Outcome<()> {
-        let d = &self.bed.device;
-        let (q, k) = (&mut self.q, &mut self.k);
-        Ok(d.rope_append(&mut self.lists, &SENT, q, k, &self.v, &mut self.kv, 0)?)
-    }
-
-    fn attend(&mut self) -> Outcome<()> {
-        let d = &self.bed.device;
-        Ok(d.attention(
-            &self.lists,
-            &SENT,
-            &self.q,
-            &self.kv,
-            0,
-            &self.shape,
-            &mut self.out,
-        )?)
-    }
-}
-
-/// A GPU was told of the rows by `begin`.
-const SENT: PassRows<'static> = PassRows {
-    spans: &[],
-    cos: &[],
-    sin: &[],
-};

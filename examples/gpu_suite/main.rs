@@ -5,20 +5,26 @@
 //! It wants the driver alone; `gpu/README.md` says how the folder it runs in is made. Exit code 1: something is wrong.
 //! `--smoke` runs every section at small shapes, on an emulated GPU too; its timings mean nothing and are not to be recorded.
 
+mod attending;
 mod bed;
 mod copies;
 mod cublas;
 mod decode;
 mod fixtures;
+mod goals;
 mod kernels;
 mod machine;
+mod models;
+mod one_pass;
 mod ops;
 mod report;
 mod tools;
+mod vision;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use goals::Goals;
 use report::Report;
 
 pub type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -34,12 +40,23 @@ pub struct Suite {
     pub report: Report,
     /// Of device memory, read and written: 10⁹ bytes a second. What memory-bound kernels are measured against.
     pub memory_gb_per_s: Option<f64>,
+    /// Of copies from pinned memory, the best seen: what copies within a pass are measured against.
     pub pinned_gb_per_s: Option<f64>,
+    /// Of the tensor cores, the best that any product reached here, ours or cublasLt's: 10¹² operations a second.
+    pub tflops: Option<f64>,
+    pub goals: Goals,
 }
+
+pub const TIME_IS_UP: &str = "the time was up";
 
 impl Suite {
     pub fn left(&self) -> Duration {
         self.limit.saturating_sub(self.started.elapsed())
+    }
+
+    /// Asked before every step that takes seconds.
+    pub fn up(&self) -> bool {
+        self.left().is_zero()
     }
 
     pub fn binary(&self) -> PathBuf {
@@ -71,8 +88,10 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
         "Ops against the CPU device",
         &["op", "type", "nmse", "allowed", "shapes", ""],
     );
+    let (started, limit) = (suite.started, suite.limit);
+    let go_on = || started.elapsed() < limit;
     for half in ops::HALVES {
-        ops::compare(half, shapes, &mut |row| {
+        let all = ops::compare(half, shapes, &go_on, &mut |row| {
             let said = row.differs.as_deref().unwrap_or("");
             report.checked(
                 row.ok(),
@@ -86,6 +105,10 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
                 ],
             );
         })?;
+        if !all {
+            report.not_run("the ops after these", TIME_IS_UP);
+            break;
+        }
     }
     Ok(())
 }
@@ -153,15 +176,15 @@ fn run() -> Outcome<bool> {
         report: Report::new(arguments.smoke),
         memory_gb_per_s: None,
         pinned_gb_per_s: None,
+        tflops: None,
+        goals: Goals::default(),
     };
     for (name, section) in SECTIONS {
         if !arguments.only.is_empty() && !arguments.only.iter().any(|o| o == name) {
             continue;
         }
-        if suite.left().is_zero() {
-            suite
-                .report
-                .note(&format!("{name}: not run, the time was up"));
+        if suite.up() {
+            suite.report.note(&format!("{name}: not run, {TIME_IS_UP}"));
             continue;
         }
         let started = Instant::now();
@@ -177,6 +200,7 @@ fn run() -> Outcome<bool> {
         suite.report.took(name, started.elapsed());
     }
     let _ = std::fs::remove_dir_all(&arguments.scratch);
+    suite.goals.table(&mut suite.report, suite.smoke);
     if let Some(out) = &arguments.out {
         std::fs::write(out, suite.report.markdown(&suite.home))?;
         println!("\nrecord: {}", out.display());

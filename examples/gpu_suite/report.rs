@@ -76,6 +76,15 @@ impl Report {
         self.row(&cells);
     }
 
+    /// A row of the table for what was left out, and why.
+    pub fn not_run(&mut self, what: &str, why: &str) {
+        let columns = self.widths.len().max(2);
+        let said = format!("not run: {why}");
+        let mut cells = vec!["-"; columns];
+        (cells[0], cells[columns - 1]) = (what, &said);
+        self.row(&cells);
+    }
+
     pub fn note(&mut self, text: &str) {
         println!("  {text}");
         self.line(format!("\n{text}\n"));

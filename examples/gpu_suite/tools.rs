@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{Outcome, Suite};
+use super::{Outcome, Suite, TIME_IS_UP};
 
 pub struct Ran {
     pub ok: bool,
@@ -98,6 +98,10 @@ pub fn sanitizer(suite: &mut Suite) -> Outcome<()> {
         .report
         .table("compute-sanitizer", &["tool", "seconds", ""]);
     for tool in ["memcheck", "racecheck", "synccheck", "initcheck"] {
+        if suite.up() {
+            suite.report.not_run(tool, TIME_IS_UP);
+            continue;
+        }
         let limit = Duration::from_secs(60).min(suite.left());
         let ran = run(
             Command::new(&sanitizer)
@@ -118,15 +122,15 @@ pub fn sanitizer(suite: &mut Suite) -> Outcome<()> {
     Ok(())
 }
 
-/// A Python that has the packages accelerate's offload needs; `TENSORPAGER_PYTHON` names one.
-pub fn python() -> Option<PathBuf> {
+/// A Python that has the packages accelerate's offload needs, found in the time left; `TENSORPAGER_PYTHON` names one.
+pub fn python(left: Duration) -> Option<PathBuf> {
     let named = std::env::var_os("TENSORPAGER_PYTHON").map(PathBuf::from);
     let candidates = [named, find("python3"), find("python")];
     candidates.into_iter().flatten().find(|python| {
         let check = "import torch, transformers, accelerate; assert torch.cuda.is_available()";
         run(
             Command::new(python).args(["-c", check]),
-            Duration::from_secs(60),
+            Duration::from_secs(60).min(left / 3),
         )
         .is_ok_and(|ran| ran.ok)
     })

@@ -14,7 +14,6 @@ namespace {  // what a file defines for one type is not the other type's
 #include "../bias_add.cu"
 #include "../gelu.cu"
 #include "../linear.cu"
-#include "../residual_add.cu"
 #include "../rmsnorm.cu"
 #include "../rmsnorm_heads.cu"
 #include "../rope_append.cu"
@@ -64,7 +63,6 @@ Kernels table() {
   k.swiglu = TP_KERNEL(swiglu);
   k.gelu = TP_KERNEL(gelu);
   k.bias_add = TP_KERNEL(bias_add);
-  k.residual_add = TP_KERNEL(residual_add);
   k.widen = TP_KERNEL(widen);
   k.round = TP_KERNEL(round);
   k.argmax = TP_KERNEL(argmax);
@@ -73,8 +71,7 @@ Kernels table() {
   k.rmsnorm_heads_threads = RMSNORM_HEADS_THREADS, k.merge_threads = ATTENTION_MERGE_THREADS, k.row_threads = ROPE_THREADS;
   static_assert(RMSNORM_THREADS == 256 && ARGMAX_THREADS == 1024 && TOPK_THREADS == 1024, "the launch table says so");
   static_assert(ROPE_DENSE_THREADS == ROPE_THREADS && SWIGLU_THREADS == ROPE_THREADS && GELU_THREADS == ROPE_THREADS &&
-                    BIAS_ADD_THREADS == ROPE_THREADS && RESIDUAL_ADD_THREADS == ROPE_THREADS && WIDEN_THREADS == ROPE_THREADS &&
-                    ROUND_THREADS == ROPE_THREADS,
+                    BIAS_ADD_THREADS == ROPE_THREADS && WIDEN_THREADS == ROPE_THREADS && ROUND_THREADS == ROPE_THREADS,
                 "the launch table has one block size for them");
   return k;
 }

@@ -38,7 +38,6 @@ struct Kernels {
   void (*swiglu)(const float*, const float*, u16*, i64, i64, int);
   void (*gelu)(const float*, u16*, i64);
   void (*bias_add)(float*, const u16*, i64, int);
-  void (*residual_add)(float*, const float*, i64);
   void (*widen)(const u16*, float*, i64);
   void (*round)(const float*, u16*, i64);
   void (*argmax)(const float*, u32*, float*, i64, int);

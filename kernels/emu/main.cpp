@@ -98,7 +98,7 @@ void launch_table() {
   for (const DenseKernel& d : k.dense) printf("attention_dense_h%d %d %d\n", d.head_size, d.threads, d.shared_bytes);
   printf("rmsnorm 256 %d\nargmax 1024 %d\ntopk 1024 %d\n", k.rmsnorm_shared, k.argmax_shared, k.topk_shared);
   printf("rmsnorm_heads %d 0\nattention_merge %d 0\n", k.rmsnorm_heads_threads, k.merge_threads);
-  for (const char* name : {"rope_append", "rope_dense", "swiglu", "gelu", "bias_add", "residual_add", "widen", "round"})
+  for (const char* name : {"rope_append", "rope_dense", "swiglu", "gelu", "bias_add", "widen", "round"})
     printf("%s %d 0\n", name, k.row_threads);
 }
 

@@ -111,8 +111,15 @@ impl Device {
         }
     }
 
-    /// out[row] = weight row 0, widened. The weight lies in host memory.
-    pub fn put_row(&self, weight: &WeightView<'_>, out: &mut Rows, row: usize) -> Result<()> {
+    /// out[row] = weight row 0, widened, once [`Device::widen_rows`] was called behind the last row: a device with memory of its own takes
+    /// the row as it is stored, into `narrow`. The weight lies in host memory.
+    pub fn put_row(
+        &self,
+        weight: &WeightView<'_>,
+        narrow: &mut Acts,
+        out: &mut Rows,
+        row: usize,
+    ) -> Result<()> {
         let cols = out.cols;
         match self {
             Device::Cpu(d) => {
@@ -124,7 +131,15 @@ impl Device {
                 );
                 Ok(())
             }
-            Device::Cuda(d) => d.put_row(weight, out.data.cuda_mut(), row * cols),
+            Device::Cuda(d) => d.put_row(weight, narrow.data.cuda_mut(), row * cols),
+        }
+    }
+
+    /// Ends what [`Device::put_row`] began, for the first `rows` rows of `out`; those that no row was put into hold anything afterwards.
+    pub fn widen_rows(&self, narrow: &Acts, out: &mut Rows, rows: usize) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(d) => d.widen(narrow.data.cuda(), out.data.cuda_mut(), rows * out.cols),
         }
     }
 
@@ -421,13 +436,36 @@ impl Device {
         }
     }
 
-    /// Turns the heads of q and k by their row's angles, then attention without a cache, every row of a window seeing every row of it.
-    /// `pass.spans` are not looked at; `ends`: 0, then where each window ends.
-    pub fn attention_dense(
+    /// Turns the heads of q and k of the first `rows` rows `[q | k | v]` by their row's angles. `pass.spans` are not looked at.
+    pub fn rope_dense(
         &self,
         qkv: &mut Rows,
+        rows: usize,
         shape: &DenseShape,
         pass: &PassRows<'_>,
+        dense: &mut Dense,
+    ) -> Result<()> {
+        let (cols, both) = (qkv.cols, 2 * shape.heads);
+        match self {
+            Device::Cpu(d) => {
+                // Queries and keys lie side by side: one call turns both.
+                let data = qkv.data.host_mut();
+                d.rope(data, rows, cols, both, shape.head_size, pass.cos, pass.sin);
+                Ok(())
+            }
+            Device::Cuda(d) => {
+                let dense = dense.0.cuda_mut();
+                d.rope_dense(qkv.data.cuda(), rows, shape, pass.cos, pass.sin, dense)
+            }
+        }
+    }
+
+    /// Attention without a cache of the rows that [`Device::rope_dense`] turned, every row of a window seeing every row of it. `ends`: 0, then
+    /// where each window ends.
+    pub fn attention_dense(
+        &self,
+        qkv: &Rows,
+        shape: &DenseShape,
         ends: &[usize],
         dense: &mut Dense,
         out: &mut Acts,
@@ -435,31 +473,11 @@ impl Device {
         let d = match self {
             Device::Cpu(d) => d,
             Device::Cuda(d) => {
-                let (dense, out) = (dense.0.cuda_mut(), out.data.cuda_mut());
-                return d.attention_dense(
-                    qkv.data.cuda(),
-                    shape,
-                    pass.cos,
-                    pass.sin,
-                    ends,
-                    dense,
-                    out,
-                );
+                return d.attention_dense(shape, ends, dense.0.cuda_mut(), out.data.cuda_mut());
             }
         };
         let (cols, width) = (qkv.cols, shape.heads * shape.head_size);
-        let rows = ends.last().copied().unwrap_or(0);
-        let data = qkv.data.host_mut();
-        // Queries and keys lie side by side: one call turns both.
-        d.rope(
-            data,
-            rows,
-            cols,
-            2 * shape.heads,
-            shape.head_size,
-            pass.cos,
-            pass.sin,
-        );
+        let data = qkv.data.host();
         let attention = DenseAttention {
             q: data,
             k: &data[width..],

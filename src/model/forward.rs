@@ -220,19 +220,12 @@ impl Forward {
     }
 
     fn embed(&mut self, device: &Device, source: &mut dyn UnitSource, pass: &Pass) -> Result<()> {
-        let x = &mut self.scratch.x;
-        for g in &pass.given {
-            let cols = g.from.cols;
-            if cols != self.spec.hidden {
-                return Err(Error::internal("given embeddings of another width"));
-            }
-            let values = &g.from.values[g.first * cols..(g.first + g.rows) * cols];
-            device.write_rows(x, g.row, values)?;
-        }
+        let (x, narrow) = (&mut self.scratch.x, &mut self.scratch.normed);
         if pass.given.is_empty() {
-            return source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
-                device.put_row(row, x, i)
-            });
+            source.gather_rows(self.embed, &pass.tokens, &mut |i, row| {
+                device.put_row(row, narrow, x, i)
+            })?;
+            return device.widen_rows(narrow, x, pass.rows());
         }
         self.looked_up.clear();
         self.looked_up.extend(pass.looked_up());
@@ -241,8 +234,19 @@ impl Forward {
             .extend(self.looked_up.iter().map(|row| pass.tokens[*row]));
         let rows = &self.looked_up;
         source.gather_rows(self.embed, &self.ids, &mut |i, row| {
-            device.put_row(row, x, rows[i])
-        })
+            device.put_row(row, narrow, x, rows[i])
+        })?;
+        device.widen_rows(narrow, x, pass.rows())?;
+        // Behind the others: widening runs over these rows too.
+        for g in &pass.given {
+            let cols = g.from.cols;
+            if cols != self.spec.hidden {
+                return Err(Error::internal("given embeddings of another width"));
+            }
+            let values = &g.from.values[g.first * cols..(g.first + g.rows) * cols];
+            device.write_rows(x, g.row, values)?;
+        }
+        Ok(())
     }
 
     /// x += o(attention(rope(norm(q)), rope(norm(k)), v)), with q, k, v from RMSNorm(x).

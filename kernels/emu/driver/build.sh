@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the emulated CUDA driver, for tests only: OUT/libcuda.so.1 and libcuda.so.
+# Builds the emulated CUDA driver, for tests only: OUT/libcuda.so.1 and libcuda.so, and OUT/cublaslt/libcublasLt.so.12 on top of it.
 #     kernels/emu/driver/build.sh OUT [--without SYMBOL]... [--selftest]
 # --without SYMBOL also makes OUT/without-SYMBOL/libcuda.so.1, which lacks that function as an old driver would; --selftest makes
 # OUT/selftest and runs it.
@@ -49,6 +49,8 @@ if [ ! -f "$out/libcuda.so.1" ] || [ -n "$(find "$here/../.." -type f -not -path
   mkdir "$out/objects"
   mv "$out"/work/*.o "$out/objects"
   link "$out"
+  mkdir -p "$out/cublaslt"
+  "$cxx" -std=c++17 -O2 -g1 -fPIC -Wall -Wextra -shared -Wl,-soname,libcublasLt.so.12 "$here/cublaslt.cpp" "-L$out" -lcuda -o "$out/cublaslt/libcublasLt.so.12"
 fi
 while [ $# -gt 0 ]; do
   case $1 in

@@ -6,9 +6,10 @@ use super::kernels::{
     AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, RopeAppend, RopeDense,
 };
 use super::kv::CudaKv;
-use super::memory::{DeviceBuffer, bytes_of};
+use super::lists::DecodeBatch;
+use super::memory::{Address, DeviceBuffer, bytes_of};
 use super::ops::int;
-use crate::device::{AttnShape, DenseShape, Span};
+use crate::device::{Acts, AttnShape, DenseShape, Lists, Span};
 use crate::error::{Error, Result};
 
 /// Rows of a tile of vision's attention.
@@ -132,38 +133,104 @@ impl CudaDevice {
                     scale: shape.scale,
                 },
             )?;
-            self.kernels.merge.launch(
-                &self.compute,
-                (batch.merge_count(), shape.kv_heads),
-                AttentionMerge {
-                    sums,
-                    maxima,
-                    segments,
-                    merges: lists.list(&batch.merges),
-                    out,
-                    heads,
-                    kv_heads,
-                    head_size: int(shape.head_size)?,
-                },
-            )?;
+            self.merge(lists, batch, shape, out)?;
         }
         cache.leave(&self.compute, layer)
     }
 
-    /// RoPE, then attention within windows, of rows `[q | k | v]`.
-    #[allow(clippy::too_many_arguments)] // the operands of one op
-    pub fn attention_dense(
+    /// The last merge of [`CudaDevice::attention`] of decoding rows, once more, for timing it by itself; of how many chunks of keys.
+    pub fn merge_again(&self, lists: &Lists, shape: &AttnShape, out: &mut Acts) -> Result<usize> {
+        let (lists, out) = (lists.0.cuda(), out.data.cuda_mut());
+        let out = out.begin(lists.lists.rows, shape.heads * shape.head_size);
+        let which = lists.shape.windows.iter().position(|w| *w == shape.window);
+        let batches = which.map_or(&[][..], |w| &lists.lists.decodes[w]);
+        match batches.last() {
+            Some(batch) => {
+                self.merge(lists, batch, shape, out)?;
+                Ok(batch.item_count())
+            }
+            None => Ok(0),
+        }
+    }
+
+    fn merge(
+        &self,
+        lists: &CudaLists,
+        batch: &DecodeBatch,
+        s: &AttnShape,
+        out: Address,
+    ) -> Result<()> {
+        self.kernels.merge.launch(
+            &self.compute,
+            (batch.merge_count(), s.kv_heads),
+            AttentionMerge {
+                sums: lists.sums.address(),
+                maxima: lists.maxima.address(),
+                segments: lists.list(&lists.lists.segments),
+                merges: lists.list(&batch.merges),
+                out,
+                heads: int(s.heads)?,
+                kv_heads: int(s.kv_heads)?,
+                head_size: int(s.head_size)?,
+            },
+        )
+    }
+
+    /// RoPE of rows `[q | k | v]`, rounded into `dense`.
+    pub fn rope_dense(
         &self,
         qkv: &CudaRows,
+        rows: usize,
         shape: &DenseShape,
         cos: &[f32],
         sin: &[f32],
+        dense: &mut CudaDense,
+    ) -> Result<()> {
+        let kernels = self.vision()?;
+        self.context.bind()?;
+        let staging = &mut *self.staging.borrow_mut();
+        staging.send(
+            &self.compute,
+            dense.cos.at(0, cos.len() * F32),
+            bytes_of(cos),
+        )?;
+        staging.send(
+            &self.compute,
+            dense.sin.at(0, sin.len() * F32),
+            bytes_of(sin),
+        )?;
+        let cols = shape.heads * shape.head_size;
+        let half = rows * shape.head_size / 2 * F32;
+        let part = |i: usize| qkv.at(i * cols, (rows.max(1) - 1) * 3 * cols + cols);
+        let value = |b: &DeviceBuffer| b.at(0, rows * cols * HALF);
+        kernels.rope.launch(
+            &self.compute,
+            (rows, 1),
+            RopeDense {
+                q: part(0),
+                k: part(1),
+                v: part(2),
+                cos: dense.cos.at(0, half),
+                sin: dense.sin.at(0, half),
+                q_out: value(&dense.q),
+                k_out: value(&dense.k),
+                v_out: value(&dense.v),
+                stride: 3 * cols as i64,
+                heads: int(shape.heads)?,
+                head_size: int(shape.head_size)?,
+            },
+        )
+    }
+
+    /// Attention within windows of the rows that [`CudaDevice::rope_dense`] turned.
+    pub fn attention_dense(
+        &self,
+        shape: &DenseShape,
         ends: &[usize],
         dense: &mut CudaDense,
         out: &mut CudaActs,
     ) -> Result<()> {
-        let missing = || Error::internal("the GPU was opened without the vision kernels");
-        let kernels = self.kernels.vision.as_ref().ok_or_else(missing)?;
+        let kernels = self.vision()?;
         self.context.bind()?;
         let rows = ends.last().copied().unwrap_or(0);
         let cols = shape.heads * shape.head_size;
@@ -179,47 +246,17 @@ impl CudaDevice {
                 .extend((0..tiles).flat_map(|tile| [window as i32, tile as i32]));
         }
         let tiles = (dense.list.len() - first_tile) / 2;
-        let staging = &mut *self.staging.borrow_mut();
         let numbers = dense.numbers.at(0, dense.list.len() * 4);
+        let staging = &mut *self.staging.borrow_mut();
         staging.send(&self.compute, numbers, bytes_of(&dense.list))?;
-        staging.send(
-            &self.compute,
-            dense.cos.at(0, cos.len() * F32),
-            bytes_of(cos),
-        )?;
-        staging.send(
-            &self.compute,
-            dense.sin.at(0, sin.len() * F32),
-            bytes_of(sin),
-        )?;
-        let half = rows * shape.head_size / 2 * F32;
-        let part = |i: usize| qkv.at(i * cols, (rows.max(1) - 1) * 3 * cols + cols);
         let value = |b: &DeviceBuffer| b.at(0, rows * cols * HALF);
-        let (q, k, v) = (value(&dense.q), value(&dense.k), value(&dense.v));
-        kernels.rope.launch(
-            &self.compute,
-            (rows, 1),
-            RopeDense {
-                q: part(0),
-                k: part(1),
-                v: part(2),
-                cos: dense.cos.at(0, half),
-                sin: dense.sin.at(0, half),
-                q_out: q,
-                k_out: k,
-                v_out: v,
-                stride: 3 * cols as i64,
-                heads: int(shape.heads)?,
-                head_size: int(shape.head_size)?,
-            },
-        )?;
         kernels.attention.launch(
             &self.compute,
             (tiles, shape.heads),
             AttentionDense {
-                q,
-                k,
-                v,
+                q: value(&dense.q),
+                k: value(&dense.k),
+                v: value(&dense.v),
                 windows: numbers,
                 tiles: numbers.plus(first_tile * 4),
                 out: out.begin(rows, cols),

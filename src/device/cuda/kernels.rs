@@ -119,6 +119,7 @@ arguments! {
     BiasAdd { x: Address, bias: Address, stride: i64, cols: i32, }
     Gelu { x: Address, out: Address, count: i64, }
     Round { x: Address, out: Address, count: i64, }
+    Widen { x: Address, out: Address, count: i64, }
 }
 
 /// A kernel of `launch.json`.
@@ -345,6 +346,11 @@ mod tests {
         check::<BiasAdd>(&l, &one("bias_add"));
         check::<Gelu>(&l, &one("gelu"));
         check::<Round>(&l, &one("round"));
+        check::<Widen>(&l, &one("widen"));
+        // All of them: a kernel that nobody launches has no place there.
+        let attention = ["attention_prefill", "attention_decode", "attention_dense"];
+        let sizes: usize = attention.iter().map(|a| sized(a).len()).sum();
+        assert_eq!(l.kernels.len(), tiles.len() + sizes + 12);
     }
 
     #[test]

@@ -35,7 +35,7 @@ use cublaslt::CublasLt;
 use kernels::{
     Argmax, AttentionDecode, AttentionDense, AttentionMerge, AttentionPrefill, BiasAdd, Gelu,
     Kernel, Linear, Modules, Rmsnorm, RmsnormHeads, RopeAppend, RopeDense, Round, Swiglu, Topk,
-    head_sizes, no_head_size,
+    Widen, head_sizes, no_head_size,
 };
 use memory::HostBuffer;
 use staging::Staging;
@@ -124,6 +124,8 @@ struct Kernels {
     round: Kernel<Round>,
     argmax: Kernel<Argmax>,
     topk: Kernel<Topk>,
+    widen: Kernel<Widen>,
+    /// Behind products that are not ours.
     bias_add: Kernel<BiasAdd>,
     vision: Option<VisionKernels>,
 }
@@ -290,6 +292,7 @@ impl Kernels {
             round: modules.load("round")?,
             argmax: modules.load("argmax")?,
             topk: modules.load("topk")?,
+            widen: modules.load("widen")?,
             bias_add: modules.load("bias_add")?,
             vision,
         })

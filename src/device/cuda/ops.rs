@@ -3,10 +3,10 @@
 use super::buffers::{Best, CudaActs, CudaRows, F32, HALF, MOST_CANDIDATES, Mirror};
 use super::cublaslt::{Operands, Shape};
 use super::kernels::{
-    Argmax, BiasAdd, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk,
+    Argmax, BiasAdd, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk, Widen,
 };
 use super::memory::{Address, bytes_of};
-use super::{CudaDevice, TILES};
+use super::{CudaDevice, TILES, VisionKernels};
 use crate::device::WeightView;
 use crate::error::{Error, Result};
 
@@ -14,22 +14,30 @@ use crate::error::{Error, Result};
 const BLOCK_ELEMENTS: usize = 1024;
 
 impl CudaDevice {
-    /// Widens a weight's first row on the host and sends it.
-    pub fn put_row(&self, weight: &WeightView<'_>, to: &mut CudaRows, first: usize) -> Result<()> {
-        let row = weight.row(0);
-        let dtype = weight.dtype;
+    /// Sends a weight's first row as it is stored: half of what it would be in float32.
+    pub fn put_row(&self, weight: &WeightView<'_>, to: &mut CudaActs, first: usize) -> Result<()> {
+        if weight.dtype != self.half {
+            return Err(Error::internal(
+                "an embedding of another type than the GPU's",
+            ));
+        }
+        let bytes = weight.cols * HALF;
         self.context.bind()?;
-        self.staging.borrow_mut().fill(
+        self.staging.borrow_mut().send(
             &self.compute,
-            to.at(first, weight.cols),
-            weight.cols * F32,
-            |out| {
-                for (out, x) in out
-                    .chunks_exact_mut(F32)
-                    .zip(row.chunks_exact(dtype.bytes()))
-                {
-                    out.copy_from_slice(&crate::device::widen(dtype, x).to_le_bytes());
-                }
+            to.buffer.at(first * HALF, bytes),
+            &weight.row(0)[..bytes],
+        )
+    }
+
+    pub fn widen(&self, x: &CudaActs, out: &mut CudaRows, count: usize) -> Result<()> {
+        self.kernels.widen.launch(
+            &self.compute,
+            (count.div_ceil(BLOCK_ELEMENTS), 1),
+            Widen {
+                x: x.buffer.at(0, count * HALF),
+                out: out.at(0, count),
+                count: count as i64,
             },
         )
     }
@@ -271,10 +279,8 @@ impl CudaDevice {
     }
 
     pub fn gelu(&self, x: &CudaRows, rows: usize, cols: usize, out: &mut CudaActs) -> Result<()> {
-        let missing = || Error::internal("the GPU was opened without the vision kernels");
-        let kernels = self.kernels.vision.as_ref().ok_or_else(missing)?;
         let count = rows * cols;
-        kernels.gelu.launch(
+        self.vision()?.gelu.launch(
             &self.compute,
             (count.div_ceil(BLOCK_ELEMENTS), 1),
             Gelu {
@@ -296,6 +302,11 @@ impl CudaDevice {
                 count: count as i64,
             },
         )
+    }
+
+    pub(super) fn vision(&self) -> Result<&VisionKernels> {
+        let missing = || Error::internal("the GPU was opened without the vision kernels");
+        self.kernels.vision.as_ref().ok_or_else(missing)
     }
 
     /// Where a weight lies, which must be on this device and of its type.

@@ -315,14 +315,8 @@ impl Tower {
         let (proj, bias) = (unit.need(Role::OProj)?, unit.get(Role::OBias));
         s.attended.round_to(proj.dtype);
         let shape = dense_shape(&self.spec);
-        device.attention_dense(
-            &mut s.qkv,
-            &shape,
-            &pass,
-            &ends,
-            &mut s.dense,
-            &mut s.attended,
-        )?;
+        device.rope_dense(&mut s.qkv, rows, &shape, &pass, &mut s.dense)?;
+        device.attention_dense(&s.qkv, &shape, &ends, &mut s.dense, &mut s.attended)?;
         device.linear(&s.attended, rows, proj, bias, &mut s.x, first, Into::Add)
     }
 

@@ -7,10 +7,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use crate::checkpoint::{self, Checkpoint, OpenOptions};
-use crate::engine::jobs::{self, Rules, TextTools};
+use crate::engine::jobs::{self, Looker, RowLimits, Rules, TextTools};
 use crate::media;
 use crate::paging::{Placement, Plan, SlotLayout};
 use crate::spec::parse_config;
@@ -186,10 +188,12 @@ fn packed() -> &'static Packed {
 
 fn tokenizer() -> &'static Tokenizer {
     static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
-    let load = || {
-        Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16"))
-    };
-    TOKENIZER.get_or_init(|| load().expect("a fixture has a tokenizer"))
+    TOKENIZER.get_or_init(|| Tokenizer::load(&seeing()).expect("a fixture has a tokenizer"))
+}
+
+/// A model that sees pictures.
+fn seeing() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vl-bf16")
 }
 
 fn job_line(bytes: &[u8]) -> bool {
@@ -202,14 +206,37 @@ fn job_line(bytes: &[u8]) -> bool {
         stop_tokens: Vec::new(),
         chat_max_tokens: 16,
         context: Some(512),
-        look: None,
+        look: Some(media::Options::default()),
     };
-    let text = TextTools {
-        tokenizer: tokenizer(),
-        template: None,
-        looker: None,
-    };
-    jobs::fuzz::job_line(bytes, &rules, &text)
+    static TEMPLATE: OnceLock<ChatTemplate> = OnceLock::new();
+    let load = || ChatTemplate::load(&seeing()).ok().flatten();
+    let template = TEMPLATE.get_or_init(|| load().expect("a fixture has a template"));
+    // It counts in cells: one a thread.
+    thread_local!(static LOOKER: Looker = looker());
+    LOOKER.with(|looker| {
+        let text = TextTools {
+            tokenizer: tokenizer(),
+            template: Some(template),
+            looker: Some(looker),
+            limits: RowLimits::within(512, 64 << 20, 32 << 20),
+        };
+        jobs::fuzz::job_line(bytes, &rules, &text)
+    })
+}
+
+fn looker() -> Looker {
+    let dir = seeing();
+    let config = serde_json::from_slice(&fixture("vl-bf16/config.json"));
+    let spec = parse_config(&config.expect("a fixture's config is JSON"));
+    let vision = spec.expect("a fixture's config").vision;
+    let options = media::Options::default();
+    Looker::new(
+        &dir,
+        &vision.expect("a vision-language fixture"),
+        options,
+        &dir.join("job.jsonl"),
+        media::Look::Header,
+    )
 }
 
 fn job_seeds() -> Vec<Vec<u8>> {
@@ -220,7 +247,23 @@ fn job_seeds() -> Vec<Vec<u8>> {
         r#"{"id":"batch_req_00ff","custom_id":"a","response":{"status_code":200},"error":null}"#,
         r#"{"id":"batch_req_00ff","custom_id":"a","line":3,"error":{"code":"x","message":"y"}}"#,
     ];
-    rows.iter().map(|r| r.as_bytes().to_vec()).collect()
+    let mut seeds: Vec<Vec<u8>> = rows.iter().map(|r| r.as_bytes().to_vec()).collect();
+    seeds.push(chat_row().to_string().into_bytes());
+    seeds
+}
+
+/// A conversation with a picture and frames inline.
+fn chat_row() -> Value {
+    let image = image_seeds().swap_remove(0);
+    let at = format!("data:image/png;base64,{}", STANDARD.encode(image));
+    serde_json::json!({"custom_id": "d", "body": {"max_completion_tokens": 3, "messages": [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": at, "detail": "auto"}, "max_pixels": 3136},
+            {"type": "video", "video": [at, at], "fps": 2, "max_frames": 2},
+            {"type": "text", "text": "What?"},
+        ]},
+    ]}})
 }
 
 fn cases() -> &'static [Value] {

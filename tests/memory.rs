@@ -331,3 +331,239 @@ fn a_refusal_reads_nothing_and_its_budget_works_when_pasted() {
         }
     }
 }
+
+/// A text of about `bytes` bytes that no tokenizer makes short.
+fn prose(bytes: usize) -> String {
+    let words = ["sea", "lantern", "harbour", "tide"];
+    let mut text = String::with_capacity(bytes + 16);
+    for i in 0.. {
+        if text.len() >= bytes {
+            break;
+        }
+        text += &format!("{}{} ", words[i % 4], i % 89);
+    }
+    text
+}
+
+fn fixture(name: &str) -> String {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    dir.join(name).to_str().unwrap().to_string()
+}
+
+/// Runs a job of `rows` in `dir` over a fixture; the errors' codes.
+fn job(dir: &Path, model: &str, rows: &[Value], budget: &str) -> (Ran, Vec<String>) {
+    let file = |name: &str| dir.join(name).to_str().unwrap().to_string();
+    let text: String = rows.iter().map(|r| format!("{r}\n")).collect();
+    std::fs::write(file("in.jsonl"), text).unwrap();
+    let (input, output, model) = (file("in.jsonl"), file("out.jsonl"), fixture(model));
+    let ran = tensorpager(
+        dir,
+        &[
+            "batch",
+            &model,
+            "--in-place",
+            "--threads",
+            "2",
+            "-i",
+            &input,
+            "-o",
+            &output,
+            "--overwrite",
+            "--progress",
+            "none",
+            "--cpu-memory",
+            budget,
+        ],
+        "",
+    );
+    let errors = std::fs::read_to_string(file("out.errors.jsonl")).unwrap_or_default();
+    let code = |l: &str| {
+        let row: Value = serde_json::from_str(l).unwrap();
+        row["error"]["code"].as_str().unwrap().to_string()
+    };
+    (ran, errors.lines().map(code).collect())
+}
+
+fn assert_within(ran: &Ran, exit: i32, budget: u64, what: &str) {
+    assert_eq!(ran.code, exit, "{what}: {}", ran.stderr);
+    let peak = ran.peak as f64 / MIB as f64;
+    println!("{what}: budget {} MiB, peak {peak:.1} MiB", budget / MIB);
+    assert!(
+        ran.peak <= budget,
+        "{what}: {} MiB, peak {peak:.1} MiB",
+        budget / MIB
+    );
+}
+
+#[test]
+fn a_row_of_any_length_costs_a_job_neither_memory_nor_its_other_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let row = |i: usize, body: Value| json!({"custom_id": format!("r{i}"), "body": body});
+    let short = |i| {
+        row(
+            i,
+            json!({"prompt": format!("the sea {i}"), "max_tokens": 3}),
+        )
+    };
+    let chat =
+        |text: &str| json!({"messages": [{"role": "user", "content": text}], "max_tokens": 3});
+    for (long, code, what) in [
+        (
+            json!({"prompt": prose(4_200_000), "max_tokens": 3}),
+            "invalid_prompt",
+            "4 MB of prompt",
+        ),
+        (
+            chat(&prose(4_200_000)),
+            "invalid_prompt",
+            "4 MB in a message",
+        ),
+        (
+            json!({"prompt": prose(60_000_000)}),
+            "row_too_long",
+            "60 MB of prompt",
+        ),
+        (
+            json!({"prompt": vec![1; 2_000_000]}),
+            "row_too_long",
+            "4 MB of token ids",
+        ),
+    ] {
+        let rows = [short(0), row(1, long), short(2)];
+        let (ran, errors) = job(dir.path(), "qwen2-bf16", &rows, "64MiB");
+        assert_within(&ran, 3, 64 * MIB, what);
+        assert_eq!(errors, [code], "{what}");
+        let answers = std::fs::read_to_string(dir.path().join("out.jsonl")).unwrap();
+        assert_eq!(answers.lines().count(), 2, "{what}");
+        // The check says the same, in as much memory.
+        let input = dir.path().join("in.jsonl");
+        let check = [
+            "batch-check",
+            &fixture("qwen2-bf16"),
+            "--threads",
+            "2",
+            "-i",
+            input.to_str().unwrap(),
+        ];
+        let ran = tensorpager(
+            dir.path(),
+            &[&check[..], &["--cpu-memory", "64MiB"]].concat(),
+            "",
+        );
+        assert_within(&ran, 3, 64 * MIB, &format!("{what}, checked"));
+        assert!(ran.stdout.starts_with("line 2"), "{}", ran.stdout);
+    }
+}
+
+/// Noise, which no format makes small.
+fn noise(side: u32) -> image::RgbImage {
+    let mut state = 1u32;
+    image::RgbImage::from_fn(side, side, |_, _| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let [_, a, b, c] = state.to_le_bytes();
+        image::Rgb([a, b, c])
+    })
+}
+
+#[test]
+fn pictures_inline_are_part_of_the_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut png = std::io::Cursor::new(Vec::new());
+    noise(2000)
+        .write_to(&mut png, image::ImageFormat::Png)
+        .unwrap();
+    let at = data_url(&png.into_inner());
+    let row = |at: &str, i: usize| {
+        let content = json!([{"type": "image_url", "image_url": {"url": at}}, {"type": "text", "text": format!("What {i}?")}]);
+        let body = json!({"messages": [{"role": "user", "content": content}], "max_tokens": 3});
+        json!({"custom_id": format!("r{i}"), "body": body})
+    };
+    assert!(at.len() > 15_000_000, "{}", at.len());
+    let rows = [row(&at, 0), row(&at, 1), row(&at, 2)];
+    // There is no memory to read them: each is refused, the job is not.
+    let (ran, errors) = job(dir.path(), "vl-bf16", &rows, "64MiB");
+    assert_within(&ran, 3, 64 * MIB, "too little to read the rows");
+    assert_eq!(errors, ["row_too_long"; 3]);
+    for budget in [144 * MIB, 184 * MIB] {
+        let (ran, errors) = job(dir.path(), "vl-bf16", &rows, &flag(budget));
+        assert_within(&ran, 0, budget, "rows with pictures inline");
+        assert!(errors.is_empty());
+    }
+    // A row that is soon read and long decoded: the budget named is enough.
+    let mut flat = std::io::Cursor::new(Vec::new());
+    image::RgbImage::from_pixel(4000, 4000, image::Rgb([9, 8, 7]))
+        .write_to(&mut flat, image::ImageFormat::Png)
+        .unwrap();
+    let at = data_url(&flat.into_inner());
+    let (ran, _) = job(dir.path(), "vl-bf16", &[row(&at, 0)], "144MiB");
+    let smallest = named(&ran);
+    assert!(
+        ran.stderr.contains("--max-pixels changes neither"),
+        "{}",
+        ran.stderr
+    );
+    let (ran, _) = job(dir.path(), "vl-bf16", &[row(&at, 0)], &flag(smallest));
+    assert_within(&ran, 0, smallest, "a large picture in a small row");
+}
+
+fn data_url(png: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::engine::general_purpose::STANDARD.encode(png);
+    format!("data:image/png;base64,{text}")
+}
+
+/// A small picture in a large file, and a large one in a small file.
+#[test]
+fn the_file_of_a_picture_counts_before_it_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = |name: &str, budget: &str| {
+        let (model, path) = (fixture("vl-bf16"), dir.path().join(name));
+        let args = [
+            "run",
+            &model,
+            "--in-place",
+            "--threads",
+            "2",
+            "-n",
+            "2",
+            "-p",
+            "hi",
+        ];
+        let more = [
+            "-q",
+            "--image",
+            path.to_str().unwrap(),
+            "--cpu-memory",
+            budget,
+        ];
+        tensorpager(dir.path(), &[&args[..], &more].concat(), "")
+    };
+    for name in ["a.png", "a.jpg", "a.webp"] {
+        let path = dir.path().join(name);
+        noise(100).save(&path).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(180_000_000).unwrap();
+        let ran = go(name, "100MiB");
+        let enough = named(&ran);
+        assert!(
+            ran.peak < 60 * MIB,
+            "{name}: {} MiB to refuse it",
+            ran.peak / MIB
+        );
+        assert!(
+            ran.stderr.contains("--max-pixels changes what is kept"),
+            "{}",
+            ran.stderr
+        );
+        assert_kept(&go(name, &flag(enough)), enough, name);
+    }
+    // 16 bits and alpha, turned: the most that a pixel takes.
+    let deep = image::ImageBuffer::from_fn(2000, 1500, |x, y| {
+        image::Rgba([x as u16 * 31, y as u16 * 43, 7, 9])
+    });
+    image::DynamicImage::ImageRgba16(deep)
+        .save(dir.path().join("deep.png"))
+        .unwrap();
+    let enough = named(&go("deep.png", "64MiB"));
+    assert_kept(&go("deep.png", &flag(enough)), enough, "16-bit RGBA");
+}

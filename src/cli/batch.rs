@@ -13,10 +13,10 @@ use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
-    BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowSample, Rules, Shard, Sizing,
+    BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory, KvPlace};
+use crate::engine::{Engine, HostMemory, KvPlace, SLACK_BYTES};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
@@ -149,6 +149,7 @@ pub struct Texts {
     pub template: Option<ChatTemplate>,
     pub generation: GenerationConfig,
     pub looker: Option<Looker>,
+    pub limits: RowLimits,
 }
 
 impl Texts {
@@ -157,6 +158,7 @@ impl Texts {
             tokenizer: &self.tokenizer,
             template: self.template.as_ref(),
             looker: self.looker.as_ref(),
+            limits: self.limits,
         }
     }
 
@@ -228,6 +230,8 @@ pub fn run(args: BatchArgs) -> Result<u8> {
             "give 1 or more",
         ));
     }
+    let max_errors = args.max_errors.as_deref().map(MaxErrors::parse);
+    let max_errors = max_errors.transpose()?;
     let shard = args.input.shard()?;
     let quiet = args.quiet || args.progress == ProgressArg::None;
     let budget = args.machine.cpu_budget()?;
@@ -255,6 +259,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         looker: args
             .input
             .looker(&model.store.text_dir, &model.store.spec, Look::Header),
+        limits: row_limits(&model.store.spec, &args.machine)?,
     };
     if args.bench.bench.is_some() {
         let how = batch_bench::Setup {
@@ -270,7 +275,10 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let Some(output) = &args.output else {
         return Err(Error::internal("an output was required"));
     };
-    let spec = job_spec(&args, &model, &texts, shard, shard.path(output))?;
+    let spec = JobSpec {
+        max_errors,
+        ..job_spec(&args, &model, &texts, shard, shard.path(output))?
+    };
     let mut job = BatchJob::open(spec, texts.looker.as_ref(), &mut |_| {})?;
     announce(&job, shard, quiet);
     let load = Instant::now();
@@ -329,6 +337,18 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     })
 }
 
+/// How large a row may be. To be asked once tokenizer and template are there.
+pub(super) fn row_limits(spec: &ModelSpec, machine: &MachineOptions) -> Result<RowLimits> {
+    let context = machine.context.unwrap_or(spec.max_positions);
+    let budget = budget(machine)?;
+    let room = budget.saturating_sub(HostMemory::read().resident + SLACK_BYTES);
+    Ok(RowLimits::within(
+        context.min(spec.max_positions),
+        budget,
+        room,
+    ))
+}
+
 fn paths(args: &BatchArgs, shard: Shard, output: PathBuf) -> Paths {
     Paths {
         errors: match &args.errors {
@@ -363,12 +383,9 @@ fn job_spec(
         },
         overwrite: args.overwrite,
         retry_errors: args.retry_errors,
-        max_errors: args
-            .max_errors
-            .as_deref()
-            .map(MaxErrors::parse)
-            .transpose()?,
+        max_errors: None,
         created: source_date_epoch()?,
+        limits: texts.limits,
     })
 }
 
@@ -423,6 +440,7 @@ fn open_engine(
         return Ok(None);
     }
     let sample = job.sample(&texts.tools())?;
+    crate::io::give_back();
     let input = SizingInput {
         sequences: args.max_sequences,
         kv_bytes: args.kv_memory,
@@ -496,6 +514,7 @@ fn engine_for(
         kv_place,
         sample_limit: Some(texts.tokenizer.id_limit()),
         vision: sizing.vision,
+        reserve_bytes: sizing.reading_bytes,
         ..OpenFor::default()
     };
     model.engine(machine, &want, &signals.cancel, quiet)

@@ -5,7 +5,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::batch::{InputOptions, Texts};
+use super::batch::{InputOptions, Texts, row_limits};
 use super::model::open_checkpoint;
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::run::print;
@@ -94,6 +94,7 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
         template: ChatTemplate::load(&ckpt.config_dir)?,
         generation: GenerationConfig::load(&ckpt.config_dir)?,
         looker: args.input.looker(&ckpt.config_dir, &spec, Look::Whole),
+        limits: row_limits(&spec, &args.machine)?,
     };
     let source = args.input.source(texts.template.is_some())?;
     let shard = args.input.shard()?;

@@ -91,6 +91,7 @@ impl Weights<'_> {
         }
         Ok(EngineOptions {
             cpu_memory: machine.cpu_budget()?,
+            reserve_bytes: want.reserve_bytes,
             placement: placement(&machine.device_map, &kinds)?,
             device,
             gpu_memory: machine.gpu_budget()?,

@@ -287,11 +287,33 @@ fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
             human_bytes(m.decode_bytes),
             human_bytes(taken)
         ),
-        format!(
-            "give --cpu-memory {} or more, a smaller --max-pixels, or fewer --max-frames",
-            flag_size(needed)
-        ),
+        smaller_picture(request, m, taken, budget),
     ))
+}
+
+/// What helps: fewer pixels and frames do where those kept are what takes the memory, and decoding the file leaves room for some.
+fn smaller_picture(request: &MediaRequest, m: &Measure, taken: u64, budget: u64) -> String {
+    let more = format!(
+        "give --cpu-memory {} or more",
+        flag_size(taken + m.pixel_bytes + m.decode_bytes)
+    );
+    let is_video = !matches!(request, MediaRequest::Image { .. });
+    let room = budget.saturating_sub(taken);
+    match (room.saturating_sub(m.decode_bytes), is_video) {
+        // Less than a sixteenth of the pixels is another picture.
+        (left, true) if left > m.pixel_bytes / 16 => {
+            format!("{more}, a smaller --max-pixels, or fewer --max-frames")
+        }
+        (left, false) if left > m.pixel_bytes / 16 => format!("{more}, or a smaller --max-pixels"),
+        _ => {
+            let times = m.decode_bytes as f64 / room.max(1) as f64;
+            let smaller = match times < 100.0 {
+                true => format!(", or make the file smaller first, to 1/{times:.1} of its size"),
+                false => String::new(),
+            };
+            format!("{more}{smaller}: --max-pixels changes what is kept, not what decoding takes")
+        }
+    }
 }
 
 fn no_tower() -> Error {

@@ -45,6 +45,8 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
+    /// What the command itself takes at its peak.
+    pub reserve_bytes: u64,
 }
 
 impl Default for OpenFor {
@@ -59,6 +61,7 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
+            reserve_bytes: 0,
         }
     }
 }

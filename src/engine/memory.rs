@@ -119,6 +119,8 @@ fn tightest(root: &Path, group: &str, limit: &str, used: &str) -> Option<u64> {
 pub struct Charges {
     /// Resident before the engine allocates anything: code, tokenizer, checksums.
     pub base: u64,
+    /// What the caller takes for a moment now and then: a row that is read, a picture that is decoded.
+    pub reserve: u64,
     pub kv: u64,
     pub scratch: u64,
     pub logits: u64,
@@ -128,12 +130,27 @@ pub struct Charges {
 
 impl Charges {
     pub fn total(&self) -> u64 {
-        self.base + self.kv + self.scratch + self.logits + self.vision + SLACK_BYTES
+        self.base + self.reserve + self.kv + self.scratch + self.logits + self.vision + SLACK_BYTES
+    }
+
+    /// The reserve as causes name it, where there is one.
+    pub fn reserve_told(&self) -> String {
+        match self.reserve {
+            0 => String::new(),
+            n => format!(
+                "reading the longest row or largest picture {}, ",
+                human_bytes(n)
+            ),
+        }
     }
 
     /// What to ask less of.
     pub fn smaller(&self) -> &'static str {
+        let largest = self.kv.max(self.scratch + self.logits).max(self.vision);
         match self.vision {
+            _ if self.reserve > largest => {
+                "or make the longest row or the largest picture file smaller (--max-pixels changes neither)"
+            }
             0 => "or a smaller --context",
             _ => "fewer pictures or --max-frames, a smaller --max-pixels, or a smaller --context",
         }
@@ -149,8 +166,9 @@ impl Charges {
                     human_bytes(budget)
                 ),
                 format!(
-                    "the process takes {}, KV {}, activations and logits {}, pictures {}, slack {}",
+                    "the process takes {}, {}KV {}, activations and logits {}, pictures {}, slack {}",
                     human_bytes(self.base),
+                    self.reserve_told(),
                     human_bytes(self.kv),
                     human_bytes(self.scratch + self.logits),
                     human_bytes(self.vision),

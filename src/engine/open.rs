@@ -51,6 +51,8 @@ pub enum KvPlace {
 pub struct EngineOptions {
     /// Bound on the process's peak resident set; by default 90 % of what is free.
     pub cpu_memory: Option<u64>,
+    /// Of it, what the caller itself takes at its peak beside what the process holds when the engine is opened.
+    pub reserve_bytes: u64,
     pub placement: Placement,
     pub prefetch_depth: Option<usize>,
     pub page_bytes: Option<u64>,
@@ -88,6 +90,7 @@ impl Default for EngineOptions {
     fn default() -> EngineOptions {
         EngineOptions {
             cpu_memory: None,
+            reserve_bytes: 0,
             placement: Placement::Auto,
             prefetch_depth: None,
             page_bytes: None,
@@ -326,6 +329,7 @@ fn fit_kv(
     };
     let charges = |tokens: usize| Charges {
         base: host.resident,
+        reserve: options.reserve_bytes,
         kv: kv.host,
         scratch: scratch(tokens).host,
         logits: if options.keep_logits {
@@ -457,9 +461,10 @@ fn name_the_budget(
         Code::Memory,
         format!("the model does not fit in {}", human_bytes(budget)),
         format!(
-            "the smallest plan takes {}: slots and residents {}, KV {}, activations and logits {}, pictures {}, the process itself {}",
+            "the smallest plan takes {}: slots and residents {}, {}KV {}, activations and logits {}, pictures {}, the process itself {}",
             human_bytes(smallest),
             human_bytes(high),
+            charges.reserve_told(),
             human_bytes(charges.kv),
             human_bytes(charges.scratch + charges.logits),
             human_bytes(charges.vision),

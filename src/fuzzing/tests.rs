@@ -135,6 +135,17 @@ fn every_parser_answers_whatever_it_is_given() {
     }
 }
 
+/// What the mutations of job lines reach: the template, the parts, the pictures' headers.
+#[test]
+fn a_row_with_pictures_is_understood() {
+    let row = chat_row();
+    assert!(job_line(row.to_string().as_bytes()));
+    let mut broken = row.clone();
+    let part = &mut broken["body"]["messages"][1]["content"][0];
+    part["image_url"]["url"] = "data:image/png;base64,aGk=".into();
+    assert!(!job_line(broken.to_string().as_bytes()));
+}
+
 /// Writes the seeds where a fuzzer begins: `FUZZ_CORPUS=fuzz/corpus cargo test --lib fuzzing::tests::corpus`.
 #[test]
 fn corpus() {

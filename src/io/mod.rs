@@ -10,6 +10,7 @@ pub mod errno;
 mod fault;
 mod file;
 mod flights;
+mod heap;
 mod mmap;
 mod probe;
 mod threads;
@@ -23,6 +24,7 @@ pub use arena::{Arena, Frame, Region, SEGMENT_BYTES, Segment};
 pub use fault::{FaultReader, Faults};
 pub use file::OpenFile;
 pub use flights::Flights;
+pub use heap::give_back;
 pub use probe::{IoRow, Sweep, sweep};
 
 use crate::error::{Code, Error, Result};

@@ -1,6 +1,8 @@
 //! PNG, JPEG and WebP files → RGB bytes.
 
-use std::io::Cursor;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read, Seek, SeekFrom};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 
 use image::error::{ImageError, LimitErrorKind};
@@ -29,29 +31,113 @@ pub fn read_image(path: &Path) -> Result<Rgb> {
     decode(&bytes, &name)
 }
 
-/// Height and width of an image file, upright, without decoding its pixels. Errors as [`read_image`].
-pub(super) fn read_size(path: &Path) -> Result<(usize, usize)> {
-    let name = path.display().to_string();
-    size(&read_bounded(path, &name)?, &name)
+/// What an image file's header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    /// Upright.
+    pub height: usize,
+    pub width: usize,
+    /// Host memory that reading, decoding and resizing take at most.
+    pub decode_bytes: u64,
 }
 
-/// As [`read_size`], of a file in memory.
-pub(super) fn size(bytes: &[u8], name: &str) -> Result<(usize, usize)> {
+/// The header of an image file, of which no more is read than it takes. Errors as [`read_image`].
+pub(super) fn read_head(path: &Path) -> Result<Head> {
+    let name = path.display().to_string();
+    let failed = |e: &std::io::Error| Error::io(format!("cannot read the image {name}"), e);
+    let file_bytes = expect_image_file(path, &name)?;
+    let mut file = BufReader::new(File::open(path).map_err(|e| failed(&e))?);
+    let format = known_format(file.fill_buf().map_err(|e| failed(&e))?, &name)?;
+    if format != ImageFormat::Jpeg {
+        return head_from(file, format, file_bytes, &name);
+    }
+    // Its decoder reads whatever it is given to the end.
+    match jpeg_header(&mut file).map_err(|e| failed(&e))? {
+        Some(header) => head_from(Cursor::new(header), format, file_bytes, &name),
+        None => Err(broken(&name, "it is no whole JPEG file")),
+    }
+}
+
+/// As [`read_head`], of a file in memory.
+pub(super) fn head(bytes: &[u8], name: &str) -> Result<Head> {
     let format = known_format(bytes, name)?;
-    let found = std::panic::catch_unwind(|| {
-        let (mut decoder, width, height) = decoder(bytes, format)?;
+    head_from(Cursor::new(bytes), format, bytes.len() as u64, name)
+}
+
+fn head_from(
+    reader: impl BufRead + Seek,
+    format: ImageFormat,
+    file_bytes: u64,
+    name: &str,
+) -> Result<Head> {
+    let found = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let (mut decoder, width, height) = decoder(reader, format)?;
+        let sample = u64::from(decoder.color_type().bytes_per_pixel());
+        // The decoder's own planes and the pixels it gives; then these as RGB, and once more when they are turned. A progressive JPEG's
+        // coefficients are kept until its last scan. PNG alone is decoded from a stream, the others from a copy of the file.
+        let (pixel_bytes, copies) = match format {
+            ImageFormat::Png => (2 * sample + 6, 1),
+            _ => (2 * sample + 10, 2),
+        };
+        let pixels = width as u64 * height as u64;
+        let decode_bytes = pixels * pixel_bytes + file_bytes * copies;
         let turned = decoder.orientation()?.to_exif() > 4;
-        Ok(if turned {
-            (width, height)
-        } else {
-            (height, width)
+        let (height, width) = match turned {
+            true => (width, height),
+            false => (height, width),
+        };
+        Ok(Head {
+            height,
+            width,
+            decode_bytes,
         })
-    });
+    }));
     of_decoder(found, name)
+}
+
+/// A JPEG file up to where its first scan begins; `None` where it has no scan, or a header beyond all measure.
+fn jpeg_header(file: &mut (impl Read + Seek)) -> std::io::Result<Option<Vec<u8>>> {
+    const MAX_HEADER_BYTES: u64 = 16 << 20;
+    const SCAN: u8 = 0xda;
+    let mut at = 2;
+    loop {
+        let mut marker = [0; 4];
+        file.seek(SeekFrom::Start(at))?;
+        match file.read_exact(&mut marker) {
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+            read => read?,
+        }
+        let length = u64::from(u16::from_be_bytes([marker[2], marker[3]]));
+        match marker[..2] {
+            // Fill bytes, and markers that stand alone.
+            [0xff, 0xff] => at += 1,
+            [0xff, 0x01 | 0xd0..=0xd8] => at += 2,
+            [0xff, kind] if kind >= 0xc0 => {
+                at += 2 + length;
+                if kind == SCAN {
+                    break;
+                }
+            }
+            _ => return Ok(None),
+        }
+        if at > MAX_HEADER_BYTES {
+            return Ok(None);
+        }
+    }
+    let mut header = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(at).read_to_end(&mut header)?;
+    Ok(Some(header))
 }
 
 /// A whole regular file of at most [`MAX_FILE_BYTES`].
 pub(super) fn read_bounded(path: &Path, name: &str) -> Result<Vec<u8>> {
+    expect_image_file(path, name)?;
+    std::fs::read(path).map_err(|e| Error::io(format!("cannot read the image {name}"), &e))
+}
+
+/// The size of a regular file that may be an image.
+fn expect_image_file(path: &Path, name: &str) -> Result<u64> {
     let failed = |e: &std::io::Error| Error::io(format!("cannot read the image {name}"), e);
     let meta = std::fs::metadata(path).map_err(|e| failed(&e))?;
     if !meta.is_file() {
@@ -61,7 +147,7 @@ pub(super) fn read_bounded(path: &Path, name: &str) -> Result<Vec<u8>> {
         let cause = format!("{} is more than an image may have", human_bytes(meta.len()));
         return Err(broken(name, &cause));
     }
-    std::fs::read(path).map_err(|e| failed(&e))
+    Ok(meta.len())
 }
 
 /// Decodes a PNG, JPEG or WebP file in memory, upright. `name` stands for it in errors (Code::Media).
@@ -103,11 +189,11 @@ impl From<ImageError> for Refused {
 }
 
 /// A decoder that has read the header, with the width and height it says.
-fn decoder(
-    bytes: &[u8],
+fn decoder<'a>(
+    reader: impl BufRead + Seek + 'a,
     format: ImageFormat,
-) -> Result<(impl ImageDecoder + '_, usize, usize), Refused> {
-    let mut decoder = ImageReader::with_format(Cursor::new(bytes), format).into_decoder()?;
+) -> Result<(impl ImageDecoder + 'a, usize, usize), Refused> {
+    let mut decoder = ImageReader::with_format(reader, format).into_decoder()?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(Refused::Other(format!(
@@ -125,7 +211,7 @@ fn decoder(
 }
 
 fn decode_as(bytes: &[u8], format: ImageFormat) -> Result<Rgb, Refused> {
-    let (mut decoder, ..) = decoder(bytes, format)?;
+    let (mut decoder, ..) = decoder(Cursor::new(bytes), format)?;
     let orientation = decoder.orientation()?;
     let decoded = DynamicImage::from_decoder(decoder)?;
     let mut upright = DynamicImage::ImageRgb8(rgb8(decoded)?);

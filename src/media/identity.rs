@@ -9,7 +9,7 @@ use twox_hash::XxHash3_128;
 
 use super::MediaRequest;
 use super::locate::frame_files;
-use super::locate::{Located, locate};
+use super::locate::{Located, inline_left_out, locate};
 
 /// Files up to this size are hashed whole.
 const WHOLE_BYTES: u64 = 8 << 20;
@@ -32,7 +32,7 @@ impl FileIds {
     pub fn of(&mut self, request: &MediaRequest, base: &Path) -> u128 {
         let mut hash = XxHash3_128::new();
         let mut add = |path: &Path| hash.write(&self.file(path).to_le_bytes());
-        let mut place = |at: &str| match locate(at, base) {
+        let mut place = |at: &str| match locate(inline_left_out(at), base) {
             Ok(Located::File(path)) if path.is_dir() => match frame_files(&path) {
                 Ok(files) => files.iter().for_each(|f| add(f)),
                 Err(_) => add(&path),

@@ -1,5 +1,6 @@
 //! Where a picture lies: a path, a `file:` URL or a `data:` URL. Nothing is fetched from a network.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -15,6 +16,14 @@ pub enum Located {
     File(PathBuf),
     /// The contents of a `data:` URL.
     Bytes(Vec<u8>),
+}
+
+/// `at`, without the picture where it holds that itself.
+pub(super) fn inline_left_out(at: &str) -> &str {
+    match at.get(..5).is_some_and(|s| s.eq_ignore_ascii_case("data:")) {
+        true => "data:,",
+        false => at,
+    }
 }
 
 /// Resolves `at`; a relative path is taken from `base`. Errors are Code::Usage.
@@ -57,7 +66,8 @@ fn file(rest: &str) -> Result<PathBuf> {
     if !path.starts_with('/') {
         return Err(bad("a file: URL has an absolute path"));
     }
-    let bytes = percent_decoded(path).ok_or_else(|| bad("a % is not followed by two digits"))?;
+    let bytes =
+        percent_decoded(path.as_bytes()).ok_or_else(|| bad("a % is not followed by two digits"))?;
     String::from_utf8(bytes)
         .map(PathBuf::from)
         .map_err(|_| bad("it is not UTF-8"))
@@ -72,14 +82,19 @@ fn data(url: &str) -> Result<Vec<u8>> {
     if body.len() as u64 > MAX_FILE_BYTES / 3 * 4 {
         return Err(bad("it is longer than an image may be"));
     }
-    let body = percent_decoded(body).ok_or_else(|| bad("a % is not followed by two digits"))?;
-    if !head.to_ascii_lowercase().ends_with(";base64") {
-        return Ok(body);
+    // Copied only where something has to go: a picture inline is megabytes.
+    let mut body = Cow::Borrowed(body.as_bytes());
+    if body.contains(&b'%') {
+        let decoded = percent_decoded(&body);
+        body = Cow::Owned(decoded.ok_or_else(|| bad("a % is not followed by two digits"))?);
     }
-    let clean: Vec<u8> = body
-        .into_iter()
-        .filter(|b| !b.is_ascii_whitespace())
-        .collect();
+    if !head.to_ascii_lowercase().ends_with(";base64") {
+        return Ok(body.into_owned());
+    }
+    let mut clean = body;
+    if clean.iter().any(u8::is_ascii_whitespace) {
+        clean.to_mut().retain(|b| !b.is_ascii_whitespace());
+    }
     // With or without padding, in either alphabet: all four are met in the wild.
     let config =
         GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
@@ -92,16 +107,16 @@ fn data(url: &str) -> Result<Vec<u8>> {
         .map_err(|e| bad(&format!("it is not base64: {e}")))
 }
 
-fn percent_decoded(text: &str) -> Option<Vec<u8>> {
-    let bytes = text.as_bytes();
+fn percent_decoded(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(bytes.len());
     let mut i = 0;
     while i < bytes.len() {
         if bytes[i] == b'%' {
-            let digits = text.get(i + 1..i + 3)?;
-            if !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            let digits = bytes.get(i + 1..i + 3)?;
+            if !digits.iter().all(u8::is_ascii_hexdigit) {
                 return None;
             }
+            let digits = std::str::from_utf8(digits).ok()?;
             out.push(u8::from_str_radix(digits, 16).ok()?);
             i += 3;
         } else {

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use super::decode::{read_size, size};
-use super::locate::{Located, at_name, frame_files, locate, open, video_file};
+use super::decode::{Head, head, read_head};
+use super::locate::{Located, at_name, frame_files, locate, video_file};
 use super::processor::no_frames;
-use super::{Grid, Kind, MediaRequest, Options, Processor, VideoTools, read_image};
+use super::{Grid, Kind, MediaRequest, Options, Processor, VideoTools, decode, read_image};
 use crate::error::Result;
 
-/// Bytes that decoding and resizing take for each pixel of the file, at most: a 16-bit image with alpha, and a copy.
-const DECODE_BYTES_PER_PIXEL: u64 = 12;
+/// Bytes that a frame of a video file and its resizing take for each pixel.
+const FRAME_BYTES_PER_PIXEL: u64 = 12;
 
 /// What [`Processor::load_request`] would make of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,7 +20,7 @@ pub struct Measure {
     pub tokens: usize,
     /// Host memory of the resized frames.
     pub pixel_bytes: u64,
-    /// Host memory that making them takes for a moment besides.
+    /// Host memory that making them takes for a moment besides, the largest file's own bytes included.
     pub decode_bytes: u64,
 }
 
@@ -44,20 +44,20 @@ impl Processor {
     ) -> Result<Measure> {
         match request {
             MediaRequest::Image { at, options } => {
-                let from = image_size(at, base, look)?;
-                let to = self.image_target(from, &at_name(at), options)?;
-                Ok(self.measured(Kind::Image, 1, from, to))
+                let from = image_head(at, base, look)?;
+                let to = self.image_target((from.height, from.width), &at_name(at), options)?;
+                Ok(self.measured(Kind::Image, 1, from.decode_bytes, to))
             }
             MediaRequest::Frames { at, options } => {
-                let mut size = |i: usize| image_size(&at[i], base, look);
-                self.listed_size(at.len(), &mut size, options, look)
+                let mut head = |i: usize| image_head(&at[i], base, look);
+                self.listed_size(at.len(), &mut head, options)
             }
             MediaRequest::Video { at, options } => {
                 let path = video_file(at, base)?;
                 if path.is_dir() {
                     let files = frame_files(&path)?;
-                    let mut size = |i: usize| file_size(&files[i], look);
-                    return self.listed_size(files.len(), &mut size, options, look);
+                    let mut head = |i: usize| file_head(&files[i], look);
+                    return self.listed_size(files.len(), &mut head, options);
                 }
                 let clip = tools.open(&path)?;
                 let chosen = self.choose_sampled(&clip, options)?;
@@ -67,7 +67,7 @@ impl Processor {
                 Ok(self.measured(
                     self.video_kind(chosen.fps, options)?,
                     chosen.indices.len(),
-                    from,
+                    (from.0 * from.1) as u64 * FRAME_BYTES_PER_PIXEL,
                     to,
                 ))
             }
@@ -77,33 +77,32 @@ impl Processor {
     fn listed_size(
         &self,
         count: usize,
-        size: &mut dyn FnMut(usize) -> Result<(usize, usize)>,
+        head: &mut dyn FnMut(usize) -> Result<Head>,
         options: &Options,
-        look: Look,
     ) -> Result<Measure> {
         let chosen = self.choose_listed(count, options)?;
         let (first, others) = chosen.indices.split_first().ok_or_else(no_frames)?;
-        let from = size(*first)?;
-        if look == Look::Whole {
-            for i in others {
-                size(*i)?;
-            }
+        let from = head(*first)?;
+        let mut decode_bytes = from.decode_bytes;
+        for i in others {
+            decode_bytes = decode_bytes.max(head(*i)?.decode_bytes);
         }
+        let from = (from.height, from.width);
         let to = self.frame_target(from, chosen.indices.len(), options)?;
         Ok(self.measured(
             self.video_kind(chosen.fps, options)?,
             chosen.indices.len(),
-            from,
+            decode_bytes,
             to,
         ))
     }
 
-    /// (height, width) before and after.
+    /// Brought to `height` × `width`.
     fn measured(
         &self,
         kind: Kind,
         count: usize,
-        from: (usize, usize),
+        decode_bytes: u64,
         (height, width): (usize, usize),
     ) -> Measure {
         let s = self.shape;
@@ -117,24 +116,30 @@ impl Processor {
             grid,
             tokens: grid.patches() / (s.merge * s.merge),
             pixel_bytes: (count * height * width * 3) as u64,
-            decode_bytes: (from.0 * from.1) as u64 * DECODE_BYTES_PER_PIXEL,
+            decode_bytes,
         }
     }
 }
 
-fn image_size(at: &str, base: &Path, look: Look) -> Result<(usize, usize)> {
-    match (look, locate(at, base)?) {
-        (Look::Whole, _) => open(at, base).map(|rgb| (rgb.height, rgb.width)),
-        (Look::Header, Located::File(path)) => file_size(&path, look),
-        (Look::Header, Located::Bytes(bytes)) => size(&bytes, &at_name(at)),
+fn image_head(at: &str, base: &Path, look: Look) -> Result<Head> {
+    match locate(at, base)? {
+        Located::File(path) => file_head(&path, look),
+        Located::Bytes(bytes) => {
+            let found = head(&bytes, &at_name(at))?;
+            if look == Look::Whole {
+                decode(&bytes, &at_name(at))?;
+            }
+            Ok(found)
+        }
     }
 }
 
-fn file_size(path: &Path, look: Look) -> Result<(usize, usize)> {
-    match look {
-        Look::Header => read_size(path),
-        Look::Whole => read_image(path).map(|rgb| (rgb.height, rgb.width)),
+fn file_head(path: &Path, look: Look) -> Result<Head> {
+    let found = read_head(path)?;
+    if look == Look::Whole {
+        read_image(path)?;
     }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -28,7 +28,9 @@ pub use identity::FileIds;
 pub use locate::{Located, locate};
 pub use measure::{Look, Measure};
 pub use processor::{Processor, VideoLimits, smart_resize};
-pub use request::{Clock, MediaRequest, Options, requests, without_media};
+pub use request::{
+    Clock, MediaRequest, Options, requests, requests_to_files, unread_field, without_media,
+};
 pub use resize::resize;
 pub use sample::{Sampling, sample_frames};
 pub use video::VideoTools;

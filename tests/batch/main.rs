@@ -2,6 +2,7 @@
 
 mod engine;
 mod fields;
+mod shared;
 mod stops;
 
 use std::fs;

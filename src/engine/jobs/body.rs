@@ -5,8 +5,8 @@ use twox_hash::XxHash3_64;
 
 use super::fields::Fields;
 use super::request::{Endpoint, RowError, Rules, TextTools};
-use crate::media::{MediaRequest, requests, without_media};
-use crate::text::{Message, RenderOptions, SamplingParams, StopStrings};
+use crate::media::{MediaRequest, requests, unread_field, without_media};
+use crate::text::{ChatTemplate, Message, RenderOptions, SamplingParams, StopStrings};
 
 /// As in OpenAI's API.
 const MAX_CHOICES: u64 = 128;
@@ -85,6 +85,19 @@ impl Body {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+impl Body {
+    /// Whether no picture is read from a file.
+    pub(crate) fn all_inline(&self) -> bool {
+        let inline = |at: &String| at.starts_with("data:");
+        self.pictures.iter().all(|picture| match picture {
+            MediaRequest::Image { at, .. } => inline(at),
+            MediaRequest::Frames { at, .. } => at.iter().all(inline),
+            MediaRequest::Video { .. } => false,
+        })
+    }
+}
+
 /// Fields that ask for nothing are let through; all others are named.
 fn refuse_the_rest(mut f: Fields, endpoint: Endpoint, choices: u32) -> Result<(), RowError> {
     let none = || Value::Array(Vec::new());
@@ -144,9 +157,14 @@ fn chat_prompt(
     };
     let variables = f.object("chat_template_kwargs")?;
     let wrong = |cause: &str| RowError::about("invalid_value", "messages", cause);
-    let mut messages = Message::list(&messages, "`messages`").map_err(|e| wrong(e.cause()))?;
+    let mut messages = Message::take_list(messages, "`messages`").map_err(|e| wrong(e.cause()))?;
+    let Some(template) = text.template else {
+        let e = "this model comes without a chat template: use /v1/completions with `prompt`";
+        return Err(RowError::about("no_chat_template", "messages", e));
+    };
     let mut pictures = Vec::new();
     for message in &mut messages {
+        expect_fields_read(message, template)?;
         let Some(parts) = message.parts() else {
             continue;
         };
@@ -156,10 +174,6 @@ fn chat_prompt(
             pictures.extend(found);
         }
     }
-    let Some(template) = text.template else {
-        let e = "this model comes without a chat template: use /v1/completions with `prompt`";
-        return Err(RowError::about("no_chat_template", "messages", e));
-    };
     let options = RenderOptions {
         add_generation_prompt: true,
         variables: variables.as_ref(),
@@ -168,16 +182,62 @@ fn chat_prompt(
     let rendered = template
         .render(&messages, &options)
         .map_err(|e| RowError::about("chat_template", "messages", explain(&e)))?;
-    let prompt = text
-        .tokenizer
-        .encode(&rendered, false)
-        .map_err(|e| RowError::about("tokenizer", "messages", explain(&e)))?;
+    drop(messages);
+    let prompt = encode(&rendered, false, "messages", text)?;
     Ok((prompt, pictures))
+}
+
+/// A text as tokens, unless it is longer than what the context holds or memory allows.
+fn encode(
+    prompt: &str,
+    special: bool,
+    param: &str,
+    text: &TextTools<'_>,
+) -> Result<Prompt, RowError> {
+    let failed = |e| RowError::about("tokenizer", param, explain(&e));
+    let limits = &text.limits;
+    let (bytes, context) = (prompt.len(), limits.context);
+    let refuse = |message| Err(RowError::about("invalid_prompt", param, message));
+    if bytes > limits.usual_text_bytes() {
+        // Counted in pieces: the margin is for what is cut in two.
+        let enough = context.saturating_add(context / 8 + 16);
+        let tokenizer = text.tokenizer;
+        if tokenizer.count_up_to(prompt, enough).map_err(failed)? > enough {
+            return refuse(format!(
+                "the prompt has {bytes} bytes and more than {enough} tokens, the context holds {context}"
+            ));
+        }
+    }
+    if bytes > limits.text_bytes {
+        return refuse(format!(
+            "the prompt has {bytes} bytes, and there is memory to tokenize {}: more --cpu-memory allows more",
+            limits.text_bytes
+        ));
+    }
+    text.tokenizer.encode(prompt, special).map_err(failed)
+}
+
+/// That the model's template reads all that a message says: `role` and `content`, and `tool_calls`, `tool_call_id`, `reasoning_content`,
+/// `name` or whatever else its text names. What asks for nothing (null, an empty list, as API answers that are sent back carry them in
+/// `refusal`, `annotations`, `tool_calls`) is let through.
+fn expect_fields_read(message: &Message, template: &ChatTemplate) -> Result<(), RowError> {
+    let empty = |v: &Value| v.is_null() || v.as_array().is_some_and(Vec::is_empty);
+    let read = |key: &str| matches!(key, "role" | "content") || template.names(key);
+    let unread = |(key, value): &(&String, &Value)| !empty(value) && !read(key.as_str());
+    match message.fields().iter().find(unread) {
+        None => Ok(()),
+        Some((key, _)) => Err(RowError::unknown(key, "a message")),
+    }
 }
 
 /// The pictures of a message's parts; all other parts must be text.
 fn part_pictures(parts: &[Value], text: &TextTools<'_>) -> Result<Vec<MediaRequest>, RowError> {
     let wrong = |cause: &str| RowError::about("invalid_value", "messages", cause);
+    for part in parts.iter().filter_map(Value::as_object) {
+        if let Some(field) = unread_field(part) {
+            return Err(RowError::unknown(&field, "such a part of a message"));
+        }
+    }
     let defaults = text.looker.map(|l| *l.options()).unwrap_or_default();
     let found = requests(parts, &defaults).map_err(|e| wrong(&explain(&e)))?;
     if text.looker.is_none() && !found.is_empty() {
@@ -199,11 +259,7 @@ fn part_pictures(parts: &[Value], text: &TextTools<'_>) -> Result<Vec<MediaReque
 
 fn completion_prompt(f: &mut Fields, text: &TextTools<'_>) -> Result<Prompt, RowError> {
     let special = f.flag("add_special_tokens")?.unwrap_or(true);
-    let encode = |s: &str| {
-        text.tokenizer
-            .encode(s, special)
-            .map_err(|e| RowError::about("tokenizer", "prompt", explain(&e)))
-    };
+    let encode = |s: &str| encode(s, special, "prompt", text);
     let wanted = "a string, a list of token ids, or a list with one of either";
     match f.take("prompt") {
         None => Err(RowError::about(

@@ -43,8 +43,9 @@ pub fn check(
 ) -> Result<CheckReport> {
     source.expect_rows()?;
     let ids = RowIds::default();
-    let scan = Scan::read(source, shard, ids, &mut |_| {})?;
-    let mut lines = source.lines()?;
+    let limits = &text.limits;
+    let scan = Scan::read(source, shard, ids, limits, &mut |_| {})?;
+    let mut lines = source.lines_up_to(limits.row_bytes)?;
     let mut report = CheckReport::default();
     for mark in &scan.marks {
         let Some(line) = lines.next_line()? else {

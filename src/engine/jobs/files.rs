@@ -52,6 +52,7 @@ pub struct RowLog {
     /// Up to here the file is whole rows, synced.
     len: u64,
     fresh: Vec<u8>,
+    locked: bool,
 }
 
 impl RowLog {
@@ -80,7 +81,25 @@ impl RowLog {
             file,
             len,
             fresh: Vec::new(),
+            locked: false,
         })
+    }
+
+    /// Keeps others from writing to it as long as this is open. Code::Locked where another process does.
+    pub fn lock(&mut self) -> Result<()> {
+        match self.file.try_lock() {
+            Ok(()) => {
+                self.locked = true;
+                Ok(())
+            }
+            Err(std::fs::TryLockError::WouldBlock) => Err(Error::new(
+                Code::Locked,
+                format!("{} is being written", self.path.display()),
+                "another job writes its errors there",
+                "give --errors another file",
+            )),
+            Err(std::fs::TryLockError::Error(e)) => Err(trouble(&self.path, &e)),
+        }
     }
 
     /// Opens to read.
@@ -93,6 +112,7 @@ impl RowLog {
             file,
             len,
             fresh: Vec::new(),
+            locked: false,
         })
     }
 
@@ -243,6 +263,12 @@ impl RowLog {
     pub fn reorder(&mut self, rows: &[Span]) -> Result<()> {
         let temporary = beside(&self.path, ".sorting");
         let written = write_rows(&temporary, &self.file, rows)
+            .inspect(|file| {
+                if self.locked {
+                    // Nobody else knows it yet.
+                    let _ = file.try_lock();
+                }
+            })
             .and_then(|file| std::fs::rename(&temporary, &self.path).map(|()| file));
         match written {
             Ok(file) => {
@@ -325,13 +351,30 @@ pub struct Sidecar {
 }
 
 /// What the sidecar says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct JobMark {
     pub version: u32,
     /// Unix seconds.
     pub created: u64,
     /// Hash of model and settings.
     pub settings: u64,
+    /// Where failed rows go.
+    #[serde(default)]
+    pub errors: Option<PathBuf>,
+}
+
+impl JobMark {
+    /// The errors file of `output`: where this says, or beside the output under that name where the files were moved together.
+    pub fn errors_of(mark: Option<&JobMark>, output: &Path) -> PathBuf {
+        let Some(path) = mark.and_then(|m| m.errors.as_deref()) else {
+            return default_errors(output);
+        };
+        let moved = output.with_file_name(path.file_name().unwrap_or_default());
+        match moved.exists() || !path.exists() {
+            true => moved,
+            false => path.to_path_buf(),
+        }
+    }
 }
 
 impl Sidecar {
@@ -368,7 +411,7 @@ impl Sidecar {
         let mut text = String::new();
         self.file
             .seek(SeekFrom::Start(0))
-            .and_then(|_| (&self.file).take(4096).read_to_string(&mut text))
+            .and_then(|_| (&self.file).take(64 << 10).read_to_string(&mut text))
             .map_err(|e| trouble(&self.path, &e))?;
         Ok(serde_json::from_str(&text).ok())
     }

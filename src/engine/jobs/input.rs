@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
+use twox_hash::XxHash3_64;
 
 use crate::error::{Code, Error, Result};
 
@@ -131,6 +132,11 @@ impl Source {
     }
 
     pub fn lines(&self) -> Result<Lines> {
+        self.lines_up_to(MAX_ROW_BYTES)
+    }
+
+    /// As [`Source::lines`], where rows of more than `limit` bytes are too long.
+    pub fn lines_up_to(&self, limit: usize) -> Result<Lines> {
         let path = self.path();
         self.expect_file()?;
         let file = File::open(path)
@@ -139,6 +145,7 @@ impl Source {
             path: path.to_path_buf(),
             reader: BufReader::with_capacity(1 << 18, file),
             number: 0,
+            limit: limit.min(MAX_ROW_BYTES),
         })
     }
 }
@@ -150,8 +157,44 @@ pub struct Line {
     pub number: u64,
     /// Without its line end.
     pub bytes: Vec<u8>,
-    /// The line goes on beyond [`MAX_ROW_BYTES`]: `bytes` is its beginning.
-    pub too_long: bool,
+    pub too_long: Option<TooLong>,
+}
+
+/// Why a line is not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLong {
+    /// Bytes of the line, or of memory that its values take beside it.
+    pub bytes: u64,
+    pub limit: u64,
+}
+
+/// Lines below this are read whatever they hold.
+const SMALL_BYTES: usize = 1 << 20;
+/// Memory that a value takes beside its text, and that an object's entry takes.
+const VALUE_BYTES: u64 = 40;
+/// Beginning of a line that is too long, by which it is known.
+const BEGINNING_BYTES: usize = 64 << 10;
+
+impl Line {
+    /// A hash of the line, whatever it holds. Of one that is too long the beginning counts: the limit may be another next time.
+    pub fn hash(&self, seed: u64) -> u64 {
+        match self.too_long {
+            None => XxHash3_64::oneshot_with_seed(seed, &self.bytes),
+            Some(_) => self.hash_of_beginning(seed),
+        }
+    }
+
+    pub fn hash_of_beginning(&self, seed: u64) -> u64 {
+        let beginning = &self.bytes[..self.bytes.len().min(BEGINNING_BYTES)];
+        XxHash3_64::oneshot_with_seed(seed, beginning)
+    }
+
+    /// Memory that the line takes once it is parsed, about: a list of small numbers takes many times its text.
+    fn parsed_bytes(&self) -> u64 {
+        let begins = |b: &&u8| matches!(b, b',' | b'[' | b'{');
+        let values = self.bytes.iter().filter(begins).count();
+        self.bytes.len() as u64 + VALUE_BYTES * values as u64
+    }
 }
 
 /// The lines of a file that are not blank.
@@ -159,6 +202,8 @@ pub struct Lines {
     path: PathBuf,
     reader: BufReader<File>,
     number: u64,
+    /// Most bytes of a row.
+    limit: usize,
 }
 
 impl Lines {
@@ -166,7 +211,7 @@ impl Lines {
     pub fn next_line(&mut self) -> Result<Option<Line>> {
         loop {
             let mut bytes = Vec::new();
-            let limit = MAX_ROW_BYTES as u64 + 1;
+            let limit = self.limit as u64 + 1;
             let what = || format!("{} cannot be read", self.path.display());
             let read = (&mut self.reader)
                 .take(limit)
@@ -176,10 +221,13 @@ impl Lines {
                 return Ok(None);
             }
             self.number += 1;
-            let too_long = read as u64 == limit && bytes.last() != Some(&b'\n');
-            if too_long {
+            let mut too_long = None;
+            if read as u64 == limit && bytes.last() != Some(&b'\n') {
                 let skipped = skip_rest(&mut self.reader);
-                skipped.map_err(|e| Error::io(what(), &e))?;
+                let skipped = skipped.map_err(|e| Error::io(what(), &e))?;
+                too_long = Some(read as u64 + skipped);
+                bytes.truncate(BEGINNING_BYTES);
+                bytes.shrink_to_fit();
             }
             if self.number == 1 && bytes.starts_with(UTF8_MARK) {
                 bytes.drain(..3);
@@ -188,31 +236,40 @@ impl Lines {
                 bytes.pop();
             }
             if !bytes.iter().all(u8::is_ascii_whitespace) {
-                return Ok(Some(Line {
+                let limit = self.limit as u64;
+                let mut line = Line {
                     number: self.number,
                     bytes,
-                    too_long,
-                }));
+                    too_long: too_long.map(|bytes| TooLong { bytes, limit }),
+                };
+                if line.bytes.len() > SMALL_BYTES {
+                    let bytes = line.parsed_bytes();
+                    line.too_long =
+                        (bytes > limit.max(SMALL_BYTES as u64)).then_some(TooLong { bytes, limit });
+                }
+                return Ok(Some(line));
             }
         }
     }
 }
 
-/// Up to the end of the line, in constant memory.
-fn skip_rest(reader: &mut impl BufRead) -> std::io::Result<()> {
+/// Up to the end of the line, in constant memory. The bytes passed over.
+fn skip_rest(reader: &mut impl BufRead) -> std::io::Result<u64> {
+    let mut skipped = 0;
     loop {
         let buffer = reader.fill_buf()?;
         if buffer.is_empty() {
-            return Ok(());
+            return Ok(skipped);
         }
         match buffer.iter().position(|b| *b == b'\n') {
             Some(at) => {
                 reader.consume(at + 1);
-                return Ok(());
+                return Ok(skipped + at as u64);
             }
             None => {
                 let n = buffer.len();
                 reader.consume(n);
+                skipped += n as u64;
             }
         }
     }

@@ -1,7 +1,8 @@
 //! A job as it lies on disk: input, output, errors, and how far it got.
 
-use super::files::{JobMark, Paths, RowLog, Sidecar};
+use super::files::{JobMark, Paths, RowLog, Sidecar, default_errors};
 use super::input::{GIVE_ROWS, Source};
+use super::limits::RowLimits;
 use super::pictures::Looker;
 use super::request::{RowIds, Rules};
 use super::run::{JobProgress, JobSummary};
@@ -67,6 +68,8 @@ pub struct JobSpec {
     pub max_errors: Option<MaxErrors>,
     /// Unix seconds that answers carry as `created`; the job's first start where `None`.
     pub created: Option<u64>,
+    /// The same as the text tools of the run have.
+    pub limits: RowLimits,
 }
 
 /// A job that is open: its output is locked, and what is finished is known.
@@ -93,9 +96,9 @@ impl BatchJob {
         let rules_key = spec.rules.key();
         let ids = RowIds {
             key: rules_key,
-            looker,
+            pictures: looker.map(Looker::ids),
         };
-        let scan = Scan::read(&spec.source, spec.shard, ids, progress)?;
+        let scan = Scan::read(&spec.source, spec.shard, ids, &spec.limits, progress)?;
         if scan.marks.is_empty() {
             return Err(spec.source.no_rows("every line is blank", GIVE_ROWS));
         }
@@ -110,6 +113,15 @@ impl BatchJob {
             _sidecar: sidecar,
             spec,
         };
+        job.errors.lock()?;
+        let ours = {
+            let kept = mark.as_ref().and_then(|m| m.errors.as_ref());
+            let paths = &job.spec.paths;
+            paths.errors == default_errors(&paths.output) || kept == Some(&absolute(&paths.errors))
+        };
+        if !(ours && job.spec.overwrite) {
+            job.scan.expect_own_errors(&job.errors, ours)?;
+        }
         if job.spec.overwrite {
             job.output.cut(0)?;
             job.errors.cut(0)?;
@@ -118,6 +130,8 @@ impl BatchJob {
         let retry = job.spec.retry_errors;
         job.scan.resume_errors(&mut job.errors, retry)?;
         job.settle_created(mark)?;
+        // What failed before counts, unless it is tried again.
+        job.check_errors(job.failed())?;
         Ok(job)
     }
 
@@ -134,6 +148,7 @@ impl BatchJob {
             version: 1,
             created: self.created,
             settings: self.rules_key,
+            errors: Some(absolute(&self.spec.paths.errors)),
         };
         self._sidecar.write(&mark)
     }
@@ -230,6 +245,10 @@ impl BatchJob {
         }
         Ok(())
     }
+}
+
+fn absolute(path: &std::path::Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 fn now() -> u64 {

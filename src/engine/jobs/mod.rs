@@ -11,6 +11,7 @@ mod files;
 mod fingerprint;
 mod input;
 mod job;
+mod limits;
 mod merge;
 mod pictures;
 mod request;
@@ -34,11 +35,19 @@ pub(crate) mod fuzz {
         let line = input::Line {
             number: 1,
             bytes: bytes.to_vec(),
-            too_long: false,
+            too_long: None,
         };
         let read_as_result = scan::result_head(bytes).is_some() | scan::error_head(bytes).is_some();
         let parsed = scan::parse_line(&source, &line, RowIds::default());
-        parsed.request.is_ok_and(|r| r.body(rules, text).is_ok()) | read_as_result
+        let body = parsed.request.and_then(|r| {
+            // What names files is not followed: a fuzzer would name any.
+            let body = r.body(rules, text).map_err(|e| (None, e))?;
+            match text.looker.filter(|_| body.all_inline()) {
+                Some(looker) => looker.measure(&body).map(drop).map_err(|e| (None, e)),
+                None => Ok(()),
+            }
+        });
+        body.is_ok() | read_as_result
     }
 }
 
@@ -47,6 +56,7 @@ pub use files::{Paths, default_errors};
 pub use fingerprint::fingerprint;
 pub use input::Source;
 pub use job::{BatchJob, JobSpec, MaxErrors, Order, check_paths};
+pub use limits::RowLimits;
 pub use merge::{MergeReport, merge};
 pub use pictures::Looker;
 pub use request::{Endpoint, Request, RowError, RowIds, Rules, TextTools};

@@ -13,7 +13,7 @@ use super::request::RowError;
 use crate::engine::pictures::{expand, expand_pictures, placeholder};
 use crate::error::{Error, Result};
 use crate::media::{
-    FileIds, Look, Measure, MediaRequest, Options, Processor, VideoTools, Visual, requests,
+    FileIds, Look, Measure, MediaRequest, Options, Processor, VideoTools, Visual, requests_to_files,
 };
 use crate::spec::VisionSpec;
 
@@ -26,15 +26,61 @@ pub struct Looker {
     options: Options,
     /// How closely pictures are measured.
     look: Look,
-    /// Relative paths are taken from here: the job file's folder.
-    base: PathBuf,
     tools: VideoTools,
     processor: OnceCell<Result<Processor>>,
-    files: RefCell<FileIds>,
+    ids: PictureIds,
     /// Pictures that some row holds. Rows that name the same one share it.
     held: RefCell<HashMap<u128, Weak<Visual>>>,
     /// Pictures measured before, as most jobs repeat some.
     measured: RefCell<HashMap<u128, Measure>>,
+}
+
+/// What the files of a job's pictures hold.
+pub struct PictureIds {
+    /// Relative paths are taken from here: the job file's folder.
+    base: PathBuf,
+    files: RefCell<FileIds>,
+}
+
+impl PictureIds {
+    /// `job`: the file whose rows name pictures.
+    pub fn new(job: &Path) -> PictureIds {
+        PictureIds {
+            base: job.parent().unwrap_or(Path::new("")).to_path_buf(),
+            files: RefCell::default(),
+        }
+    }
+
+    fn of(&self, request: &MediaRequest) -> u128 {
+        self.files.borrow_mut().of(request, &self.base)
+    }
+
+    /// A hash of the contents of the files that a request's messages name; `None` where they name none.
+    pub(super) fn identity(&self, body: &Map<String, Value>) -> Option<u128> {
+        let messages = body.get("messages")?.as_array()?;
+        let mut hash = XxHash3_128::new();
+        let mut found = false;
+        for parts in messages.iter().filter_map(|m| m.get("content")?.as_array()) {
+            // Inline pictures are in the row itself.
+            for request in requests_to_files(parts, &Options::default()).unwrap_or_default() {
+                found = true;
+                hash.write(&self.of(&request).to_le_bytes());
+            }
+        }
+        found.then(|| hash.finish_128())
+    }
+}
+
+impl PictureIds {
+    /// Whether all files that a request's messages name can be read.
+    pub(super) fn are_there(&self, body: &Map<String, Value>) -> bool {
+        let messages = body.get("messages").and_then(Value::as_array);
+        let parts = messages.into_iter().flatten();
+        let parts = parts.filter_map(|m| m.get("content")?.as_array());
+        parts
+            .flat_map(|p| requests_to_files(p, &Options::default()).unwrap_or_default())
+            .all(|request| request.is_there(&self.base))
+    }
 }
 
 /// A row with its pictures measured.
@@ -52,10 +98,9 @@ impl Looker {
             spec: spec.clone(),
             options,
             look,
-            base: job.parent().unwrap_or(Path::new("")).to_path_buf(),
             tools: VideoTools::default(),
             processor: OnceCell::new(),
-            files: RefCell::default(),
+            ids: PictureIds::new(job),
             held: RefCell::default(),
             measured: RefCell::default(),
         }
@@ -63,6 +108,10 @@ impl Looker {
 
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    pub fn ids(&self) -> &PictureIds {
+        &self.ids
     }
 
     pub fn spec(&self) -> &VisionSpec {
@@ -77,21 +126,6 @@ impl Looker {
         made.as_ref().map_err(Error::clone)
     }
 
-    /// A hash of the contents of the files that a request's messages name; `None` where they name none.
-    pub(super) fn identity(&self, body: &Map<String, Value>) -> Option<u128> {
-        let messages = body.get("messages")?.as_array()?;
-        let mut hash = XxHash3_128::new();
-        let mut found = false;
-        for parts in messages.iter().filter_map(|m| m.get("content")?.as_array()) {
-            for request in requests(parts, &self.options).unwrap_or_default() {
-                found = true;
-                let id = self.files.borrow_mut().of(&request, &self.base);
-                hash.write(&id.to_le_bytes());
-            }
-        }
-        found.then(|| hash.finish_128())
-    }
-
     /// How long a row's prompt is, and how large its pictures are.
     pub(super) fn measure(&self, body: &Body) -> Result<Measured, RowError> {
         let processor = self.processor().map_err(|e| refused(&e))?;
@@ -101,7 +135,7 @@ impl Looker {
                 return Ok(*known);
             }
             let measure = processor
-                .measure(request, &self.base, &self.tools, self.look)
+                .measure(request, &self.ids.base, &self.tools, self.look)
                 .map_err(|e| refused(&e))?;
             self.measured.borrow_mut().insert(key, measure);
             Ok(measure)
@@ -144,7 +178,7 @@ impl Looker {
             return Ok(held);
         }
         let processor = self.processor()?;
-        let visual = Arc::new(processor.load_request(request, &self.base, &self.tools)?);
+        let visual = Arc::new(processor.load_request(request, &self.ids.base, &self.tools)?);
         let mut held = self.held.borrow_mut();
         held.retain(|_, v| v.strong_count() > 0);
         held.insert(key, Arc::downgrade(&visual));
@@ -153,8 +187,7 @@ impl Looker {
 
     /// The same for requests that see the same picture in the same way.
     fn key(&self, request: &MediaRequest) -> u128 {
-        let contents = self.files.borrow_mut().of(request, &self.base);
-        XxHash3_128::oneshot(format!("{request:?}").as_bytes()) ^ contents.rotate_left(64)
+        request.hash() ^ self.ids.of(request).rotate_left(64)
     }
 }
 

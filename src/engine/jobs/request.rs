@@ -7,15 +7,18 @@ use twox_hash::{XxHash3_64, XxHash3_128};
 
 use super::body::Body;
 use super::fields::Fields;
-use super::input::{Line, MAX_ROW_BYTES, Source};
-use super::pictures::Looker;
+use super::input::{Line, MAX_ROW_BYTES, Source, TooLong};
+use super::limits::{ROW_SHARE, RowLimits};
+use super::pictures::{Looker, PictureIds};
 use crate::error::Error;
 use crate::media::Options;
 use crate::text::{ChatTemplate, SamplingParams, Tokenizer};
+use crate::units::human_bytes;
 
 /// Part of every row id: raised when the same request would be answered differently by a later version.
 const ANSWER_VERSION: u64 = 1;
 const MAX_ID_BYTES: usize = 512;
+const MAX_ROW_LIMIT: u64 = MAX_ROW_BYTES as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -92,6 +95,7 @@ pub struct TextTools<'a> {
     pub template: Option<&'a ChatTemplate>,
     /// None where the model sees no pictures.
     pub looker: Option<&'a Looker>,
+    pub limits: RowLimits,
 }
 
 /// What identifies rows. The default, without anything, is for those who do not compare ids.
@@ -100,7 +104,7 @@ pub struct RowIds<'a> {
     /// Of the rules.
     pub key: u64,
     /// The contents of a row's pictures count where the model sees them.
-    pub looker: Option<&'a Looker>,
+    pub pictures: Option<&'a PictureIds>,
 }
 
 /// Why a row cannot be answered. Never stops the job.
@@ -166,8 +170,15 @@ pub struct Request {
 impl Request {
     /// The row on `line`. An error carries the custom_id where there is one.
     pub fn parse(source: &Source, line: &Line) -> Result<Request, (Option<String>, RowError)> {
-        if line.too_long {
-            let message = format!("the row is longer than {MAX_ROW_BYTES} bytes");
+        if let Some(TooLong { bytes, limit }) = line.too_long {
+            let why = match limit {
+                MAX_ROW_LIMIT => "a row may have".to_string(),
+                _ => format!(
+                    "there is memory for: about {} more of --cpu-memory reads it",
+                    human_bytes((bytes - limit.min(bytes)) * ROW_SHARE)
+                ),
+            };
+            let message = format!("the row takes {bytes} bytes, more than the {limit} {why}");
             return Err((None, RowError::new("row_too_long", message)));
         }
         match source {
@@ -272,7 +283,7 @@ impl Request {
         hash.write(self.custom_id.as_bytes());
         hash.write(self.endpoint.url().as_bytes());
         hash_object(&self.body, &mut hash);
-        if let Some(contents) = ids.looker.and_then(|l| l.identity(&self.body)) {
+        if let Some(contents) = ids.pictures.and_then(|p| p.identity(&self.body)) {
             hash.write(&contents.to_le_bytes());
         }
         hash.finish_128()
@@ -283,11 +294,30 @@ impl Request {
         Body::parse(self.endpoint, &self.custom_id, self.body, rules, text)
     }
 
+    pub(super) fn fields(&self) -> &Map<String, Value> {
+        &self.body
+    }
+
+    /// Bytes of all strings but inline pictures.
+    pub fn text_bytes(&self) -> usize {
+        self.body.values().map(text_bytes).sum()
+    }
+
     /// Answer tokens asked for; 0 where the row leaves that to the job.
     pub fn max_tokens(&self) -> usize {
         let asked = |key: &str| self.body.get(key).and_then(Value::as_u64);
         let most = asked("max_tokens").max(asked("max_completion_tokens"));
         most.map_or(0, |n| usize::try_from(n).unwrap_or(usize::MAX))
+    }
+}
+
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(s) if s.starts_with("data:") => 0,
+        Value::String(s) => s.len(),
+        Value::Array(list) => list.iter().map(text_bytes).sum(),
+        Value::Object(map) => map.values().map(text_bytes).sum(),
+        _ => 0,
     }
 }
 

@@ -5,6 +5,7 @@ use twox_hash::XxHash3_64;
 
 use super::files::{RowLog, Span};
 use super::input::{Line, Source};
+use super::limits::{Largest, RowLimits};
 use super::request::{Request, RowError, RowIds};
 use super::shard::Shard;
 use crate::error::{Code, Error, Result};
@@ -42,6 +43,7 @@ pub struct Scan {
     by_ident: Vec<u32>,
     /// The most answer tokens that a row asks for in so many words.
     pub longest_answer: usize,
+    pub largest: Largest,
 }
 
 /// What a result row says of itself; the rest is skipped.
@@ -64,7 +66,7 @@ pub fn parse_line(source: &Source, line: &Line, ids: RowIds<'_>) -> ParsedLine {
     let id = match &request {
         Ok(r) => r.id(ids),
         // What cannot be read is identified by its bytes; what is wrong with it does not depend on the rules.
-        Err(_) => u128::from(XxHash3_64::oneshot(&line.bytes)),
+        Err(_) => u128::from(line.hash(0)),
     };
     ParsedLine { id, request }
 }
@@ -75,11 +77,13 @@ impl Scan {
         source: &Source,
         shard: Shard,
         ids: RowIds<'_>,
+        limits: &RowLimits,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Scan> {
-        let mut lines = source.lines()?;
+        let mut lines = source.lines_up_to(limits.row_bytes)?;
         let mut marks = Vec::new();
         let mut longest_answer = 0;
+        let mut largest = Largest::default();
         while let Some(line) = lines.next_line()? {
             let row = marks.len() as u64;
             let parsed = parse_line(source, &line, ids);
@@ -89,12 +93,13 @@ impl Scan {
             };
             if let Ok(r) = &parsed.request {
                 longest_answer = longest_answer.max(r.max_tokens());
+                largest.add(line.bytes.len(), r.text_bytes(), limits);
             }
             marks.push(Mark {
                 ident: match custom_id {
                     Some(id) => ident(id),
                     // Lines without an id are never duplicates of one another.
-                    None => XxHash3_64::oneshot_with_seed(line.number, &line.bytes),
+                    None => line.hash(line.number),
                 },
                 id: parsed.id as u64,
                 line: u32::try_from(line.number).map_err(|_| too_many(source))?,
@@ -120,6 +125,7 @@ impl Scan {
             marks,
             by_ident,
             longest_answer,
+            largest,
         })
     }
 
@@ -192,6 +198,36 @@ impl Scan {
             mark.state = State::Done;
             Ok(true)
         })
+    }
+
+    /// That the errors in `log` are about rows of this input: two jobs with one errors file would lose each other's. An error without a
+    /// custom_id is told by its line, unless the file is known to be this job's (`ours`): then the line was mended.
+    pub fn expect_own_errors(&self, log: &RowLog, ours: bool) -> Result<()> {
+        let mut number = 0;
+        log.read_rows(&mut |_, bytes| {
+            number += 1;
+            let Ok(head) = serde_json::from_slice::<Head>(bytes) else {
+                return Ok(());
+            };
+            let about = match (&head.custom_id, head.line) {
+                (Some(id), _) if self.find(id).is_none() => format!("`{id}`"),
+                (None, Some(line)) if !ours && !self.is_line(line, &head.id) => {
+                    format!("line {line}")
+                }
+                _ => return Ok(()),
+            };
+            Err(Error::new(
+                Code::Usage,
+                format!("{} holds errors of another job", log.path().display()),
+                format!("its line {number} is about {about}, which the input does not have"),
+                "give --errors another file, or remove that one if nobody needs it",
+            ))
+        })
+    }
+
+    fn is_line(&self, line: u64, id: &str) -> bool {
+        let found = self.on_line(line);
+        found.is_some_and(|i| parse_id(id) == Some(self.marks[i].id))
     }
 
     /// Marks the rows whose errors `log` tells, and drops errors that no longer stand (the row was changed, or answered

@@ -32,6 +32,8 @@ pub struct RowSample {
     /// Sequences a row stands for (its `n`), on average.
     pub choices: f64,
     pub pictures: PictureSample,
+    /// Memory that reading the largest row takes for a moment.
+    pub reading_bytes: u64,
 }
 
 /// What the pictures of the rows to do look like; of all rows, since room is made for the largest.
@@ -86,6 +88,8 @@ pub struct Sizing {
     /// Bytes of resized pixels that rows in the engine may hold, and those of the largest row.
     pub pixels: u64,
     pub largest_pixels: u64,
+    /// Host memory that reading a row or decoding a picture takes for a moment.
+    pub reading_bytes: u64,
 }
 
 /// What the user asked for, and what there is.
@@ -114,6 +118,7 @@ impl BatchJob {
         // A short row may ask for the longest answer of all.
         let asked = self.scan.longest_answer;
         sample.longest_tokens = sample.longest_tokens.max(asked);
+        sample.reading_bytes = self.scan.reading_bytes();
         Ok(sample)
     }
 }
@@ -125,7 +130,7 @@ fn sample(
     text: &TextTools<'_>,
     open: &[usize],
 ) -> Result<RowSample> {
-    let mut lines = source.lines()?;
+    let mut lines = source.lines_up_to(text.limits.row_bytes)?;
     let stride = open.len().div_ceil(SAMPLED_ROWS).max(1);
     let mut chosen = open.iter().copied().step_by(stride).peekable();
     let mut open = open.iter().copied().peekable();
@@ -133,8 +138,11 @@ fn sample(
     let mut sizes: Vec<(usize, u32)> = Vec::new();
     let mut longest_tokens = 0;
     let mut pictures = PictureSample::default();
-    let parsed = |line: &super::input::Line| -> Option<Body> {
+    let parsed = |line: &mut super::input::Line| -> Option<Body> {
         let request = parse_line(source, line, RowIds::default()).request.ok()?;
+        if line.bytes.len() >= KEPT_BYTES {
+            line.bytes = Vec::new();
+        }
         request.body(rules, text).ok()
     };
     let plain = |b: Body| (b.prompt.len() + b.max_tokens, b.choices);
@@ -142,14 +150,14 @@ fn sample(
     // Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
     const KEPT_ROWS: usize = 16;
     const KEPT_BYTES: usize = 1 << 20;
-    while let Some(line) = lines.next_line()? {
+    while let Some(mut line) = lines.next_line()? {
         let is_open = open.next_if_eq(&index).is_some();
         let is_chosen = chosen.next_if_eq(&index).is_some();
         let looker = text
             .looker
             .filter(|_| is_open && may_hold_pictures(&line.bytes));
         if let Some(looker) = looker
-            && let Some(body) = parsed(&line)
+            && let Some(body) = parsed(&mut line)
             && !body.pictures.is_empty()
         {
             // What the model's files do not say is no row's fault.
@@ -163,8 +171,8 @@ fn sample(
                 }
             }
         } else if is_chosen {
-            sizes.extend(parsed(&line).map(plain));
-        } else if line.bytes.len() < KEPT_BYTES {
+            sizes.extend(parsed(&mut line).map(plain));
+        } else if (1..KEPT_BYTES).contains(&line.bytes.len()) {
             let least = longest.peek().map_or(0, |r| r.0.0);
             if longest.len() < KEPT_ROWS || line.bytes.len() > least {
                 longest.push(std::cmp::Reverse((
@@ -180,12 +188,12 @@ fn sample(
         index += 1;
     }
     for std::cmp::Reverse((_, bytes, number)) in longest {
-        let line = super::input::Line {
+        let mut line = super::input::Line {
             number,
             bytes,
-            too_long: false,
+            too_long: None,
         };
-        let body = parsed(&line).filter(|b| b.pictures.is_empty());
+        let body = parsed(&mut line).filter(|b| b.pictures.is_empty());
         longest_tokens = longest_tokens.max(body.map_or(0, |b| plain(b).0));
     }
     let n = sizes.len().max(1) as f64;
@@ -199,6 +207,7 @@ fn sample(
             .fold(longest_tokens, usize::max),
         choices: (sequences / n).max(1.0),
         pictures,
+        reading_bytes: 0,
     })
 }
 
@@ -242,6 +251,10 @@ impl Sizing {
             context,
             row_tokens: (sample.mean_tokens * sample.choices).ceil() as usize,
             ahead: AHEAD,
+            // While pictures are decoded, of the row there is the text that holds them.
+            reading_bytes: sample
+                .reading_bytes
+                .max(sample.reading_bytes / 2 + sample.pictures.decode_bytes),
             ..Sizing::default()
         };
         match &spec.vision {
@@ -272,7 +285,7 @@ impl Sizing {
                     .max(p.slice),
                 slice: p.slice,
                 tokens,
-                pixel_bytes: held + p.decode_bytes,
+                pixel_bytes: held,
             }),
             pixels: held,
             largest_pixels: p.largest_pixel_bytes,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::files::{RowLog, Span};
-use super::input::{Line, Source};
+use super::input::{Line, Source, TooLong};
 use super::request::{Request, RowIds};
 use super::shard::Shard;
 use crate::error::Code;
@@ -12,12 +12,12 @@ fn id(row: &str) -> u128 {
     let line = Line {
         number: 1,
         bytes: row.as_bytes().to_vec(),
-        too_long: false,
+        too_long: None,
     };
     let source = Source::Jsonl("x".into());
     Request::parse(&source, &line).unwrap().id(RowIds {
         key: 7,
-        looker: None,
+        pictures: None,
     })
 }
 
@@ -48,7 +48,11 @@ fn lines_are_counted_blank_or_not_and_huge_ones_are_passed() {
     while let Some(l) = lines.next_line().unwrap() {
         seen.push((l.number, l.bytes.len().min(9), l.too_long));
     }
-    assert_eq!(seen, [(1, 3, false), (4, 9, true), (5, 4, false)]);
+    let too_long = TooLong {
+        bytes: huge.len() as u64,
+        limit: super::input::MAX_ROW_BYTES as u64,
+    };
+    assert_eq!(seen, [(1, 3, None), (4, 9, Some(too_long)), (5, 4, None)]);
 }
 
 fn rows_of(log: &mut RowLog) -> crate::error::Result<Vec<Span>> {

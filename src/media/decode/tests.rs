@@ -78,8 +78,94 @@ fn pictures_are_turned_upright() {
         let bytes = png(&data, 2, 1, ExtendedColorType::Rgb8, Some(turn));
         let got = decode(&bytes, "test").unwrap();
         assert_eq!((got.width, got.height), size, "orientation {turn}");
-        assert_eq!(super::size(&bytes, "test").unwrap(), (size.1, size.0));
+        let head = super::head(&bytes, "test").unwrap();
+        assert_eq!((head.width, head.height), size);
         assert_eq!(got.data[0], first, "orientation {turn}");
+    }
+}
+
+/// The first quarter of the first row is dark, all else is light.
+fn corner() -> image::RgbImage {
+    let light = |x, y| if x < 16 && y < 16 { 20 } else { 220 };
+    image::RgbImage::from_fn(64, 32, |x, y| image::Rgb([light(x, y); 3]))
+}
+
+#[test]
+fn jpeg_and_webp_are_turned_upright_too() {
+    let picture = corner();
+    let jpeg = |turn| {
+        let mut out = Vec::new();
+        let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut out, 95);
+        encoder.set_exif_metadata(orientation(turn)).unwrap();
+        encoder
+            .write_image(picture.as_raw(), 64, 32, ExtendedColorType::Rgb8)
+            .unwrap();
+        out
+    };
+    let webp = |turn| {
+        let mut out = Vec::new();
+        let mut encoder = image::codecs::webp::WebPEncoder::new_lossless(&mut out);
+        encoder.set_exif_metadata(orientation(turn)).unwrap();
+        encoder
+            .write_image(picture.as_raw(), 64, 32, ExtendedColorType::Rgb8)
+            .unwrap();
+        out
+    };
+    let dir = tempfile::tempdir().unwrap();
+    // Where the dark corner lies: right, lower.
+    for (turn, right, lower) in [
+        (1, false, false),
+        (2, true, false),
+        (3, true, true),
+        (4, false, true),
+        (5, false, false),
+        (6, true, false),
+        (7, true, true),
+        (8, false, true),
+    ] {
+        for (name, bytes) in [("jpg", jpeg(turn)), ("webp", webp(turn))] {
+            let got = decode(&bytes, "test").unwrap();
+            let size = if turn > 4 { (32, 64) } else { (64, 32) };
+            assert_eq!((got.width, got.height), size, "{name} {turn}");
+            let x = if right { got.width - 4 } else { 4 };
+            let y = if lower { got.height - 4 } else { 4 };
+            let dark = |x: usize, y: usize| got.data[(y * got.width + x) * 3] < 60;
+            assert!(dark(x, y), "{name} {turn}");
+            assert!(!dark(got.width - 1 - x, y) && !dark(x, got.height - 1 - y));
+            // From the file's beginning alone.
+            let path = dir.path().join(format!("{turn}.{name}"));
+            std::fs::write(&path, &bytes).unwrap();
+            let head = read_head(&path).unwrap();
+            assert_eq!((head.width, head.height), size, "{name} {turn}");
+            assert_eq!(head, super::head(&bytes, "test").unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_jpeg_header_is_read_up_to_its_scan() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.jpg");
+    let mut whole = Vec::new();
+    image::codecs::jpeg::JpegEncoder::new(&mut whole)
+        .write_image(corner().as_raw(), 64, 32, ExtendedColorType::Rgb8)
+        .unwrap();
+    // A long comment and fill bytes before it.
+    let comment = [&[0xff, 0xff, 0xff, 0xfe, 0xff, 0xff][..], &[b'x'; 0xfffd]].concat();
+    let long = [&whole[..2], &comment, &comment, &whole[2..]].concat();
+    std::fs::write(&path, &long).unwrap();
+    let head = read_head(&path).unwrap();
+    assert_eq!((head.width, head.height), (64, 32));
+    let scan = whole.windows(2).position(|w| w == [0xff, 0xda]).unwrap();
+    let header = jpeg_header(&mut Cursor::new(&long)).unwrap().unwrap();
+    assert!(
+        header.len() < 2 * comment.len() + scan + 40,
+        "{}",
+        header.len()
+    );
+    for cut in [3, 20, 70_000, long.len() - (whole.len() - scan)] {
+        std::fs::write(&path, &long[..cut]).unwrap();
+        assert_eq!(read_head(&path).unwrap_err().code(), Code::Media, "{cut}");
     }
 }
 

@@ -28,25 +28,37 @@ impl Message {
 
     /// The same message with other content parts, which must be objects.
     pub fn with_content(&self, parts: Vec<Value>) -> Message {
-        let mut fields = self.0.clone();
-        fields.insert("content".into(), Value::Array(parts));
+        // The old content may hold pictures: it is not copied first.
+        let mut content = Some(Value::Array(parts));
+        let field = |(key, value): (&String, &Value)| {
+            let new = (key == "content").then(|| content.take()).flatten();
+            (key.clone(), new.unwrap_or_else(|| value.clone()))
+        };
+        let mut fields: Map<String, Value> = self.0.iter().map(field).collect();
+        if let Some(content) = content {
+            fields.insert("content".into(), content);
+        }
         Message(fields)
     }
 
     /// A conversation as a JSON list; `place` names it in errors, which are Code::Usage and say which message is wrong.
     pub fn list(json: &Value, place: &str) -> Result<Vec<Message>> {
-        let Some(list) = json.as_array() else {
+        Message::take_list(json.clone(), place)
+    }
+
+    /// As [`Message::list`], without a copy.
+    pub fn take_list(json: Value, place: &str) -> Result<Vec<Message>> {
+        let Value::Array(list) = json else {
             return Err(refused(place, "messages are a JSON list of objects"));
         };
-        let one = |(i, value): (usize, &Value)| {
-            let fields = value
-                .as_object()
-                .ok_or_else(|| "a message is a JSON object".to_owned());
-            fields
-                .and_then(|fields| Message::try_from(fields.clone()))
-                .map_err(|cause| refused(place, &format!("message {i}: {cause}")))
+        let one = |(i, value): (usize, Value)| {
+            let message = match value {
+                Value::Object(fields) => Message::try_from(fields),
+                _ => Err("a message is a JSON object".to_owned()),
+            };
+            message.map_err(|cause| refused(place, &format!("message {i}: {cause}")))
         };
-        list.iter().enumerate().map(one).collect()
+        list.into_iter().enumerate().map(one).collect()
     }
 
     pub fn role(&self) -> &str {

@@ -81,6 +81,19 @@ impl ChatTemplate {
         Ok(template)
     }
 
+    /// Whether the word stands anywhere in the template: what it does not name it cannot read. (What it names it may read of something
+    /// else: `name` of a message, say, where only a tool's is meant.)
+    pub fn names(&self, word: &str) -> bool {
+        let in_word = |c: char| c.is_alphanumeric() || c == '_';
+        self.sources.all().any(|(_, text)| {
+            text.match_indices(word).any(|(at, _)| {
+                let before = text[..at].chars().next_back();
+                let behind = text[at + word.len()..].chars().next();
+                !before.is_some_and(in_word) && !behind.is_some_and(in_word)
+            })
+        })
+    }
+
     /// The text of `messages`. Where the template itself refuses them (`raise_exception`), the error's cause is its message.
     /// All errors are Code::Text.
     pub fn render(&self, messages: &[Message], options: &RenderOptions<'_>) -> Result<String> {

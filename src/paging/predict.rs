@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::{Plan, Tier, is_streamed};
 use super::strategy::UnitSize;
 use crate::spec::UnitKind;
-use crate::units::BLOCK_BYTES;
+use crate::units::{BLOCK_BYTES, UnitId};
 use walk::{Fill, Path, Step, period};
 
 /// How long a product takes, by rows: measured points or two rates given by hand.
@@ -138,7 +138,7 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
     };
     let mut copied_bytes = work.kv_to_gpu_bytes;
     let mut steps = Vec::new();
-    for (u, tier) in units.iter().zip(&plan.tiers) {
+    for ((u, tier), id) in units.iter().zip(&plan.tiers).zip(0u32..) {
         if !is_streamed(u.kind) {
             continue;
         }
@@ -157,6 +157,8 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
                 copy: copy(u.read_bytes),
                 framed: match tier {
                     Tier::Disk if on_gpu => u.read_bytes,
+                    // What the host takes to copy them into frames is not counted.
+                    Tier::Cpu if plan.unpinned.contains(&UnitId(id)) => u.read_bytes,
                     _ => 0,
                 },
             }),

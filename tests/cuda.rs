@@ -102,6 +102,97 @@ fn tiers_readers_depths_pages_and_orders_change_no_bit() {
     same("small blocks", new().env("EMUCUDA_SHARED_OPTIN", "101376"));
 }
 
+#[test]
+fn the_closing_line_says_what_lies_where_and_what_was_waited_for() {
+    let Some(driver) = driver() else { return };
+    let said = |args: &[&str], fail: &str| {
+        let mut run = Run::new(driver, "run", "gpu-qwen2-bf16")
+            .args(["--raw", "--greedy", "--ignore-eos", "--max-tokens", "4"])
+            .args(["--prompt", "T"])
+            .env("EMUCUDA_FAIL", fail);
+        run.command.args(args);
+        String::from_utf8_lossy(&run.output().stderr).into_owned()
+    };
+    let says = |text: String, words: &[&str]| {
+        assert!(words.iter().all(|w| text.contains(w)), "{words:?}: {text}");
+    };
+    says(
+        said(&["--device-map", "disk"], ""),
+        &[
+            " on the GPU, 0 B in RAM, ",
+            " a token from disk at ",
+            "; copied at ",
+            "; the GPU waited ",
+            " s for copies; ",
+            "peak memory ",
+        ],
+    );
+    // Two layers and the head.
+    let beyond = ["--device-map", "cpu", "--pinned-memory", "1KiB"];
+    says(
+        said(&beyond, ""),
+        &["3 units in RAM beyond --pinned-memory; "],
+    );
+    says(
+        said(&["--device-map", "cpu"], "cuMemHostRegister:*:801"),
+        &["host memory is not pinned ("],
+    );
+}
+
+// hazard: gpu-pinned-bound: of `--pinned-memory`, or the system's: units beyond it go through the frames; no bit changes
+#[test]
+fn what_is_pinned_is_bounded_and_changes_no_bit() {
+    let Some(driver) = driver() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let model = run::deep(dir.path());
+    let inputs: Vec<Vec<u32>> = vec![(1..40).collect(), vec![7, 3, 5]];
+    let map = |i: u32| {
+        (
+            format!("model.layers.{i}"),
+            ["disk", "cpu", "cpu"][i as usize % 3],
+        )
+    };
+    let mut tiers: serde_json::Map<String, Value> =
+        (0..12).map(map).map(|(k, v)| (k, v.into())).collect();
+    tiers.insert(String::new(), "cpu".into());
+    let file = dir.path().join("map.json");
+    std::fs::write(&file, Value::from(tiers).to_string()).unwrap();
+    let trace = dir.path().join("trace");
+    // Its logits, and how often memory was pinned.
+    let score = |more: &[&str], fail: &str| {
+        let _ = std::fs::remove_file(&trace);
+        let mut run = Run::new(driver, "score", &model)
+            .args(["--device-map", file.to_str().unwrap()])
+            .args(["--page-size", "64KiB", "--ring-size", "2"])
+            .env("EMUCUDA_TRACE", trace.to_str().unwrap())
+            .env("EMUCUDA_FAIL", fail);
+        run.command.args(more);
+        let logits = run.score(&inputs);
+        let calls = std::fs::read_to_string(&trace).unwrap();
+        (logits, calls.matches("cuMemHostRegister").count())
+    };
+    let (reference, all) = score(&[], "");
+    // The ring, eight layers, and the head, whose rows the embedding's are.
+    assert!(all >= 9, "{all}");
+    for depth in ["0", "1", "3"] {
+        // Room for the ring of 128 KiB and a few layers of less than as much.
+        let (some, pinned) = score(
+            &["--pinned-memory", "448KiB", "--prefetch-depth", depth],
+            "",
+        );
+        assert!(pinned > 1 && pinned < all, "{pinned} of {all}");
+        assert!(some == reference, "depth {depth}");
+        let (ring, pinned) = score(&["--pinned-memory", "1KiB", "--prefetch-depth", depth], "");
+        assert!(pinned == 1 && ring == reference, "depth {depth}: {pinned}");
+        // Refused by the system from the fourth time on, which is the last that is tried.
+        let (partly, pinned) = score(&["--prefetch-depth", depth], "cuMemHostRegister:4+:2");
+        assert!(
+            pinned == 4 && partly == reference,
+            "depth {depth}: {pinned}"
+        );
+    }
+}
+
 /// The tower and the decoder behind it, the pictures of a prompt together and alone.
 #[test]
 fn pictures_are_nearer_to_float32_than_transformers_own_16_bit_run() {

@@ -99,6 +99,7 @@ const HAZARDS: &[(&str, &[(&str, &str)])] = &[
             ("gpu-full", "the GPU's memory is full"),
             ("gpu-lost", "the GPU is lost in the middle of a run"),
             ("gpu-unpinned", "the system does not pin memory"),
+            ("gpu-pinned-bound", "more weights in RAM than may be pinned"),
             ("budget", "a budget that is too small"),
         ],
     ),

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
 use super::found::Found;
+use super::gpu::gpu_bytes;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
@@ -123,7 +124,7 @@ pub struct BatchArgs {
         help_heading = "Job"
     )]
     max_sequences: Option<usize>,
-    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: from the rows, at most a quarter of the budget]
+    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what the rows want, at most half of the memory it lies in]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
     kv_memory: Option<u64>,
     #[command(flatten)]
@@ -447,25 +448,20 @@ fn open_engine(
         kv_share: 1,
         context: args.machine.context,
         budget: budget(&args.machine)?,
-        weights: model.weight_bytes(),
+        gpu: gpu_bytes(&args.machine, &model.store)?,
         element_bytes: model.element_bytes(),
         rows: job.remaining(),
     };
     open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
 }
 
+/// Host memory that a job may take.
 pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
-    let host = machine
-        .cpu_budget()?
-        .unwrap_or_else(|| HostMemory::read().default_budget());
-    // KV lies where the computing is.
-    Ok(match machine.gpu_budget()? {
-        Some(gpu) if machine.device != "cpu" => host.min(gpu),
-        _ => host,
-    })
+    let given = machine.cpu_budget()?;
+    Ok(given.unwrap_or_else(|| HostMemory::read().default_budget()))
 }
 
-/// An engine with as much KV room as the rows want, up to half of the budget; less where the model would not fit beside it.
+/// An engine with as much KV room as the rows want, up to half of the memory that KV lies in; less where the model would not fit beside it.
 pub(super) fn open_sized(
     model: &Model,
     texts: &Texts,

@@ -6,6 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::batch::{Texts, budget, open_sized};
+use super::gpu::gpu_bytes;
 use super::model::Model;
 use super::options::MachineOptions;
 use super::run::print;
@@ -88,7 +89,7 @@ pub fn run(
         kv_share: 1,
         context: Some(how.machine.context.unwrap_or(row)),
         budget: budget(how.machine)?,
-        weights: model.weight_bytes(),
+        gpu: gpu_bytes(how.machine, &model.store)?,
         element_bytes: model.element_bytes(),
         rows: rows as u64,
     };

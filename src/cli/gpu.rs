@@ -2,10 +2,10 @@
 
 use super::options::{GemmArg, MachineOptions};
 use crate::device::cuda;
-use crate::engine::{DeviceChoice, gpu_dtype};
+use crate::engine::{DeviceChoice, EngineOptions, GpuRoom, gpu_dtype, open_device};
 use crate::error::{Code, Error, Result};
 use crate::spec::ModelSpec;
-use crate::store::UnitLayout;
+use crate::store::{Store, UnitLayout};
 
 /// Whose products; says what the other one does not promise.
 pub(super) fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
@@ -74,4 +74,19 @@ pub(super) fn device_choice(
             Ok(DeviceChoice::Cuda(number.unwrap_or(0)))
         }
     }
+}
+
+/// What there is of the GPU that will compute, beside context and kernels: it is opened for a moment. `None` where the CPU computes.
+pub(super) fn gpu_bytes(machine: &MachineOptions, store: &Store) -> Result<Option<u64>> {
+    let device = device_choice(machine, &store.spec, &store.units, true)?;
+    let options = EngineOptions {
+        device,
+        gpu_memory: machine.gpu_budget()?,
+        ..EngineOptions::default()
+    };
+    if device == DeviceChoice::Cpu {
+        return Ok(None);
+    }
+    let room = GpuRoom::of(&open_device(&store.spec, &store.units, &options)?);
+    Ok(room.map(|room| room.limit.saturating_sub(room.base)))
 }

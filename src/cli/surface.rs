@@ -32,7 +32,7 @@ Examples:
 TENSORPAGER_CPU_MEMORY; the option wins. RUST_LOG=tensorpager=debug logs to stderr; NO_COLOR is honoured.";
 
 /// Options that few need: `--help` lists them, `-h` does not.
-const RARE: [&str; 19] = [
+const RARE: [&str; 20] = [
     "allow-overflow",
     "allow-external",
     "config-from",
@@ -43,6 +43,7 @@ const RARE: [&str; 19] = [
     "page-size",
     "queue-depth",
     "ring-size",
+    "pinned-memory",
     "io",
     "verify",
     "threads",

@@ -258,7 +258,9 @@ impl Bench {
 
 fn verdict(tuned: &Tuned, space: &Space) -> String {
     let (gain, noise) = (100.0 * (1.0 - tuned.ratio), 100.0 * tuned.noise);
-    if tuned.best == space.default {
+    if tuned.pairs == 0 {
+        "the defaults stay: no other setting fits in the memory given".to_string()
+    } else if tuned.best == space.default {
         format!(
             "the defaults are as good: the best other setting was {gain:+.1} % ± {noise:.1} % faster in {} pairs",
             tuned.pairs

@@ -38,6 +38,15 @@ impl HostMemory {
     }
 }
 
+/// Memory that may be pinned for a GPU where nobody says: half of what the machine has, or the tightest cgroup gives, or of a `budget` beyond
+/// that. Pinned pages cannot be moved or reclaimed, whoever else is short of memory.
+pub fn default_pinned(budget: u64) -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let machine = kib_field(&meminfo, "MemTotal:").unwrap_or(0);
+    let limit = cgroup_limit().unwrap_or(u64::MAX);
+    machine.min(limit).max(budget) / 2
+}
+
 /// The peak resident set so far, bytes.
 pub fn peak_bytes() -> u64 {
     HostMemory::read().peak

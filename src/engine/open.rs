@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::gpu::{GpuRoom, gpu_pass, open_device};
-use super::memory::{Charges, HostMemory, SLACK_BYTES};
+use super::memory::{Charges, HostMemory, SLACK_BYTES, default_pinned};
 use super::pacer::Pacer;
 use super::sample::Samplers;
 use super::schedule::{Limits, Scheduler};
@@ -17,7 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
 use crate::model::kv::KvPool;
 use crate::paging::{
-    Budget, Frames, Origin, Pager, PagerOptions, Placement, Plan, SlotLayout, UnitSize,
+    Budget, Frames, Origin, Pager, PagerOptions, Placement, Plan, RING_BYTES, SlotLayout, UnitSize,
 };
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
@@ -81,6 +81,9 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Bound on the GPU memory of this process; by default 90 % of what is free.
     pub gpu_memory: Option<u64>,
+    /// Bound on host memory pinned for the GPU, by default half of the machine's. Frames and keys and values come first and are pinned in any
+    /// case; weights beyond it go through the frames.
+    pub pinned_memory: Option<u64>,
     pub gemm: Gemm,
     /// Forces an instruction set (tests): `portable`, `avx2`, `avx512`, `avx512bf16`.
     pub isa: Option<String>,
@@ -108,6 +111,7 @@ impl Default for EngineOptions {
             vision: None,
             device: DeviceChoice::Cpu,
             gpu_memory: None,
+            pinned_memory: None,
             gemm: Gemm::Own,
             isa: None,
         }
@@ -117,9 +121,11 @@ impl Default for EngineOptions {
 impl EngineOptions {
     /// How the ring between disk and GPU is cut.
     pub(super) fn frames(&self) -> Frames {
+        let page_bytes = self.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+        let within = |bytes: u64| (bytes.min(RING_BYTES) / page_bytes).max(2) as usize;
         Frames {
-            page_bytes: self.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES),
-            count: self.ring_frames,
+            page_bytes,
+            count: self.ring_frames.or(self.pinned_memory.map(within)),
         }
     }
 }
@@ -364,10 +370,12 @@ fn fit_kv(
             let c = charges(tokens);
             let with = |cpu| plan(cpu, left);
             let fitted = c.left_of(budget).and_then(with);
-            (
-                tokens,
-                fitted.map_err(|e| name_the_budget(e, budget, &c, &with))?,
-            )
+            let mut plan = fitted.map_err(|e| name_the_budget(e, budget, &c, &with))?;
+            let bound = options
+                .pinned_memory
+                .unwrap_or_else(|| default_pinned(budget));
+            plan.pin_within(units, bound.saturating_sub(kv.host));
+            (tokens, plan)
         }
     };
     Ok(Fitted {

@@ -179,11 +179,14 @@ mod tests {
             ratio: 0.9,
             noise: 0.01,
             pairs: 7,
-            curve: vec![Score {
-                setting: best,
-                ratio: 0.9,
-                runs: 3,
-            }],
+            // The second did not fit.
+            curve: [0.9, f64::INFINITY]
+                .map(|ratio| Score {
+                    setting: best,
+                    ratio,
+                    runs: 3,
+                })
+                .to_vec(),
         };
         let path = kept.keep(&tuned, "a processor").unwrap().to_path_buf();
         assert_eq!(

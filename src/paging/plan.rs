@@ -85,6 +85,8 @@ pub struct Plan {
     pub walk: Walk,
     /// Where a GPU computes: slots lie there.
     pub gpu: Option<GpuPart>,
+    /// Units in host memory that are not pinned, so that they go to the GPU through the ring.
+    pub unpinned: Vec<UnitId>,
 }
 
 /// What a plan for a GPU has besides.
@@ -171,6 +173,7 @@ impl Plan {
             gather_bytes: 0,
             walk: Walk::Vision,
             gpu: None,
+            unpinned: Vec::new(),
         }
     }
 
@@ -192,6 +195,37 @@ impl Plan {
 
     pub fn ring(&self) -> Ring {
         self.gpu.map(|g| g.ring).unwrap_or_default()
+    }
+
+    /// What is pinned of host memory: the ring, and units that are copied as they lie.
+    pub fn pinned_bytes(&self, units: &[UnitSize]) -> u64 {
+        let pinned = |(id, _): &(UnitId, u64)| !self.unpinned.contains(id);
+        let units = self.copied_as_they_lie(units).filter(pinned);
+        self.ring().bytes() + units.map(|(_, bytes)| bytes).sum::<u64>()
+    }
+
+    /// Pins no more than `bytes`, the ring first, then units in their order. The ring is pinned whatever it takes.
+    pub fn pin_within(&mut self, units: &[UnitSize], bytes: u64) {
+        let mut left = bytes.saturating_sub(self.ring().bytes());
+        let candidates = self.copied_as_they_lie(units);
+        self.unpinned = candidates
+            .filter_map(|(id, bytes)| match left.checked_sub(bytes) {
+                Some(rest) => {
+                    left = rest;
+                    None
+                }
+                None => Some(id),
+            })
+            .collect();
+    }
+
+    /// Units of the pass that rest in host memory beside a GPU, and what they take there. The embedding's rows are gathered by the host.
+    fn copied_as_they_lie(&self, units: &[UnitSize]) -> impl Iterator<Item = (UnitId, u64)> {
+        let on_gpu = self.gpu.is_some();
+        let tiers = units.iter().zip(&self.tiers).zip(0u32..);
+        tiers
+            .filter(move |((u, tier), _)| on_gpu && **tier == Tier::Cpu && is_streamed(u.kind))
+            .map(|((u, _), id)| (UnitId(id), u.room_bytes))
     }
 
     /// The unit goes through a slot in every pass.
@@ -355,6 +389,7 @@ impl Plan {
             gather_bytes: n.gather_bytes,
             walk: Walk::Decoder,
             gpu: None,
+            unpinned: Vec::new(),
         }
     }
 

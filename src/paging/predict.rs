@@ -1,15 +1,18 @@
 //! What a pass will cost, from sizes and rates alone.
 //!
 //! The bound is the formula of the design: max(D / B_d, (D + R) / B_p, compute). The prediction walks the same schedule as
-//! the pager does, unit by unit, with one disk and a fixed number of slots, until the period of a pass is steady: it sees
-//! the gaps that the bound cannot, such as a burst of residents while the disk has no free slot.
+//! the pager does, unit by unit, with one disk, one bus and a fixed number of slots and frames, until the period of a pass is steady: it
+//! sees the gaps that the bound cannot, such as a burst of residents while the disk has no free slot.
+
+mod walk;
 
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, Tier, is_streamed};
 use super::strategy::UnitSize;
 use crate::spec::UnitKind;
-use crate::units::BLOCK_BYTES;
+use crate::units::{BLOCK_BYTES, UnitId};
+use walk::{Fill, Path, Step, period};
 
 /// How long a product takes, by rows: measured points or two rates given by hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -107,24 +110,6 @@ pub struct PassCost {
     pub copied_back_bytes: u64,
 }
 
-/// Passes simulated before one is taken as the steady state: the first fills the slots.
-const WARM_PASSES: usize = 3;
-
-/// What a unit of the pass takes, seconds: `fill` where it goes through a slot, `kv` where keys and values must be copied first.
-#[derive(Clone, Copy, Debug)]
-struct Step {
-    fill: Option<Fill>,
-    kv: f64,
-    compute: f64,
-}
-
-/// Reading (0 where it rests in host memory) and copying to the GPU (0 where there is none), page by page: the two overlap.
-#[derive(Clone, Copy, Debug)]
-struct Fill {
-    read: f64,
-    copy: f64,
-}
-
 /// The steady state of passes under `plan`.
 pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &PassWork) -> PassCost {
     let disk = |bytes: u64| bytes as f64 / (rates.disk_gb_per_s * 1e9);
@@ -153,7 +138,7 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
     };
     let mut copied_bytes = work.kv_to_gpu_bytes;
     let mut steps = Vec::new();
-    for (u, tier) in units.iter().zip(&plan.tiers) {
+    for ((u, tier), id) in units.iter().zip(&plan.tiers).zip(0u32..) {
         if !is_streamed(u.kind) {
             continue;
         }
@@ -170,6 +155,12 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
             fill: fill.map(|read| Fill {
                 read,
                 copy: copy(u.read_bytes),
+                framed: match tier {
+                    Tier::Disk if on_gpu => u.read_bytes,
+                    // What the host takes to copy them into frames is not counted.
+                    Tier::Cpu if plan.unpinned.contains(&UnitId(id)) => u.read_bytes,
+                    _ => 0,
+                },
             }),
             kv: match u.kind {
                 UnitKind::Layer(_) => kv_copy_s,
@@ -188,8 +179,12 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
     // The two directions of the bus do not wait for one another.
     let copy_s = copy(copied_bytes).max(copy(work.kv_from_gpu_bytes));
     let disk_s = disk(disk_bytes);
+    let path = Path {
+        slots: plan.slots,
+        ring: plan.gpu.map(|gpu| (gpu.ring.bytes(), gpu.ring.frame_bytes)),
+    };
     PassCost {
-        pass_s: simulate(&steps, plan.slots, disk(gathered)),
+        pass_s: period(&steps, &path, disk(gathered)),
         bound_s: disk_s.max(copy_s).max(compute_s),
         disk_s,
         copy_s,
@@ -197,114 +192,6 @@ pub fn predict(units: &[UnitSize], plan: &Plan, rates: &MachineRates, work: &Pas
         disk_bytes,
         copied_bytes,
         copied_back_bytes: work.kv_from_gpu_bytes,
-    }
-}
-
-/// The disk and the copy engine, filling slots in order.
-struct Filling<'a> {
-    fills: &'a [Fill],
-    slots: usize,
-    total: usize,
-    disk: f64,
-    copy: f64,
-    /// When each fill (over all passes) is there, and when its slot is left.
-    there: Vec<f64>,
-    left: Vec<f64>,
-}
-
-impl Filling<'_> {
-    /// When the next fill may begin; `None`: its slot is still wanted, or all are done.
-    fn next_start(&self) -> Option<f64> {
-        let next = self.there.len();
-        if next >= self.total || next >= self.left.len() + self.slots {
-            return None;
-        }
-        let free = match next.checked_sub(self.slots) {
-            Some(before) => self.left[before],
-            None => 0.0,
-        };
-        let busy = match self.fills[next % self.fills.len()].read > 0.0 {
-            true => self.disk,
-            false => self.copy,
-        };
-        Some(busy.max(free))
-    }
-
-    /// Everything that has begun by `now`, back to back.
-    fn until(&mut self, now: f64) {
-        while let Some(start) = self.next_start().filter(|s| *s <= now) {
-            let fill = self.fills[self.there.len() % self.fills.len()];
-            let mut arrived = start;
-            if fill.read > 0.0 {
-                self.disk = start + fill.read;
-                arrived = self.disk;
-            }
-            self.copy = (self.copy.max(start) + fill.copy).max(arrived);
-            self.there.push(self.copy);
-        }
-    }
-
-    /// When keys and values are there that are asked for at `now`. They have a stream of their own, so they wait for no weights; but the bus
-    /// has so much less time for those.
-    fn beside(&mut self, now: f64, seconds: f64) -> f64 {
-        if seconds > 0.0 {
-            self.until(now);
-            self.copy = self.copy.max(now) + seconds;
-        }
-        now + seconds
-    }
-}
-
-/// The period of a pass: one disk reads the streamed units in order, each into a slot that the unit `slots` before it has
-/// left; computing goes in order, each layer behind its keys and values where these are copied. Embedding rows are read before
-/// the first unit computes, behind the reads under way.
-fn simulate(steps: &[Step], slots: usize, gather_s: f64) -> f64 {
-    let fills: Vec<Fill> = steps.iter().filter_map(|s| s.fill).collect();
-    let total = fills.len() * (WARM_PASSES + 1);
-    let mut filling = Filling {
-        fills: &fills,
-        slots,
-        total,
-        disk: 0.0,
-        copy: 0.0,
-        there: Vec::with_capacity(total),
-        left: Vec::with_capacity(total),
-    };
-    let mut clock = 0.0f64;
-    let mut ends = Vec::with_capacity(WARM_PASSES + 1);
-    for _ in 0..=WARM_PASSES {
-        if gather_s > 0.0 {
-            filling.until(clock);
-            filling.disk = filling.disk.max(clock) + gather_s;
-            clock = filling.disk;
-        }
-        let mut kv_there = filling.beside(clock, steps.first().map_or(0.0, |s| s.kv));
-        for (i, step) in steps.iter().enumerate() {
-            let mine = filling.left.len();
-            if step.fill.is_some() {
-                // Waiting lets time pass, so everything up to this unit begins.
-                while filling.there.len() <= mine {
-                    match filling.next_start() {
-                        Some(start) => filling.until(start),
-                        None => return 0.0,
-                    }
-                }
-                clock = clock.max(filling.there[mine]);
-            }
-            // The next layer's are asked for when this one's are there.
-            clock = clock.max(kv_there);
-            kv_there = filling.beside(clock, steps.get(i + 1).map_or(0.0, |s| s.kv));
-            clock += step.compute;
-            if step.fill.is_some() {
-                filling.left.push(clock);
-            }
-            filling.until(clock);
-        }
-        ends.push(clock);
-    }
-    match ends.as_slice() {
-        [.., before, last] => last - before,
-        _ => 0.0,
     }
 }
 

@@ -87,9 +87,10 @@ pub struct Score {
 pub struct Tuned {
     /// The default, unless another was better beyond the noise.
     pub best: Setting,
-    /// Time of `best` over the default's in the closing pairs: median, and the distance within which it could as well be 1.
+    /// Time of the best other setting over the default's in the closing pairs: median, and the distance within which it could as well be 1.
     pub ratio: f64,
     pub noise: f64,
+    /// 0 where no other setting could be run: then the ratio is 1.
     pub pairs: usize,
     /// Everything tried, the fastest first.
     pub curve: Vec<Score>,
@@ -173,29 +174,34 @@ pub fn tune(space: &Space, run: &mut dyn FnMut(&Setting) -> Result<f64>) -> Resu
     let worth = |s: &Setting| {
         trials.score(s) * (1.0 + space.units_taken(s) / space.streamed_units.max(1) as f64)
     };
-    let best = alive
-        .iter()
-        .copied()
-        .min_by(|a, b| worth(a).total_cmp(&worth(b)))
-        .unwrap_or(space.default);
-    let price = worth(&best) / trials.score(&best).max(1e-12);
-    let (ratio, noise) = closing_pairs(&space.default, &best, run)?;
-    let better = ratio * price + noise.max(LEAST_GAIN) < 1.0;
-    Ok(Tuned {
-        best: if better { best } else { space.default },
-        ratio,
-        noise,
-        pairs: PAIRS,
+    let mut tuned = Tuned {
+        best: space.default,
+        ratio: 1.0,
+        noise: 0.0,
+        pairs: 0,
         curve: trials.curve(),
-    })
+    };
+    // What does not fit takes for ever.
+    let fitting = alive.iter().filter(|s| worth(s).is_finite());
+    let Some(best) = fitting.min_by(|a, b| worth(a).total_cmp(&worth(b))) else {
+        return Ok(tuned);
+    };
+    let price = worth(best) / trials.score(best).max(1e-12);
+    if let Some((ratio, noise)) = closing_pairs(&space.default, best, run)? {
+        if ratio * price + noise.max(LEAST_GAIN) < 1.0 {
+            tuned.best = *best;
+        }
+        (tuned.ratio, tuned.noise, tuned.pairs) = (ratio, noise, PAIRS);
+    }
+    Ok(tuned)
 }
 
-/// Default and challenger in turn: the median of their ratios, and three standard errors.
+/// Default and challenger in turn: the median of their ratios, and three standard errors. `None`: the challenger no longer fits.
 fn closing_pairs(
     default: &Setting,
     challenger: &Setting,
     run: &mut dyn FnMut(&Setting) -> Result<f64>,
-) -> Result<(f64, f64)> {
+) -> Result<Option<(f64, f64)>> {
     let mut ratios = Vec::new();
     for i in 0..PAIRS {
         let (a, b) = if i % 2 == 0 {
@@ -205,12 +211,15 @@ fn closing_pairs(
             let b = run(challenger)?;
             (run(default)?, b)
         };
+        if b.is_infinite() {
+            return Ok(None);
+        }
         ratios.push(b / a.max(1e-12));
     }
     let n = ratios.len() as f64;
     let mean = ratios.iter().sum::<f64>() / n;
     let variance = ratios.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    Ok((median(&mut ratios), 3.0 * (variance / n).sqrt()))
+    Ok(Some((median(&mut ratios), 3.0 * (variance / n).sqrt())))
 }
 
 struct Trials {
@@ -405,6 +414,35 @@ mod tests {
         // Three units of 33 stay on disk for it: nine percent.
         assert_eq!(gain(0.95), 1);
         assert_eq!(gain(0.8), 4);
+    }
+
+    /// Nothing but the default fits, or what wins fits no longer when it is compared once more.
+    #[test]
+    fn what_does_not_fit_is_not_compared() {
+        let only_default = |s: &Setting| match *s == DEFAULT {
+            true => 1.0,
+            false => f64::INFINITY,
+        };
+        let (tuned, _) = measure(only_default, 0.1, 0.01);
+        assert_eq!((tuned.best, tuned.pairs), (DEFAULT, 0));
+        assert_eq!((tuned.ratio, tuned.noise), (1.0, 0.0));
+        let runs = std::cell::Cell::new(0);
+        let until = |last: usize| {
+            runs.set(0);
+            let curve = |s: &Setting| {
+                runs.set(runs.get() + 1);
+                match (*s == DEFAULT, runs.get() > last) {
+                    (true, _) => 1.0,
+                    (false, false) => 0.5,
+                    (false, true) => f64::INFINITY,
+                }
+            };
+            (measure(curve, 0.0, 0.0).0, runs.get())
+        };
+        let (always, all) = until(usize::MAX);
+        assert!(always.best != DEFAULT && always.pairs == PAIRS);
+        let (tuned, _) = until(all - 4);
+        assert_eq!((tuned.best, tuned.pairs), (DEFAULT, 0), "{tuned:?}");
     }
 
     #[test]

@@ -328,6 +328,12 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
                 human_bytes(during.paging.kv_bytes / during.paging.passes.max(1))
             );
         }
+        if !plan.unpinned.is_empty() {
+            text += &format!(
+                "{} units in RAM beyond --pinned-memory; ",
+                plan.unpinned.len()
+            );
+        }
         if let Some(why) = engine.pager().pin_note() {
             text += &format!("host memory is not pinned ({why}); ");
         }
@@ -383,5 +389,66 @@ mod tests {
         assert_eq!(copied.share_of(0.8), Some(1.0));
         assert_eq!(copied.share_of(1.6), Some(0.5), "a sleep in the copy shows");
         assert_eq!(bounds(Some(0.1), bytes(None)).share_of(0.5), None);
+    }
+
+    /// A pass of one second; the bound's share and the parts make a whole where there is nothing else.
+    #[test]
+    fn the_rest_is_explained_by_what_the_bound_is_of() {
+        let at = |disk_gb: f64, copied_gb: f64, compute_s: f64, p: PagingReport| {
+            let moved = PagingStats {
+                used_bytes: (disk_gb * 1e9) as u64,
+                copied_bytes: (copied_gb * 1e9) as u64,
+                ..PagingStats::default()
+            };
+            let p = PagingReport {
+                probed_disk_gb_per_s: Some(1.0),
+                probed_h2d_gb_per_s: Some(10.0),
+                compute_s,
+                ..p
+            };
+            where_the_rest_went(&p, &moved, 1.0)
+        };
+        // The disk could have done in 0.6 s what took it 0.7.
+        let p = PagingReport {
+            disk_s: 0.7,
+            ..PagingReport::default()
+        };
+        assert_eq!(
+            at(0.6, 0.0, 0.2, p).as_deref(),
+            Some("10 % the disk below its best rate, 30 % the disk without a free slot")
+        );
+        // Copies of weights and of keys and values: 0.5 s at best.
+        let p = PagingReport {
+            h2d_s: 0.4,
+            kv_h2d_s: 0.2,
+            stall_disk_s: 0.25,
+            ..PagingReport::default()
+        };
+        assert_eq!(
+            at(0.1, 5.0, 0.2, p).as_deref(),
+            Some(
+                "10 % copies below their best rate, 25 % waits for the disk, 15 % copies without a free slot"
+            )
+        );
+        let p = PagingReport {
+            stall_s: 0.15,
+            stall_disk_s: 0.1,
+            stall_copy_s: 0.05,
+            ..PagingReport::default()
+        };
+        assert_eq!(
+            at(0.1, 1.0, 0.8, p).as_deref(),
+            Some("10 % waits for the disk, 5 % waits for copies, 5 % outside the layers")
+        );
+        // Nothing worth a word; and no rate of what was read.
+        assert_eq!(at(0.1, 0.0, 0.995, PagingReport::default()), None);
+        let unknown = PagingStats {
+            used_bytes: 1,
+            ..PagingStats::default()
+        };
+        assert_eq!(
+            where_the_rest_went(&PagingReport::default(), &unknown, 1.0),
+            None
+        );
     }
 }

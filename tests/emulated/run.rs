@@ -111,10 +111,15 @@ impl Run {
 
 /// So many layers that two of them are little beside all.
 pub fn deep(dir: &Path) -> String {
+    layered(dir, 12)
+}
+
+/// Many small layers, one like the other.
+pub fn layered(dir: &Path, layers: usize) -> String {
     let model = dir.join("deep");
     let config = json!({
         "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
         "tie_word_embeddings": true, "torch_dtype": "bfloat16"
     });

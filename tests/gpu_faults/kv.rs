@@ -305,3 +305,41 @@ fn a_sleep_in_their_copies_lowers_the_share_of_the_bound() {
     assert_eq!(copies.len(), 7 * 12);
     assert!(copies.iter().all(|us| *us >= 19_900.0), "{copies:?}");
 }
+
+/// Rows that want more keys and values than the card has, and nobody says how much of it may be used.
+#[test]
+fn a_job_is_sized_for_the_memory_that_it_will_compute_in() {
+    let Some(driver) = driver() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let model = deep(dir.path());
+    // Answers may be long, and end at once: the bias is for the end of the text.
+    let row = |i: usize| {
+        json!({"custom_id": format!("row-{i}"), "url": "/v1/completions", "body": {
+            "prompt": format!("row {i}"), "max_tokens": 480, "temperature": 0, "logit_bias": {"282": 100}}})
+    };
+    write(dir.path(), &(0..64).map(row).collect::<Vec<_>>());
+    let report = |run: crate::run::Run| {
+        let done = run.output();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{said}");
+        let text = String::from_utf8(done.stdout).unwrap();
+        serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
+    };
+    let wanted = 64 * 480;
+    let small = batch(driver, &model, dir.path(), "small.jsonl")
+        .env("EMUCUDA_CONTEXT", "50000000")
+        .env("EMUCUDA_MEMORY", "209715200");
+    let small = report(small);
+    let tokens = small["kv_tokens"].as_u64().unwrap();
+    assert!(tokens > 0 && tokens < wanted, "{tokens}");
+    assert_eq!(read(&dir.path().join("small.jsonl")).len(), 64);
+    // What is said of a GPU that is not there is nothing to the CPU.
+    let mut cpu = crate::run::Run::on("auto", driver, "batch", &model)
+        .args(["--gpu-memory", "32MiB", "--json", "--in-place"])
+        .env("EMUCUDA_DEVICES", "0");
+    cpu.command.arg("-i").arg(dir.path().join("job.jsonl"));
+    cpu.command.arg("-o").arg(dir.path().join("cpu.jsonl"));
+    let cpu = report(cpu);
+    assert_eq!(cpu["device"], "cpu");
+    assert!(cpu["kv_tokens"].as_u64().unwrap() >= wanted, "{cpu}");
+}

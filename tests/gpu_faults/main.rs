@@ -14,6 +14,7 @@ mod faulty_readers;
 mod inside;
 mod jobs;
 mod kv;
+mod predicted;
 #[path = "../emulated/run.rs"]
 mod run;
 mod stops;

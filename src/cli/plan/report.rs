@@ -59,6 +59,8 @@ pub(super) struct Report {
     pub slot_bytes: u64,
     /// Pinned host memory between disk and GPU.
     pub ring_bytes: u64,
+    /// Of host memory, the ring included.
+    pub pinned_bytes: u64,
     pub resident_cpu_bytes: u64,
     pub resident_gpu_bytes: u64,
     pub disk_bytes_per_pass: u64,

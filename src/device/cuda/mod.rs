@@ -165,7 +165,9 @@ impl CudaDevice {
             Gemm::CublasLt => Some(CublasLt::new(&context, options.half)?),
         };
         let base = context.used() + SLACK_BYTES;
-        let limit = options.memory.unwrap_or((base + free) / 10 * 9);
+        // The slack is still free.
+        let usual = (context.used() + free) / 10 * 9;
+        let limit = options.memory.unwrap_or(usual);
         if limit > context.total_bytes {
             return Err(too_much(&context, limit));
         }

@@ -97,13 +97,13 @@ pub struct Sizing {
 pub struct SizingInput {
     pub sequences: Option<usize>,
     pub kv_bytes: Option<u64>,
-    /// Where `kv_bytes` is not given: one part in so many of the budget, or more where all weights fit beside it.
+    /// Where `kv_bytes` is not given: one part in so many of the memory that keys and values lie in.
     pub kv_share: u64,
     pub context: Option<usize>,
-    /// Bytes this process may take in all.
+    /// Bytes this process may take of host memory in all.
     pub budget: u64,
-    /// Bytes of all weights.
-    pub weights: u64,
+    /// Bytes it may take of the GPU beside context and kernels, where one computes: keys and values lie there.
+    pub gpu: Option<u64>,
     pub element_bytes: usize,
     /// Rows to do.
     pub rows: u64,
@@ -225,15 +225,17 @@ impl Sizing {
     pub fn choose(spec: &ModelSpec, sample: &RowSample, i: &SizingInput) -> Sizing {
         let token_bytes = block_bytes(spec.layers, spec.kv_heads, spec.head_size, i.element_bytes)
             / BLOCK_TOKENS as u64;
-        let room = (i.budget / i.kv_share.max(1)).max(i.budget.saturating_sub(i.weights) / 2);
+        let room = i.gpu.unwrap_or(i.budget) / i.kv_share.max(1);
         let kv_room = i.kv_bytes.unwrap_or(room) / token_bytes.max(1);
+        // Logits and pictures take of both.
+        let least = i.gpu.map_or(i.budget, |gpu| gpu.min(i.budget));
         let context = i.context.unwrap_or(spec.max_positions);
         let context = context.clamp(2, spec.max_positions.max(2));
         let sequences = i.sequences.unwrap_or_else(|| {
             let there_are = (i.rows as f64 * sample.choices).ceil() as usize;
             let mut n = DEFAULT_SEQUENCES.min(there_are);
             // Whole rows of logits are kept for the sampler.
-            while n > 1 && (n * spec.vocab * 4) as u64 > i.budget / 8 {
+            while n > 1 && (n * spec.vocab * 4) as u64 > least / 8 {
                 n /= 2;
             }
             n
@@ -259,7 +261,7 @@ impl Sizing {
         };
         match &spec.vision {
             Some(vision) if sample.pictures.rows > 0 => {
-                sizing.with_pictures(vision, &sample.pictures, i.budget)
+                sizing.with_pictures(vision, &sample.pictures, least)
             }
             _ => sizing,
         }

@@ -163,7 +163,10 @@ proptest! {
         gpu in prop_oneof![Just(None), (0u64..20_000).prop_map(Some)],
         cpu in 0u64..40_000,
         more in 0u64..3_000,
+        disk in 0.2f64..10.0,
+        h2d in 1.0f64..50.0,
     ) {
+        let rates = TierRates { disk_gb_per_s: disk, h2d_gb_per_s: h2d };
         let mut units = model(&vec![base; layers], &vec![head; heads]);
         for (i, u) in units.iter_mut().enumerate() {
             let extra = ((i as u64 * 2_654_435_761) >> 7) % (jitter + 1) * BLOCK_BYTES;
@@ -172,7 +175,7 @@ proptest! {
         }
         let quantum = units.iter().map(|u| u.room_bytes).max().unwrap() / 512 + BLOCK_BYTES;
         let slack = quantum * units.len() as u64;
-        let p = problem(&units, cpu, gpu, depth, tied);
+        let p = Problem { rates, ..problem(&units, cpu, gpu, depth, tied) };
         let disk = p.needs(&p.all_on_disk());
         let needs = p.needs(&place(&p));
         if disk.within(&p.budget) {
@@ -180,11 +183,12 @@ proptest! {
         }
         prop_assert!(p.transfer_seconds(&needs) <= p.transfer_seconds(&disk));
         for (cpu2, gpu2) in [(cpu + more, gpu), (cpu, gpu.map(|g| g + more))] {
-            let q = problem(&units, cpu2, gpu2, depth, tied);
+            let q = Problem { rates, ..problem(&units, cpu2, gpu2, depth, tied) };
             let after = q.needs(&place(&q));
             if needs.within(&p.budget) {
                 prop_assert!(after.within(&q.budget));
-                let slack_s = slack as f64 / 1e9 / q.rates.disk_gb_per_s;
+                let slowest = q.rates.disk_gb_per_s.min(q.rates.h2d_gb_per_s);
+                let slack_s = slack as f64 / 1e9 / slowest;
                 let allowed = p.transfer_seconds(&needs) + if jitter == 0 { 1e-12 } else { slack_s };
                 prop_assert!(q.transfer_seconds(&after) <= allowed, "{after:?} after {needs:?}");
             }
@@ -203,6 +207,21 @@ fn residents_lie_between_streamed_units() {
         longest(Tier::Cpu) <= 2 && longest(Tier::Disk) <= 2,
         "{layers:?}"
     );
+}
+
+/// On a GPU's machine too: never more than two units in a row that come from disk where a third of them does, nor that stay on the GPU.
+#[test]
+fn all_three_tiers_are_spread_over_the_pass() {
+    let units = model(&[100; 30], &[90; 5]);
+    let p = problem(&units, 1000, Some(1250), 1, true);
+    let tiers = place(&p);
+    let layers = &tiers[1..31];
+    for tier in [Tier::Gpu, Tier::Cpu, Tier::Disk] {
+        let count = layers.iter().filter(|t| **t == tier).count();
+        assert!((7..=14).contains(&count), "{tier:?}: {count} of {layers:?}");
+        let runs = layers.split(|t| *t != tier).map(<[Tier]>::len);
+        assert!(runs.max().unwrap() <= 2, "{tier:?}: {layers:?}");
+    }
 }
 
 #[test]

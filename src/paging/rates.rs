@@ -48,6 +48,11 @@ impl DiskRates {
         }
     }
 
+    /// For a folder that goes away.
+    pub fn forget(&self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+
     fn record(&self) -> Option<Record> {
         let text = std::fs::read_to_string(&self.path).ok()?;
         let record: Record = serde_json::from_str(&text).ok()?;

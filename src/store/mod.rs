@@ -17,6 +17,7 @@ mod outline;
 mod pack;
 mod plan;
 mod prepare;
+pub(crate) mod record;
 mod scratch;
 mod space;
 mod verify;
@@ -24,7 +25,6 @@ mod verify;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 pub use checksums::Checksums;
 pub use clean::{CleanOptions, Cleaned, clean, clean_command};
@@ -285,9 +285,7 @@ fn check_copies(dir: &Path, manifest: &Manifest) -> Result<()> {
 /// Remembers when the pack was last opened, for `--offload-limit`. A folder that is not ours to write is simply not
 /// remembered.
 fn touch_last_used(dir: &Path) {
-    let touched =
-        fs::File::create(dir.join(LAST_USED)).and_then(|f| f.set_modified(SystemTime::now()));
-    drop(touched);
+    record::touch(&dir.join(LAST_USED));
 }
 
 pub(crate) const LAST_USED: &str = "last_used";

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use common::{MemoryModel, golden, nmse};
 use proptest::prelude::*;
+use tensorpager::device::cpu::CpuDevice;
 use tensorpager::device::{Device, Kv, KvShape};
 use tensorpager::model::forward::{Forward, PassLimits};
 use tensorpager::model::kv::{KvPool, KvTable};
@@ -31,6 +32,19 @@ fn folders() -> Vec<PathBuf> {
         None => println!("skipped: larger fixtures (TENSORPAGER_FIXTURES is not set)"),
     }
     all
+}
+
+/// Each of them with each instruction set that this machine has.
+fn folders_by_isa() -> impl Iterator<Item = (PathBuf, &'static str)> {
+    let isas = CpuDevice::isas();
+    folders()
+        .into_iter()
+        .flat_map(move |dir| isas.clone().into_iter().map(move |isa| (dir.clone(), isa)))
+}
+
+fn max_abs(a: &[f32], b: &[f32]) -> f64 {
+    let differences = a.iter().zip(b).map(|(x, y)| f64::from((x - y).abs()));
+    differences.fold(0.0, f64::max)
 }
 
 struct Rig {
@@ -127,11 +141,11 @@ fn argmax(row: &[f32]) -> u32 {
 
 #[test]
 fn logits_lose_less_than_transformers_own_16_bit_run() {
-    for dir in folders() {
+    for (dir, isa) in folders_by_isa() {
         let model = MemoryModel::load(&dir);
         let vocab = model.spec.vocab;
         for (i, g) in golden(&dir).iter().enumerate() {
-            let mut rig = Rig::new(&model, 2, None);
+            let mut rig = Rig::new(&model, 2, Some(isa));
             let got = rig.score(&model, &g.ids, ROWS);
             let kept: Vec<f32> = g
                 .positions
@@ -142,27 +156,36 @@ fn logits_lose_less_than_transformers_own_16_bit_run() {
             let error = nmse(&kept, &g.logits);
             // float32 weights have no 16-bit run to beat: only rounding order may differ.
             let bar = g.half_nmse.unwrap_or(1e-9).max(1e-9);
+            let most = max_abs(&kept, &g.logits);
             println!(
-                "{} prompt {i}: nmse {error:.2e}, bar {bar:.2e}",
-                dir.display()
+                "{} {isa} prompt {i}: nmse {error:.2e}, bar {bar:.2e}; largest {most:.2e}, bar {:?}",
+                dir.display(),
+                g.half_max
             );
             assert!(
                 error < bar,
-                "{} prompt {i}: {error:e} against {bar:e}",
+                "{} {isa} prompt {i}: {error:e} against {bar:e}",
                 dir.display()
             );
+            if let Some(bar) = g.half_max {
+                assert!(
+                    most < bar,
+                    "{} {isa} prompt {i}: largest error {most:e} against {bar:e}",
+                    dir.display()
+                );
+            }
         }
     }
 }
 
 #[test]
 fn greedy_tokens_agree_while_the_margin_allows() {
-    for dir in folders() {
+    for (dir, isa) in folders_by_isa() {
         let model = MemoryModel::load(&dir);
         let vocab = model.spec.vocab;
         let mut steps = 0;
         for g in golden(&dir) {
-            let mut rig = Rig::new(&model, 2, None);
+            let mut rig = Rig::new(&model, 2, Some(isa));
             let mut table = KvTable::default();
             let mut tokens = g.ids.clone();
             for (step, (&want, &margin)) in g.greedy.iter().zip(&g.margins).enumerate() {
@@ -185,13 +208,13 @@ fn greedy_tokens_agree_while_the_margin_allows() {
                 pass.push_text(&part, start, table.blocks(), 1);
                 let logits = rig.run(&model, &pass);
                 assert_eq!(logits.len(), vocab);
-                assert_eq!(argmax(&logits), want, "{} step {step}", dir.display());
+                assert_eq!(argmax(&logits), want, "{} {isa} step {step}", dir.display());
                 tokens.push(want);
             }
         }
         assert!(
             steps >= 5,
-            "{}: only {steps} steps were compared",
+            "{} {isa}: only {steps} steps were compared",
             dir.display()
         );
     }
@@ -208,6 +231,7 @@ proptest! {
         threads in 1usize..4,
         lens in proptest::collection::vec(1usize..60, 1..5),
         seed in 0u32..1000,
+        isa in proptest::sample::select(CpuDevice::isas()),
     ) {
         let model = MemoryModel::load(&common::fixtures().join(common::MODELS[which]));
         let vocab = model.spec.vocab;
@@ -217,11 +241,11 @@ proptest! {
             .map(|(i, n)| (0..*n).map(|j| (seed + 31 * i as u32 + 7 * j as u32) % vocab as u32).collect())
             .collect();
         let alone: Vec<Vec<f32>> = {
-            let mut rig = Rig::new(&model, 2, None);
+            let mut rig = Rig::new(&model, 2, Some(isa));
             prompts.iter().map(|p| rig.score(&model, p, ROWS)).collect()
         };
         // All prompts advance together, each by up to `chunk` tokens a pass.
-        let mut rig = Rig::new(&model, threads, None);
+        let mut rig = Rig::new(&model, threads, Some(isa));
         let mut tables: Vec<KvTable> = prompts.iter().map(|_| KvTable::default()).collect();
         let mut together: Vec<Vec<f32>> = vec![Vec::new(); prompts.len()];
         loop {

@@ -29,7 +29,7 @@ use crate::error::{Code, Error, Result};
 use crate::planted::{self, Bug};
 use crate::spec::{UnitKind, UnitSpec, canonical_name};
 use crate::units::{Dtype, FileId};
-pub use synthetic::{synthetic_bytes, write_synthetic};
+pub use synthetic::{outline_synthetic, synthetic_bytes, write_synthetic};
 
 /// Over all files of a model.
 const MAX_TENSORS: usize = 1 << 18;

@@ -38,13 +38,8 @@ pub fn synthetic_bytes(config: &Value) -> Result<u64> {
     Ok(header(&parse_config(config)?).1)
 }
 
-/// Writes `config.json` and one `model.safetensors` of random bf16 weights (the same for the same config) into `dir`.
-/// `progress(done, of)` in bytes; an error from it ends the writing.
-pub fn write_synthetic(
-    dir: &Path,
-    config: &Value,
-    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
-) -> Result<u64> {
+/// Makes the folder with a `model.safetensors` of this header; where its data begins, and how much that is to be.
+fn begin(dir: &Path, config: &Value) -> Result<(File, u64, u64)> {
     let wrap = |e: std::io::Error| Error::io(format!("{} cannot be written", dir.display()), &e);
     let (header, bytes) = header(&parse_config(config)?);
     std::fs::create_dir_all(dir).map_err(wrap)?;
@@ -54,6 +49,27 @@ pub fn write_synthetic(
     file.write_all(&(head.len() as u64).to_le_bytes())
         .map_err(wrap)?;
     file.write_all(&head).map_err(wrap)?;
+    Ok((file, 8 + head.len() as u64, bytes))
+}
+
+/// As [`write_synthetic`], with a hole in place of the weights: enough to plan by, and no room on the disk.
+pub fn outline_synthetic(dir: &Path, config: &Value) -> Result<u64> {
+    let (file, at, bytes) = begin(dir, config)?;
+    file.set_len(at + bytes)
+        .and_then(|()| std::fs::write(dir.join("config.json"), config.to_string()))
+        .map_err(|e| Error::io(format!("{} cannot be written", dir.display()), &e))?;
+    Ok(bytes)
+}
+
+/// Writes `config.json` and one `model.safetensors` of random bf16 weights (the same for the same config) into `dir`.
+/// `progress(done, of)` in bytes; an error from it ends the writing.
+pub fn write_synthetic(
+    dir: &Path,
+    config: &Value,
+    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<u64> {
+    let wrap = |e: std::io::Error| Error::io(format!("{} cannot be written", dir.display()), &e);
+    let (mut file, _, bytes) = begin(dir, config)?;
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let mut chunk = vec![0u8; CHUNK_BYTES];
     let mut done = 0;
@@ -114,6 +130,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bytes = write_synthetic(dir.path(), &config, &mut |_, _| Ok(())).unwrap();
         assert_eq!(bytes, synthetic_bytes(&config).unwrap());
+        let length = |dir: &Path| {
+            std::fs::metadata(dir.join("model.safetensors"))
+                .unwrap()
+                .len()
+        };
+        let outline = tempfile::tempdir().unwrap();
+        assert_eq!(outline_synthetic(outline.path(), &config).unwrap(), bytes);
+        assert_eq!(length(outline.path()), length(dir.path()));
         let ckpt = crate::checkpoint::Checkpoint::open(
             &dir.path().display().to_string(),
             &crate::checkpoint::OpenOptions::default(),

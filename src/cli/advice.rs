@@ -249,7 +249,8 @@ impl Advisor {
 
 /// Where the disk is too small for a pack: what cleaning would give back, and what needs no pack.
 pub(super) fn no_space(error: Error, offload_folder: &Path) -> Error {
-    if error.code() != Code::Space {
+    // A limit of the user's own is not the disk's: its error says what to raise.
+    if error.code() != Code::Space || error.fix().contains("--offload-limit") {
         return error;
     }
     let stale: u64 = list_packs(offload_folder)
@@ -286,6 +287,8 @@ mod tests {
         let some = no_space(error(), dir.path());
         // How much is the file system's to say: it counts whole blocks.
         assert!(some.fix().contains("clean --stale` would free 2"), "{some}");
+        let limit = Error::new(Code::Space, "a", "b", "raise --offload-limit to 2 GB");
+        assert_eq!(no_space(limit.clone(), dir.path()), limit);
         let other = Error::new(Code::Io, "a", "b", "c");
         assert_eq!(no_space(other.clone(), dir.path()), other);
     }

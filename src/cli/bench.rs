@@ -11,7 +11,7 @@ use super::signals;
 use crate::engine::HostMemory;
 use crate::error::{Code, Error, Result};
 use crate::io::{IoRow, MAX_QUEUE_DEPTH, ReaderKind, Sweep, sweep};
-use crate::units::{flag_size, human_bytes};
+use crate::units::{ALIGN_BYTES, flag_size, human_bytes};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -66,10 +66,10 @@ struct IoArgs {
     )]
     readers: Vec<IoArg>,
     /// Bytes a read
-    #[arg(long, value_parser = size, value_delimiter = ',', default_value = "256KiB,1MiB,4MiB")]
+    #[arg(long, value_parser = block, value_delimiter = ',', default_value = "256KiB,1MiB,4MiB")]
     block: Vec<u64>,
     /// Reads in flight
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
+    #[arg(long, value_parser = depth, value_delimiter = ',', default_value = "1,8,32")]
     depth: Vec<usize>,
     /// Seconds a measurement
     #[arg(long, default_value_t = 1.0)]
@@ -77,6 +77,23 @@ struct IoArgs {
     /// One JSON object instead of the table
     #[arg(long)]
     json: bool,
+}
+
+/// Past the page cache only whole sectors are read.
+fn block(text: &str) -> std::result::Result<u64, String> {
+    match size(text)? {
+        b if b > 0 && b.is_multiple_of(ALIGN_BYTES) => Ok(b),
+        _ => Err(format!(
+            "a block is a multiple of {ALIGN_BYTES} bytes, such as 256KiB"
+        )),
+    }
+}
+
+fn depth(text: &str) -> std::result::Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|n| (1..=MAX_QUEUE_DEPTH).contains(n))
+        .ok_or_else(|| format!("give a number from 1 to {MAX_QUEUE_DEPTH}"))
 }
 
 pub fn run(args: BenchArgs) -> Result<u8> {

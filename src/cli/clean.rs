@@ -37,6 +37,7 @@ pub fn run(args: CleanArgs) -> Result<u8> {
     // Packs are hours of work: nothing goes that nobody named.
     let unasked = args.pack.is_none() && !args.all && !args.stale && !args.dry_run;
     let dry_run = args.dry_run || unasked;
+    let named = args.pack.is_some();
     let cleaned = clean(
         &args.kept.offload_folder,
         &CleanOptions {
@@ -47,6 +48,18 @@ pub fn run(args: CleanArgs) -> Result<u8> {
     )?;
     if unasked && !cleaned.removed.is_empty() {
         return Err(nothing_named(&args.kept.offload_folder, &cleaned));
+    }
+    // Who named it is told that it stays.
+    if named
+        && !dry_run
+        && let Some((name, why)) = cleaned.kept.first()
+    {
+        return Err(Error::new(
+            Code::Store,
+            format!("{name} was not removed"),
+            why,
+            "end what uses it, or remove what is not this program's by hand, and try again",
+        ));
     }
     let text = match args.json {
         true => serde_json::to_string(&cleaned).map_err(|e| Error::internal(e.to_string()))? + "\n",

@@ -2,9 +2,46 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, EngineStats, Event, FinishReason, Job};
-use crate::error::Result;
-use crate::text::{StopMatcher, StopStrings, TokenStream, Tokenizer};
+use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId};
+use crate::error::{Code, Error, Result};
+use crate::report::progress::Prefill;
+use crate::text::{GenerationConfig, StopMatcher, StopStrings, TokenStream, Tokenizer};
+
+/// Tokens generated where neither the user nor the model says how many.
+const DEFAULT_MAX_TOKENS: usize = 512;
+
+/// How long an answer may be: what the user says, else what the model's generation_config.json does, as transformers reads it.
+#[derive(Clone, Copy, Debug)]
+pub struct AnswerLength {
+    tokens: Option<usize>,
+    /// Prompt and answer together.
+    all: Option<usize>,
+}
+
+impl AnswerLength {
+    pub fn new(asked: Option<usize>, generation: &GenerationConfig) -> AnswerLength {
+        AnswerLength {
+            tokens: asked.or(generation.max_new_tokens),
+            all: generation.max_length,
+        }
+    }
+
+    /// Tokens that may follow a prompt of `prompt`. Refused where the model's `max_length` leaves none.
+    pub fn after(&self, prompt: usize) -> Result<usize> {
+        match (self.tokens, self.all) {
+            (Some(n), _) => Ok(n),
+            (None, None) => Ok(DEFAULT_MAX_TOKENS),
+            (None, Some(all)) => all.checked_sub(prompt).filter(|n| *n > 0).ok_or_else(|| {
+                Error::new(
+                    Code::Usage,
+                    format!("the prompt of {prompt} tokens leaves no room for an answer"),
+                    format!("the model's generation_config.json has max_length {all}, the prompt included"),
+                    "shorten the prompt, or give --max-tokens, which goes before it",
+                )
+            }),
+        }
+    }
+}
 
 /// A finished answer and what it cost.
 pub struct Answer {
@@ -20,22 +57,38 @@ pub struct Answer {
     pub during_all: EngineStats,
 }
 
-/// Runs `job` to its end, giving `emit` each piece of text that is certain to belong to the answer. `prefill(done, of)`
-/// hears of prompt tokens while there is no first token yet.
+/// Runs `job` to its end, giving `emit` each piece of text that is certain to belong to the answer. `prefill` hears,
+/// unit by unit, how far the prompt is while there is no first token yet. After an error the engine holds nothing of the job any more.
 pub fn generate(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
     job: Job,
     stops: StopStrings,
-    prefill: &mut dyn FnMut(usize, usize),
+    prefill: &mut dyn FnMut(&Prefill),
+    emit: &mut dyn FnMut(&str),
+) -> Result<Answer> {
+    let mut stream = TokenStream::after(tokenizer, true, &job.prompt)?;
+    let prompt_tokens = job.prompt.len();
+    let id = engine.submit(job)?;
+    let answer = answered(engine, id, prompt_tokens, &mut stream, stops, prefill, emit);
+    if answer.is_err() {
+        engine.cancel(id);
+    }
+    answer
+}
+
+fn answered(
+    engine: &mut Engine,
+    id: JobId,
+    prompt_tokens: usize,
+    stream: &mut TokenStream,
+    stops: StopStrings,
+    prefill: &mut dyn FnMut(&Prefill),
     emit: &mut dyn FnMut(&str),
 ) -> Result<Answer> {
     let started = Instant::now();
     let before = engine.stats();
-    let prompt_tokens = job.prompt.len();
-    let mut stream = TokenStream::after(tokenizer, true, &job.prompt)?;
     let mut matcher = StopMatcher::new(stops);
-    let id = engine.submit(job)?;
     let mut events = Vec::new();
     let mut answer = Answer {
         tokens: Vec::new(),
@@ -49,13 +102,32 @@ pub fn generate(
     let mut at_first: Option<(Instant, EngineStats)> = None;
     let mut last = started;
     let (mut fresh, mut piece) = (String::new(), String::new());
-    prefill(0, prompt_tokens);
+    let mut at = Prefill {
+        tokens: prompt_tokens,
+        done: 0,
+        rows: 0,
+        unit: 0,
+        units: engine.units_of_a_pass(),
+    };
     while engine.pending() > 0 {
         events.clear();
-        engine.step(&mut events)?;
-        if at_first.is_none() {
+        let waiting = at_first.is_none();
+        if waiting {
+            at.rows = engine.next_pass_rows().min(prompt_tokens - at.done);
+            at.unit = 0;
+            prefill(&at);
+        }
+        engine.step_watched(&mut events, &mut |unit, units| {
+            if waiting {
+                (at.unit, at.units) = (unit, units);
+                prefill(&at);
+            }
+        })?;
+        if waiting {
             let rows = (engine.stats().rows - before.rows) as usize;
-            prefill(rows.min(prompt_tokens), prompt_tokens);
+            at.done = rows.min(prompt_tokens);
+            at.unit = 0;
+            prefill(&at);
         }
         for event in &events {
             match event {

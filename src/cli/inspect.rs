@@ -22,7 +22,7 @@ pub struct InspectArgs {
     /// Let an accelerate index name files outside its folder
     #[arg(long)]
     allow_external: bool,
-    /// List every unit
+    /// List every unit and the names of its tensors
     #[arg(long)]
     units: bool,
     /// One JSON object on stdout
@@ -104,6 +104,9 @@ fn model_lines(m: &ModelInfo, units: bool) -> String {
                 counted(u.tensors as u64, "tensor"),
                 counted(u.extents as u64, "extent")
             );
+            for name in &u.tensor_names {
+                text += &format!("          {name}\n");
+            }
         }
     }
     text
@@ -121,6 +124,7 @@ fn pack_line(p: &PackInfo) -> String {
         PackState::Unfinished => "unfinished".into(),
         PackState::OtherFormat => "of another version".into(),
         PackState::Damaged(why) => format!("damaged: {why}"),
+        PackState::Abandoned => "left behind by a demo that was killed".into(),
         PackState::Foreign => "not made by tensorpager".into(),
     };
     format!("{:<48} {:>10}  {state}", p.name, human_bytes(p.bytes))

@@ -9,7 +9,7 @@ use super::options::{GemmArg, IoArg, MachineOptions, OrAuto, VerifyArg};
 use crate::device::cuda;
 use crate::engine::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, DeviceChoice, EngineOptions};
 use crate::error::{Code, Error, Result};
-use crate::io::ReaderKind;
+use crate::io::{MAX_QUEUE_DEPTH, ReaderKind};
 use crate::paging::{
     KeptSetting, PagerOptions, Placement, Setting, SlotLayout, TRACE_EVENTS, Tier, Trace, UnitSize,
     VerifyWhen, parse_device_map,
@@ -157,7 +157,10 @@ fn reading(machine: &MachineOptions, dir: &Path, ours: bool, on_gpu: bool) -> Se
             io => super::bench::kind(io),
         },
         page_bytes: machine.page_size.or(usual.page_bytes),
-        queue_depth: machine.queue_depth.or(usual.queue_depth).max(1),
+        queue_depth: machine
+            .queue_depth
+            .or(usual.queue_depth)
+            .clamp(1, MAX_QUEUE_DEPTH),
         prefetch_depth: machine.prefetch_depth.or(usual.prefetch_depth),
         ring_frames: machine.ring_size.given().or(usual.ring_frames),
     }

@@ -171,6 +171,14 @@ impl<'m> Renderer<'m> {
         options: &PromptOptions,
         pictures: &PictureOptions,
     ) -> Result<Rendered> {
+        if options.system.is_some() && self.template.is_none() {
+            return Err(Error::new(
+                Code::Usage,
+                "--system cannot be followed",
+                "this model comes without a chat template, so there are no roles",
+                "write what it says into the prompt itself, or leave it out",
+            ));
+        }
         match (prompt, self.template) {
             (Prompt::Chat, _) if !pictures.is_empty() => Err(Error::new(
                 Code::Usage,
@@ -202,6 +210,12 @@ impl<'m> Renderer<'m> {
                 r#"write {"type": "image_url", "image_url": {"url": "cat.jpg"}} parts into them"#,
             )),
             (Prompt::Messages(messages), Some(_)) => self.messages(messages, Path::new("")),
+            (Prompt::Messages(_), None) if options.raw => Err(Error::new(
+                Code::Usage,
+                "--messages does not go with --raw",
+                "messages become text by the chat template, which --raw leaves out",
+                "leave --raw out, or give the text itself with --prompt",
+            )),
             (Prompt::Messages(_), None) => Err(Error::new(
                 Code::Text,
                 "messages cannot be rendered",

@@ -151,12 +151,16 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<u8> {
         .format_timestamp(None)
         .try_init();
     let args = bench::name_the_model(args.into_iter().collect());
-    let mut command = command();
-    let parsed = command
-        .try_get_matches_from_mut(args)
-        .and_then(|found| Cli::from_arg_matches(&found).map_err(|e| e.format(&mut command)));
+    let mut command = surface::heeding_what_is_typed(command(), &args);
+    let parsed = command.try_get_matches_from_mut(args).and_then(|found| {
+        let cli = Cli::from_arg_matches(&found).map_err(|e| e.format(&mut command))?;
+        Ok((cli, found))
+    });
     let cli = match parsed {
-        Ok(cli) => cli,
+        Ok((cli, found)) => {
+            surface::two_budgets(&found)?;
+            cli
+        }
         Err(e) => {
             // --help and --version are errors to clap, and so is a bare `tensorpager`, which gets the help.
             if !e.use_stderr() || e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {

@@ -161,6 +161,11 @@ impl Model {
         self.rates().raise(gb_per_s);
     }
 
+    /// Forgets what was measured on a model that goes away.
+    pub fn forget_rates(&self) {
+        self.rates().forget();
+    }
+
     /// The best rate this disk is known to give on these files, measured now when none is.
     /// `room`: memory it may take meanwhile.
     pub fn probe_disk(&self, room: u64) -> Result<Option<f64>> {

@@ -82,14 +82,14 @@ const MOST_READ_AHEAD: usize = 1 << 16;
 /// Each thread has a stack and scratch of its own.
 const MOST_THREADS: usize = 1024;
 
-fn threads(text: &str) -> std::result::Result<usize, String> {
+pub fn threads(text: &str) -> std::result::Result<usize, String> {
     text.parse()
         .ok()
         .filter(|n| (1..=MOST_THREADS).contains(n))
         .ok_or_else(|| format!("give a number from 1 to {MOST_THREADS}"))
 }
 
-fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+pub fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     text.parse()
         .ok()
         .filter(|n| *n > 0)
@@ -319,7 +319,7 @@ pub struct SamplingOptions {
         help_heading = "Sampling"
     )]
     pub repetition_penalty: Option<f32>,
-    /// The same seed gives the same text
+    /// The same seed gives the same text [default: 0]
     #[arg(
         long,
         value_name = "N",

@@ -1,6 +1,6 @@
 //! `run`: generate from a prompt, or chat.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::advice::Advisor;
 use super::found::Found;
-use super::generate::{Answer, generate};
+use super::generate::{Answer, AnswerLength, generate};
 use super::machine::Weights;
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{OpenFor, stop_tokens};
@@ -19,11 +19,11 @@ use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
 use crate::engine::{Engine, HostMemory, Job, VisionRoom};
 use crate::error::{Code, Error, Result};
-use crate::report::summary::{PagingReport, Timings, VisionReport, closing_lines, tokens_per_s};
+use crate::report::progress::PrefillProgress;
+use crate::report::summary::{
+    PagingReport, Timings, VisionReport, closing_lines, paging_line, tokens_per_s,
+};
 use crate::text::{ChatTemplate, GenerationConfig, StopStrings, Tokenizer};
-
-/// Tokens generated where neither the user nor the model says how many.
-const DEFAULT_MAX_TOKENS: usize = 512;
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -72,7 +72,8 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let started = Instant::now();
     // Before Ctrl-C is heeded by us: a prompt may come from a pipe that nobody writes to.
     let prompt = args.prompt.read()?;
-    let cancel = signals::cancel_flag()?;
+    let signals = signals::two_stage()?;
+    let cancel = signals.cancel.clone();
     if matches!(prompt, Prompt::Chat) && args.json {
         return Err(Error::new(
             Code::Usage,
@@ -84,7 +85,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     // What cannot be is refused before hours of packing.
     args.machine.check()?;
     args.sampling.over(&GenerationConfig::default())?;
-    let stops = StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
+    StopStrings::new(args.sampling.stop.iter().map(String::as_str))?;
     let found = Found::open_with_text(&args.source, &cancel, args.quiet)?;
     let tokenizer = Tokenizer::load(found.text_dir())?;
     let template = if args.prompt.raw {
@@ -97,11 +98,22 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let rendered = Renderer::new(dir, tower, &tokenizer, template.as_ref(), args.look, budget)
         .prompt(&prompt, &args.prompt, &args.pictures)?;
     let generation = GenerationConfig::load(found.text_dir())?;
-    let max_tokens = args
-        .sampling
-        .max_tokens
-        .or(generation.max_new_tokens)
-        .unwrap_or(DEFAULT_MAX_TOKENS);
+    if !args.quiet && !generation.unheeded.is_empty() {
+        eprintln!(
+            "warning: generation_config.json sets {}, which is not followed here: answers may differ from transformers'",
+            generation.unheeded.join(", ")
+        );
+    }
+    let stops = StopStrings::new(match args.sampling.stop.is_empty() {
+        true => &generation.stop_strings,
+        false => &args.sampling.stop,
+    })?;
+    let length = AnswerLength::new(args.sampling.max_tokens, &generation);
+    let max_tokens = match prompt {
+        // Each turn asks for itself.
+        Prompt::Chat => 1,
+        _ => length.after(rendered.ids.len())?,
+    };
     let job = Job {
         max_tokens,
         sampling: args.sampling.over(&generation)?,
@@ -142,17 +154,21 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {
-        let system = args.prompt.system.as_deref();
-        let code = repl::chat(
-            &mut engine,
-            &tokenizer,
-            template.as_ref(),
-            job,
+        let chat = repl::Chat {
+            tokenizer: &tokenizer,
+            template: template.as_ref(),
+            like: job,
+            length,
             stops,
-            system,
-        )?;
+            system: args.prompt.system.as_deref(),
+            quiet: args.quiet,
+        };
+        let code = repl::chat(&mut engine, &chat, &signals.into_chat()?)?;
         let settings = model.read_settings(&args.machine, &engine.stats(), &engine);
         let paging = PagingReport::new(&engine, &engine.stats(), &settings);
+        if !args.quiet && engine.stats().paging.passes > 0 {
+            eprintln!("{}", paging_line(&paging, &engine.stats(), &engine));
+        }
         model.write_records(&args.machine, &engine, &Timings::default(), &paging)?;
         return Ok(code);
     }
@@ -218,7 +234,7 @@ fn answer(
     args: &RunArgs,
     cancel: &Arc<AtomicBool>,
 ) -> Result<Answer> {
-    let live = !args.quiet && std::io::stderr().is_terminal();
+    let mut progress = PrefillProgress::new(args.quiet);
     let mut failed = None;
     let mut said = false;
     let answer = generate(
@@ -226,15 +242,7 @@ fn answer(
         tokenizer,
         job,
         stops,
-        &mut |done, of| {
-            if live {
-                if done < of {
-                    eprint!("\rprefill {done}/{of} tokens …");
-                } else {
-                    eprint!("\r\x1b[K");
-                }
-            }
-        },
+        &mut |at| progress.update(at),
         &mut |text| {
             said |= !text.is_empty();
             if !args.json
@@ -247,6 +255,7 @@ fn answer(
             }
         },
     );
+    drop(progress);
     match (answer, failed) {
         (_, Some(e)) => Err(e),
         (answer, None) => {

@@ -16,6 +16,7 @@ use super::signals;
 use crate::engine::{ScoreBlock, ScoreInput, VisionRoom};
 use crate::error::{Code, Error, Result};
 use crate::text::{ChatTemplate, Message, Tokenizer};
+use crate::units::human_bytes;
 
 /// Tokens of pictures kept at once where there are more: a few dozen images.
 const WAVE_TOKENS: usize = 16384;
@@ -95,6 +96,9 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
         ..OpenFor::default()
     };
     found.expect_room(&args.machine, &open_for, args.quiet)?;
+    if let Some(path) = &args.output {
+        expect_space(path, &inputs, found.spec().vocab)?;
+    }
     let budget = args.machine.cpu_budget()?;
     let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
@@ -320,6 +324,34 @@ fn print_scored(index: usize, rows: &[LogSum]) -> Result<()> {
     let line = serde_json::to_string(&scored)
         .map_err(|e| Error::internal(format!("a score cannot be written: {e}")))?;
     super::run::print(&format!("{line}\n"))
+}
+
+/// The logits are written as they come, over hours: whether the disk has room for all of them is known before.
+fn expect_space(path: &Path, inputs: &[ScoreInput], vocab: usize) -> Result<()> {
+    let tokens: u64 = inputs.iter().map(|i| i.tokens.len() as u64).sum();
+    let needed = tokens.saturating_mul(4 * (vocab as u64 + 1));
+    let folder = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        // Creating the file says so.
+        return Ok(());
+    }
+    let free = crate::store::free_bytes(folder)?;
+    if needed <= free {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::Space,
+        format!("no room for the logits in {}", path.display()),
+        format!(
+            "{tokens} tokens of {vocab} logits take {}, and {} are free there",
+            human_bytes(needed),
+            human_bytes(free)
+        ),
+        "free some space, give an --output on another disk, or score fewer inputs at a time",
+    ))
 }
 
 /// A safetensors file whose header is written first and whose logits arrive piece by piece, each at its place.

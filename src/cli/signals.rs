@@ -1,18 +1,35 @@
-//! Ctrl-C: the first asks to stop at the next unit, the second ends the process at once.
+//! Ctrl-C, and its like from other programs: the first asks to stop at the next unit, the second ends the process at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
 
-/// A flag that SIGINT and SIGTERM raise. A second one exits with 130 at once: nothing durable is half written then, because
+/// What asks to stop: Ctrl-C, `kill`, and a terminal that is closed, unless whoever started this (nohup) wants that ignored.
+fn heeded() -> Vec<i32> {
+    let mut signals = vec![SIGINT, SIGTERM];
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    signals
+}
+
+/// As the kernel lists it: a mask in hexadecimal, signal 1 its lowest bit.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok());
+    mask.unwrap_or(0) >> (signal - 1) & 1 == 1
+}
+
+/// A flag that these signals raise. A second one exits with 130 at once: nothing durable is half written then, because
 /// packs count only with their manifest.
 pub fn cancel_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in heeded() {
         // Order matters: the conditional exit must look at the flag before this signal raises it.
         signal_hook::flag::register_conditional_shutdown(signal, 130, flag.clone())
             .map_err(wire)?;
@@ -38,19 +55,49 @@ impl TwoStage {
     }
 }
 
+/// The flags of a chat, whose answers Ctrl-C ends one by one.
+pub struct ChatSignals {
+    /// Ends what the engine does, and with it the chat.
+    pub cancel: Arc<AtomicBool>,
+    /// Ends the answer under way; to be lowered before the next.
+    pub turn: Arc<AtomicBool>,
+    /// Up while a line is waited for: there is nothing to stop, so any signal ends the process.
+    pub at_prompt: Arc<AtomicBool>,
+}
+
+impl TwoStage {
+    /// From here on Ctrl-C raises `stop` only; other signals end the chat. Twice while an answer is under way still exits at once.
+    pub fn into_chat(self) -> Result<ChatSignals> {
+        self.working();
+        let at_prompt = Arc::new(AtomicBool::new(false));
+        for signal in heeded() {
+            signal_hook::flag::register_conditional_shutdown(signal, 130, at_prompt.clone())
+                .map_err(wire)?;
+            if signal != SIGINT {
+                signal_hook::flag::register(signal, self.cancel.clone()).map_err(wire)?;
+            }
+        }
+        Ok(ChatSignals {
+            cancel: self.cancel,
+            turn: self.stop,
+            at_prompt,
+        })
+    }
+}
+
 pub fn two_stage() -> Result<TwoStage> {
     let flags = TwoStage {
         cancel: Arc::new(AtomicBool::new(false)),
         stop: Arc::new(AtomicBool::new(false)),
         working: Arc::new(AtomicBool::new(false)),
     };
-    for signal in [SIGINT, SIGTERM] {
+    for signal in heeded() {
         // Looks at the flag before the thread below, or this very signal, can have raised it.
         signal_hook::flag::register_conditional_shutdown(signal, 130, flags.stop.clone())
             .map_err(wire)?;
         signal_hook::flag::register(signal, flags.stop.clone()).map_err(wire)?;
     }
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(wire)?;
+    let mut signals = Signals::new(heeded()).map_err(wire)?;
     let (cancel, working) = (flags.cancel.clone(), flags.working.clone());
     std::thread::Builder::new()
         .name("signals".into())

@@ -1,10 +1,15 @@
 //! What all commands have in common on the outside: an environment variable for every option, and a first page that groups
 //! the commands.
 
+use std::ffi::OsString;
 use std::fmt::Write;
 
-use clap::builder::BoolishValueParser;
-use clap::{Arg, ArgAction, Command};
+use clap::builder::{BoolishValueParser, Resettable};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command, Id};
+
+use crate::error::{Code, Error, Result};
+use crate::units::{flag_size, parse_size};
 
 const PREFIX: &str = "TENSORPAGER_";
 
@@ -82,6 +87,103 @@ pub(super) fn with_environment(command: Command) -> Command {
             }
         })
         .mut_subcommands(with_environment)
+}
+
+/// Options that go against others without excluding them: the first, where it is typed, silences the variables of the others.
+const AGAINST: [(&str, &[&str]); 4] = [
+    ("temperature", &["greedy"]),
+    ("top_k", &["greedy"]),
+    ("top_p", &["greedy"]),
+    ("min_p", &["greedy"]),
+];
+
+/// `command`, reading no variable that goes against what is typed in `args`: what was typed wins.
+pub(super) fn heeding_what_is_typed(command: Command, args: &[OsString]) -> Command {
+    let bare = without_environment(command.clone()).ignore_errors(true);
+    match bare.try_get_matches_from(args) {
+        Ok(found) => silenced(command, &found),
+        Err(_) => command,
+    }
+}
+
+fn without_environment(command: Command) -> Command {
+    command
+        .mut_args(|arg| arg.env(Resettable::Reset))
+        .mut_subcommands(without_environment)
+}
+
+fn silenced(command: Command, found: &ArgMatches) -> Command {
+    let typed =
+        |arg: &Arg| found.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    let mut silent: Vec<Id> = Vec::new();
+    for arg in command.get_arguments() {
+        // Conflicts are declared on one side.
+        for other in command.get_arg_conflicts_with(arg) {
+            if typed(arg) {
+                silent.push(other.get_id().clone());
+            }
+            if typed(other) {
+                silent.push(arg.get_id().clone());
+            }
+        }
+        let against = AGAINST
+            .iter()
+            .filter(|(id, _)| arg.get_id() == id && typed(arg));
+        silent.extend(against.flat_map(|(_, others)| others.iter().map(Id::from)));
+    }
+    if let Ok(Some(map)) = found.try_get_one::<String>("max_memory") {
+        // Each entry is about one of the two budgets.
+        for entry in map.split(',') {
+            let is_cpu = entry.trim_start().starts_with("cpu");
+            silent.push(Id::from(if is_cpu { "cpu_memory" } else { "gpu_memory" }));
+        }
+    }
+    let command = command.mut_args(|arg| match silent.contains(arg.get_id()) {
+        true => arg.env(Resettable::Reset),
+        false => arg,
+    });
+    match found.subcommand() {
+        Some((name, inner)) => command.mut_subcommand(name, |c| silenced(c, inner)),
+        None => command,
+    }
+}
+
+/// `--max-memory` and `--cpu-memory` (or `--gpu-memory`) that say different things in the same place, on the command line or in the
+/// environment.
+pub(super) fn two_budgets(found: &ArgMatches) -> Result<()> {
+    if let Some((_, inner)) = found.subcommand() {
+        two_budgets(inner)?;
+    }
+    let Ok(Some(map)) = found.try_get_one::<String>("max_memory") else {
+        return Ok(());
+    };
+    for entry in map.split(',') {
+        let Some((device, amount)) = entry.split_once('=') else {
+            continue;
+        };
+        let id = match device.trim() {
+            "cpu" => "cpu_memory",
+            "disk" => continue,
+            _ => "gpu_memory",
+        };
+        let (Ok(Some(other)), Ok(bytes)) = (found.try_get_one::<u64>(id), parse_size(amount))
+        else {
+            continue;
+        };
+        if *other != bytes && found.value_source(id) == found.value_source("max_memory") {
+            return Err(Error::new(
+                Code::Usage,
+                format!(
+                    "--max-memory {map} and --{} {} contradict each other",
+                    id.replace('_', "-"),
+                    flag_size(*other)
+                ),
+                "both bound the same memory",
+                "leave one of them out",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The variables of the options that a message names, where they are set.

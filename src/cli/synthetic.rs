@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use serde_json::{Value, json};
 
-use crate::checkpoint::{synthetic_bytes, write_synthetic};
+use crate::checkpoint::{outline_synthetic, write_synthetic};
 use crate::error::{Code, Error, Result};
 use crate::units::human_bytes;
 
-/// What was written.
+/// What was, or is to be, written.
 pub struct Synthetic {
     pub layers: usize,
     pub vocab: usize,
@@ -34,18 +34,11 @@ fn config(layers: usize) -> Value {
     })
 }
 
-/// Writes as many layers as `size` holds (one at least) into `dir`. `progress(done, of)` in bytes.
-pub fn make(
-    dir: &Path,
-    size: u64,
-    cancel: &AtomicBool,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Synthetic> {
+/// Makes the outline of as many layers as `size` holds (one at least) in `dir`: a model that can be planned for, with a hole for weights.
+/// Refused where the disk has no room for them.
+pub fn outline(dir: &Path, size: u64) -> Result<Synthetic> {
     let layers = (size / LAYER_BYTES).max(1) as usize;
-    let config = config(layers);
-    let bytes = synthetic_bytes(&config)?;
-    std::fs::create_dir_all(dir)
-        .map_err(|e| Error::io(format!("{} cannot be made", dir.display()), &e))?;
+    let bytes = outline_synthetic(dir, &config(layers))?;
     let free = crate::store::free_bytes(dir)?;
     if free < bytes + MARGIN_BYTES {
         return Err(Error::new(
@@ -58,18 +51,28 @@ pub fn make(
             "give a smaller --size, or another --offload-folder",
         ));
     }
-    write_synthetic(dir, &config, &mut |done, of| {
-        if cancel.load(Relaxed) {
-            return Err(Error::interrupted());
-        }
-        progress(done, of);
-        Ok(())
-    })?;
     Ok(Synthetic {
         layers,
         vocab: VOCAB,
         bytes,
     })
+}
+
+/// Writes the weights. `progress(done, of)` in bytes.
+pub fn fill(
+    dir: &Path,
+    made: &Synthetic,
+    cancel: &AtomicBool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    write_synthetic(dir, &config(made.layers), &mut |done, of| {
+        if cancel.load(Relaxed) {
+            return Err(Error::interrupted());
+        }
+        progress(done, of);
+        Ok(())
+    })
+    .map(drop)
 }
 
 #[cfg(test)]

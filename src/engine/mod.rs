@@ -91,6 +91,8 @@ pub struct Engine {
     h2d_gb_per_s: Option<f64>,
     rows: u64,
     cancel: Arc<AtomicBool>,
+    /// Ends the pass under way and nothing else.
+    pause: Option<Arc<AtomicBool>>,
     vision: Option<Vision>,
 }
 
@@ -120,6 +122,12 @@ impl Engine {
     /// Forgets a job at once and gives back its KV. Unknown ids are ignored: it may just have finished.
     pub fn cancel(&mut self, id: JobId) {
         self.scheduler.cancel(id);
+    }
+
+    /// While `flag` is up, a step ends at its next unit as interrupted. Once it is down the engine goes on; what was given to
+    /// [`Engine::open`] ends it for good.
+    pub fn pause_by(&mut self, flag: Arc<AtomicBool>) {
+        self.pause = Some(flag);
     }
 
     /// Jobs that are not finished.
@@ -154,12 +162,7 @@ impl Engine {
             return Err(Error::interrupted());
         }
         self.look()?;
-        let most = self.forward.max_tokens();
-        let budget = match self.streams {
-            true => self.pacer.budget(most),
-            false => most,
-        };
-        self.scheduler.schedule(budget, events)?;
+        self.scheduler.schedule(self.next_pass_rows(), events)?;
         if self.scheduler.pass.rows() == 0 {
             return Ok(());
         }
@@ -226,7 +229,8 @@ impl Engine {
         let logits = self.scheduler.pass.wanted() > 0;
         self.pager.begin_pass(logits)?;
         let units = self.forward.units(logits);
-        let mut source = Paged::watched(&mut self.pager, units, watch);
+        let pause = self.pause.as_deref();
+        let mut source = Paged::watched(&mut self.pager, units, watch, pause);
         let pass = &self.scheduler.pass;
         let limit = self.samplers.limit();
         let found = &mut self.candidates;
@@ -299,7 +303,8 @@ impl Engine {
         let logits = self.scheduler.pass.wanted() > 0;
         self.pager.begin_pass(logits)?;
         let units = self.forward.units(logits);
-        let mut source = Paged::watched(&mut self.pager, units, watch);
+        let pause = self.pause.as_deref();
+        let mut source = Paged::watched(&mut self.pager, units, watch, pause);
         let pass = &self.scheduler.pass;
         self.forward
             .run(&self.device, &mut self.kv, &mut source, pass, sink)?;
@@ -363,6 +368,20 @@ impl Engine {
     /// Rows a pass may hold.
     pub fn max_pass_tokens(&self) -> usize {
         self.forward.max_tokens()
+    }
+
+    /// Rows the next pass takes at most: where it waits for the disk, as many as hide behind that.
+    pub fn next_pass_rows(&self) -> usize {
+        let most = self.forward.max_tokens();
+        match self.streams {
+            true => self.pacer.budget(most),
+            false => most,
+        }
+    }
+
+    /// Units of a pass that gives logits.
+    pub fn units_of_a_pass(&self) -> usize {
+        self.forward.units(true)
     }
 }
 

@@ -229,6 +229,7 @@ impl Engine {
             h2d_gb_per_s,
             rows: 0,
             cancel,
+            pause: None,
             vision,
             spec,
             dtype,

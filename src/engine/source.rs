@@ -1,7 +1,9 @@
 //! The pager as the forward pass sees it: units by role, nothing of disks or slots.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use crate::device::{Bytes, WeightView};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{UnitSource, UnitView};
 use crate::paging::{Pager, SlotWeight};
 use crate::units::UnitId;
@@ -10,6 +12,8 @@ pub(super) struct Paged<'p> {
     pager: &'p mut Pager,
     /// Told how many units of the pass are done, and of how many, after each.
     watch: Option<&'p mut Watch<'p>>,
+    /// Up: the pass is to end.
+    pause: Option<&'p AtomicBool>,
     /// Units of the pass, as far as anybody asks.
     units: usize,
     done: usize,
@@ -23,15 +27,22 @@ impl<'p> Paged<'p> {
         Paged {
             pager,
             watch: None,
+            pause: None,
             units: 0,
             done: 0,
         }
     }
 
     /// `watch(units done, units)` after each unit.
-    pub fn watched(pager: &'p mut Pager, units: usize, watch: &'p mut Watch<'p>) -> Paged<'p> {
+    pub fn watched(
+        pager: &'p mut Pager,
+        units: usize,
+        watch: &'p mut Watch<'p>,
+        pause: Option<&'p AtomicBool>,
+    ) -> Paged<'p> {
         Paged {
             watch: Some(watch),
+            pause,
             units,
             ..Paged::new(pager)
         }
@@ -44,6 +55,9 @@ impl UnitSource for Paged<'_> {
         unit: UnitId,
         compute: &mut dyn FnMut(&UnitView<'_>) -> Result<()>,
     ) -> Result<()> {
+        if self.pause.is_some_and(|flag| flag.load(Relaxed)) {
+            return Err(Error::interrupted());
+        }
         let lease = self.pager.acquire(unit)?;
         let bytes = self.pager.bytes(&lease);
         let mut view = UnitView::empty();

@@ -49,6 +49,11 @@ impl DiskRates {
         }
     }
 
+    /// For a folder that goes away.
+    pub fn forget(&self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+
     fn record(&self) -> Option<Record> {
         let text = record::read(&self.path)?;
         let record: Record = serde_json::from_str(&text).ok()?;

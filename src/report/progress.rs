@@ -1,6 +1,6 @@
 //! Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when asked for quiet.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -149,5 +149,166 @@ impl CountProgress {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// How far a prompt is on its way through the layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefill {
+    /// Tokens of the prompt, and those that earlier passes have done.
+    pub tokens: usize,
+    pub done: usize,
+    /// Tokens in the pass under way, and how many of its units have had them.
+    pub rows: usize,
+    pub unit: usize,
+    pub units: usize,
+}
+
+impl Prefill {
+    /// From 0 to 1. A pass costs as much for each of its units, and the prompt's passes are about alike.
+    fn share(&self) -> f64 {
+        let within = self.rows as f64 * self.unit as f64 / self.units.max(1) as f64;
+        ((self.done as f64 + within) / self.tokens.max(1) as f64).min(1.0)
+    }
+}
+
+/// Progress towards the first token: a line that overwrites itself on a terminal, one now and then elsewhere.
+pub struct PrefillProgress {
+    live: bool,
+    quiet: bool,
+    started: Instant,
+    /// When the last line came, from the start.
+    told: Option<Duration>,
+}
+
+/// Between two states of a line that overwrites itself.
+const LIVE_EVERY: Duration = Duration::from_millis(100);
+
+impl PrefillProgress {
+    pub fn new(quiet: bool) -> PrefillProgress {
+        PrefillProgress {
+            live: !quiet && std::io::stderr().is_terminal(),
+            quiet,
+            started: Instant::now(),
+            told: None,
+        }
+    }
+
+    pub fn update(&mut self, at: &Prefill) {
+        if at.done >= at.tokens {
+            return self.clear();
+        }
+        match self.line(at, self.started.elapsed()) {
+            Some(text) if self.live => live_line(&text),
+            Some(text) => eprintln!("{text}"),
+            None => {}
+        }
+    }
+
+    /// What is to be said `now` after the start, if it is time to say something.
+    fn line(&mut self, at: &Prefill, now: Duration) -> Option<String> {
+        let due = match (self.live, self.told) {
+            (true, None) => Duration::ZERO,
+            (true, Some(told)) => told + LIVE_EVERY,
+            (false, told) => told.unwrap_or_default() + PLAIN_EVERY,
+        };
+        if self.quiet || now < due {
+            return None;
+        }
+        self.told = Some(now);
+        let share = at.share();
+        let left = match share > 0.0 {
+            true => format!("{:.0} s left", now.as_secs_f64() * (1.0 - share) / share),
+            false => "…".to_string(),
+        };
+        Some(format!(
+            "prefill: {:.0} % of {} tokens (unit {} of {}), {left}",
+            100.0 * share,
+            at.tokens,
+            at.unit,
+            at.units
+        ))
+    }
+
+    /// Makes way for what is printed next.
+    fn clear(&mut self) {
+        if self.live && self.told.take().is_some() {
+            live_line("");
+        }
+    }
+}
+
+impl Drop for PrefillProgress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// Takes the place of the terminal's line; an empty one clears it.
+pub fn live_line(text: &str) {
+    eprint!("\r\x1b[K{text}");
+    let _ = std::io::stderr().flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(unit: usize) -> Prefill {
+        Prefill {
+            tokens: 1236,
+            done: 0,
+            rows: 1236,
+            unit,
+            units: 30,
+        }
+    }
+
+    #[test]
+    fn a_prompt_of_one_pass_moves_with_its_units_and_says_how_long() {
+        let mut progress = PrefillProgress {
+            live: false,
+            ..PrefillProgress::new(false)
+        };
+        let mut said = Vec::new();
+        for unit in 0..=30 {
+            said.extend(progress.line(&at(unit), Duration::from_secs(unit as u64 / 2)));
+        }
+        // Every 5 s, as packing does; a unit takes half a second.
+        assert_eq!(
+            said,
+            [
+                "prefill: 33 % of 1236 tokens (unit 10 of 30), 10 s left",
+                "prefill: 67 % of 1236 tokens (unit 20 of 30), 5 s left",
+                "prefill: 100 % of 1236 tokens (unit 30 of 30), 0 s left",
+            ]
+        );
+        let mut quiet = PrefillProgress::new(true);
+        assert_eq!(quiet.line(&at(20), Duration::from_secs(60)), None);
+    }
+
+    #[test]
+    fn a_terminal_is_told_at_once_and_then_as_it_goes() {
+        let mut progress = PrefillProgress {
+            live: true,
+            ..PrefillProgress::new(false)
+        };
+        let mut tell = |unit, ms| progress.line(&at(unit), Duration::from_millis(ms));
+        let first = tell(0, 0).unwrap();
+        assert_eq!(first, "prefill: 0 % of 1236 tokens (unit 0 of 30), …");
+        assert_eq!(tell(1, 50), None);
+        assert!(tell(2, 120).is_some());
+    }
+
+    #[test]
+    fn earlier_passes_count() {
+        let second = Prefill {
+            tokens: 100,
+            done: 40,
+            rows: 40,
+            unit: 5,
+            units: 10,
+        };
+        assert!((second.share() - 0.6).abs() < 1e-9);
     }
 }

@@ -285,16 +285,28 @@ pub fn closing_lines(
     engine: &Engine,
 ) -> String {
     format!(
-        "{}, first token after {:.2} s; {}{}\n{}",
+        "{}\n{}",
+        answer_line(
+            prompt_tokens,
+            tokens,
+            t.time_to_first_token_s,
+            t.output_tokens_per_s
+        ),
+        paging_line(paging, during, engine)
+    )
+}
+
+/// What an answer took, in one line for people.
+pub fn answer_line(prompt_tokens: usize, tokens: usize, first_s: f64, per_s: f64) -> String {
+    format!(
+        "{}, first token after {first_s:.2} s; {}{}",
         counted(prompt_tokens, "prompt token"),
-        t.time_to_first_token_s,
         counted(tokens, "token"),
         // The rate is that from the first to the last.
         match tokens {
             0 | 1 => String::new(),
-            _ => format!(" at {:.2} tokens/s", t.output_tokens_per_s),
+            _ => format!(" at {per_s:.2} tokens/s"),
         },
-        paging_line(paging, during, engine)
     )
 }
 

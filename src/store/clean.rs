@@ -9,9 +9,9 @@ use super::inspect::{PackInfo, PackState, list_packs};
 use super::layout::is_file_name;
 use super::lock::{self, LockMode};
 use super::manifest::{CHECKSUMS, COPIES, MANIFEST};
-use super::{LAST_USED, durable};
+use super::{LAST_USED, durable, scratch};
 use crate::error::{Code, Error, Result};
-use crate::units::human_bytes;
+use crate::units::{flag_size, human_bytes};
 
 /// What `clean` is asked to do.
 #[derive(Clone, Debug, Default)]
@@ -88,7 +88,11 @@ fn remove_pack(pack: &PackInfo, dry_run: bool) -> Result<Option<String>> {
         return Ok(None);
     }
     let failed = |e: io::Error| Error::io(format!("cannot remove {}", dir.display()), &e);
-    let strangers = remove_contents(dir).map_err(failed)?;
+    let strangers = match pack.state {
+        PackState::Abandoned => scratch::remove_contents(dir),
+        _ => remove_contents(dir),
+    };
+    let strangers = strangers.map_err(failed)?;
     if let Some(first) = strangers.first() {
         return Ok(Some(format!("emptied; {first} in it is not ours")));
     }
@@ -228,7 +232,7 @@ fn beyond_limit(limit: u64, needed: u64, total: u64) -> Error {
         ),
         format!(
             "raise --offload-limit to {} or more, or stream with --in-place",
-            human_bytes(total)
+            flag_size(total)
         ),
     )
 }

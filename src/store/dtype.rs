@@ -96,7 +96,7 @@ impl DtypePolicy {
                     Code::Usage,
                     format!("the dtype map's entry `{key}` fits no tensor"),
                     "no tensor of the model has that name or lies in a module of that name",
-                    "correct it; `tensorpager inspect MODEL` lists the names",
+                    "correct it; `tensorpager inspect MODEL --units` lists the names",
                 ));
             }
         }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::layout::UnitLayout;
 use super::lock::{self, Holder, LockMode};
 use super::manifest::{FORMAT_VERSION, Manifest, SourceRecord, claims};
-use super::{LAST_USED, Store, check_copies, check_files_on_disk, clean, manifest};
+use super::{LAST_USED, Store, check_copies, check_files_on_disk, clean, manifest, scratch};
 use crate::checkpoint::{Checkpoint, SourceKind};
 use crate::error::{Error, Result};
 use crate::units::Dtype;
@@ -33,6 +33,8 @@ pub enum PackState {
     OtherFormat,
     /// Says it is finished and is not whole.
     Damaged(String),
+    /// Left behind by a demo that was killed.
+    Abandoned,
     /// Not made by this engine.
     Foreign,
 }
@@ -107,7 +109,10 @@ fn inspect_pack(dir: &Path, name: String) -> PackInfo {
         .find_map(|f| fs::metadata(dir.join(f)).ok()?.modified().ok());
     PackInfo {
         name,
-        bytes: clean::recognised_bytes(dir),
+        bytes: match scratch::is_marked(dir) {
+            true => scratch::bytes(dir),
+            false => clean::recognised_bytes(dir),
+        },
         holder: (state == PackState::Packing).then(|| lock::holder(dir)),
         state,
         model: manifest.as_ref().map(|m| m.model.clone()),
@@ -125,6 +130,9 @@ fn pack_state(dir: &Path) -> (PackState, Option<Manifest>) {
     let lock = lock::try_lock(dir, LockMode::Shared);
     if matches!(lock, Ok(None)) {
         return (PackState::Packing, None);
+    }
+    if scratch::is_marked(dir) {
+        return (PackState::Abandoned, None);
     }
     let loaded = Manifest::load(dir);
     if !clean::is_begun(dir) && claims(dir).is_none() {
@@ -191,6 +199,8 @@ pub struct UnitInfo {
     pub tensors: usize,
     pub extents: usize,
     pub dtypes: Vec<Dtype>,
+    /// As a dtype map names them.
+    pub tensor_names: Vec<String>,
 }
 
 /// A model as `inspect MODEL` describes it.
@@ -294,5 +304,6 @@ fn unit_info(unit: &UnitLayout) -> UnitInfo {
         tensors: unit.places.len(),
         extents: unit.extents.len(),
         dtypes,
+        tensor_names: unit.places.iter().map(|p| p.name.clone()).collect(),
     }
 }

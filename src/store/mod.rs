@@ -18,6 +18,7 @@ mod pack;
 mod plan;
 mod prepare;
 pub(crate) mod record;
+mod scratch;
 mod space;
 mod verify;
 
@@ -35,6 +36,7 @@ pub use manifest::FORMAT_VERSION;
 pub use outline::{Outline, free_for_pack, outline};
 pub use pack::{FailPoint, PackProgress, PackReport, Step, TensorWarning};
 pub use prepare::{InPlace, PackOptions, Prepared};
+pub use scratch::{Scratch, sweep};
 pub use space::free_bytes;
 pub use verify::{Problem, ProblemKind, VerifyReport, verify};
 

@@ -240,7 +240,13 @@ fn find_or_pack(
                 Fit::Ready(manifest) if !repack => {
                     let opened = validate(&dir, &manifest)?;
                     let store = Store::from_manifest(&dir, &manifest, opened, lock)?;
-                    return Ok(finished(store, packed));
+                    let kept = match packed {
+                        None => keep_limit(&dir, plan, options)?,
+                        Some(_) => Vec::new(),
+                    };
+                    let mut prepared = finished(store, packed);
+                    prepared.notes.extend(kept);
+                    return Ok(prepared);
                 }
                 _ => {
                     target = Some(dir);
@@ -278,10 +284,26 @@ fn not_ours(plan: &Plan<'_>, options: &PackOptions) -> Error {
     )
 }
 
+/// The limit holds beside a pack that is there already, too. Where it cannot be kept that is said: it is no reason not to run.
+fn keep_limit(dir: &Path, plan: &Plan<'_>, options: &PackOptions) -> Result<Vec<String>> {
+    let Some(limit) = options.offload_limit else {
+        return Ok(Vec::new());
+    };
+    match clean::make_room(&options.offload_folder, limit, plan.bytes(), dir) {
+        Ok(removed) => Ok(removed.iter().map(|name| removed_note(name)).collect()),
+        Err(e) if e.code() == Code::Space => Ok(vec![format!("{}: {}", e.what(), e.cause())]),
+        Err(e) => Err(e),
+    }
+}
+
+fn removed_note(name: &str) -> String {
+    format!("removed {name} to keep the offload limit")
+}
+
 fn finished(store: Store, packed: Option<PackReport>) -> Prepared {
     let mut notes = Vec::new();
     for name in packed.iter().flat_map(|p| &p.removed) {
-        notes.push(format!("removed {name} to keep the offload limit"));
+        notes.push(removed_note(name));
     }
     for w in packed.iter().flat_map(|p| &p.warnings) {
         notes.push(format!(

@@ -25,6 +25,59 @@ pub struct GenerationConfig {
     pub min_p: Option<f32>,
     pub repetition_penalty: Option<f32>,
     pub max_new_tokens: Option<usize>,
+    /// Prompt and answer together; `max_new_tokens` goes before it.
+    pub max_length: Option<usize>,
+    /// Texts that end an answer.
+    pub stop_strings: Vec<String>,
+    /// Keys set to something that would change the answer, and that this engine does not know.
+    pub unheeded: Vec<String>,
+}
+
+/// Keys of transformers' `GenerationConfig` that change what is generated in ways not followed here, each with what leaves it
+/// without effect (`null`, `[]` and `{}` always do).
+const UNHEEDED: [(&str, f64); 22] = [
+    ("bad_words_ids", f64::NAN),
+    ("begin_suppress_tokens", f64::NAN),
+    ("constraints", f64::NAN),
+    ("dola_layers", f64::NAN),
+    ("exponential_decay_length_penalty", f64::NAN),
+    ("force_words_ids", f64::NAN),
+    ("forced_bos_token_id", f64::NAN),
+    ("forced_decoder_ids", f64::NAN),
+    ("forced_eos_token_id", f64::NAN),
+    ("guidance_scale", 1.0),
+    ("max_time", f64::NAN),
+    ("min_length", 0.0),
+    ("min_new_tokens", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("num_beams", 1.0),
+    ("penalty_alpha", 0.0),
+    ("sequence_bias", f64::NAN),
+    ("suppress_tokens", f64::NAN),
+    ("watermarking_config", f64::NAN),
+    // The last three only where tokens are drawn.
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("typical_p", 1.0),
+];
+const ONLY_SAMPLING: [&str; 3] = ["epsilon_cutoff", "eta_cutoff", "typical_p"];
+
+fn unheeded(json: &Value) -> Vec<String> {
+    let samples = json.get("do_sample") == Some(&Value::Bool(true));
+    let changes = |(key, neutral): &&(&str, f64)| match json.get(*key) {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Array(list)) => !list.is_empty(),
+        Some(Value::Object(map)) => !map.is_empty(),
+        Some(value) => value.as_f64() != Some(*neutral),
+    };
+    let mut keys: Vec<String> = UNHEEDED
+        .iter()
+        .filter(changes)
+        .filter(|(key, _)| samples || !ONLY_SAMPLING.contains(key))
+        .map(|(key, _)| (*key).to_string())
+        .collect();
+    keys.sort();
+    keys
 }
 
 impl GenerationConfig {
@@ -73,6 +126,9 @@ impl GenerationConfig {
             min_p: f.number("min_p")?,
             repetition_penalty: f.number("repetition_penalty")?,
             max_new_tokens: f.count("max_new_tokens")?,
+            max_length: f.count("max_length")?,
+            stop_strings: f.texts("stop_strings")?,
+            unheeded: unheeded(json),
         })
     }
 
@@ -147,6 +203,15 @@ impl Fields<'_> {
         Ok(ids.unwrap_or_default())
     }
 
+    fn texts(&self, key: &str) -> Result<Vec<String>> {
+        let text = |v: &Value| v.as_str().filter(|t| !t.is_empty()).map(String::from);
+        let texts = self.read(key, "a text or a list of texts", |v| match v {
+            Value::Array(list) => list.iter().map(text).collect(),
+            v => text(v).map(|t| vec![t]),
+        })?;
+        Ok(texts.unwrap_or_default())
+    }
+
     fn number(&self, key: &str) -> Result<Option<f32>> {
         self.read(key, "a number", |v| v.as_f64().map(|x| x as f32))
     }
@@ -207,6 +272,41 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_an_answer_and_what_is_not_followed() {
+        let c = parse(json!({"max_length": 40, "stop_strings": "END"})).unwrap();
+        assert_eq!(
+            (c.max_length, c.stop_strings),
+            (Some(40), vec!["END".into()])
+        );
+        let c = parse(json!({"stop_strings": ["a", "b"]})).unwrap();
+        assert_eq!(c.stop_strings, ["a", "b"]);
+        let c = parse(json!({
+            "no_repeat_ngram_size": 3, "suppress_tokens": [7], "bad_words_ids": [[1, 2]],
+            "typical_p": 0.9, "num_beams": 4
+        }));
+        let all = [
+            "bad_words_ids",
+            "no_repeat_ngram_size",
+            "num_beams",
+            "suppress_tokens",
+        ];
+        assert_eq!(
+            c.unwrap().unheeded,
+            all,
+            "nothing is drawn, so typical_p is idle"
+        );
+        let c = parse(json!({"do_sample": true, "typical_p": 0.9, "unknown_key": 1}));
+        assert_eq!(c.unwrap().unheeded, ["typical_p"]);
+        // What transformers writes for "off".
+        let off = parse(json!({
+            "no_repeat_ngram_size": 0, "suppress_tokens": null, "bad_words_ids": [], "num_beams": 1,
+            "typical_p": 1.0, "do_sample": true, "sequence_bias": {}, "min_length": 0,
+            "guidance_scale": null, "epsilon_cutoff": 0.0, "penalty_alpha": null
+        }));
+        assert!(off.unwrap().unheeded.is_empty());
+    }
+
+    #[test]
     fn wrong_kinds_name_the_key() {
         for (key, v) in [
             ("eos_token_id", json!({"eos_token_id": "x"})),
@@ -215,6 +315,9 @@ mod tests {
             ("temperature", json!({"temperature": "hot"})),
             ("top_k", json!({"top_k": -5})),
             ("do_sample", json!({"do_sample": 1})),
+            ("stop_strings", json!({"stop_strings": [1]})),
+            ("stop_strings", json!({"stop_strings": ""})),
+            ("max_length", json!({"max_length": "long"})),
         ] {
             let e = parse(v).unwrap_err();
             assert_eq!(e.code(), Code::Config);

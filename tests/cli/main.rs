@@ -1,6 +1,9 @@
 //! The promise: the command line as DESIGN and README name it. Every test spawns the binary.
 
+mod chat;
+mod demo;
 mod doctor;
+mod generation;
 #[cfg(feature = "hub")]
 mod hub;
 mod process;
@@ -8,5 +11,7 @@ mod readme;
 mod refusals;
 mod results;
 mod signals;
+mod stories;
 mod tuning;
 mod surface;
+mod terminal;

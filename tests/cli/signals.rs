@@ -10,7 +10,7 @@ use tensorpager::checkpoint::write_synthetic;
 use super::process::{Place, Ran, str};
 
 /// A model large enough to be caught at work.
-fn large(p: &Place) -> String {
+pub fn large(p: &Place) -> String {
     let dir = p.path("large");
     let config = json!({
         "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 2048,
@@ -27,8 +27,12 @@ fn large(p: &Place) -> String {
 }
 
 fn interrupt(child: &Child) {
+    signal(child, libc::SIGINT);
+}
+
+pub fn signal(child: &Child, which: i32) {
     // SAFETY: a signal to a child of this process that has not been waited for, so its id is its own.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    unsafe { libc::kill(child.id() as libc::pid_t, which) };
 }
 
 /// Interrupts and waits: the exit code, and that it came soon.

@@ -57,12 +57,13 @@ def main():
     for side in [int(s) for s in sys.argv[4:]] or [448, 1008]:
         picture = folder / f"{side}.png"
         Image.effect_noise((side, side), 80).convert("RGB").save(picture)
-        ratios = []
+        ratios, seconds = [], []
         for _ in range(pairs):
             mine, peer = ours(tensorpager, folder, picture), theirs(model, side)
             ratios.append(peer / mine["seconds"])
             print(f"{side}x{side}: {mine['seconds']:.2f} s ({mine['compute_s']:.2f} s computing), transformers {peer:.2f} s: {ratios[-1]:.2f}", flush=True)
-        print(f"{side}x{side}: {statistics.median(ratios):.2f} times as fast (median)", flush=True)
+            seconds.append(mine["seconds"])
+        print(f"{side}x{side}: {statistics.median(ratios):.2f} times as fast, {1 / statistics.median(seconds):.3f} images/s (medians)", flush=True)
 
 
 main()

@@ -38,9 +38,10 @@ struct Reference {
     every: usize,
 }
 
-/// The repository's fixture, and the larger one in TENSORPAGER_FIXTURES if that is set.
+/// The repository's fixtures, and the larger one in TENSORPAGER_FIXTURES if that is set.
 fn references() -> Vec<Reference> {
-    let mut all = vec![reference(&common::fixtures().join("vl-bf16"), 37)];
+    let own = ["vl-bf16", "vl-deep-bf16"].map(|name| reference(&common::fixtures().join(name), 37));
+    let mut all = Vec::from(own);
     match std::env::var_os("TENSORPAGER_FIXTURES") {
         Some(dir) => all.push(reference(&PathBuf::from(dir).join("tiny-qwen2_5_vl"), 1)),
         None => println!("skipped: the larger fixture (TENSORPAGER_FIXTURES is not set)"),

@@ -10,6 +10,7 @@ use super::rates::{cache_dir, machine_name};
 use crate::device::cuda::{Copier, CudaDevice, Piece, Slot, Ticks};
 use crate::device::{Acts, Device, Into, Rows, WeightView};
 use crate::error::{Code, Error, Result};
+use crate::store::record;
 use crate::units::Dtype;
 
 /// Rows measured: one sequence, a few, and enough that arithmetic decides.
@@ -67,8 +68,7 @@ impl KeptCompute {
     }
 
     fn record(&self) -> Option<Record> {
-        let record: Record =
-            serde_json::from_str(&std::fs::read_to_string(&self.path).ok()?).ok()?;
+        let record: Record = serde_json::from_str(&record::read(&self.path)?).ok()?;
         let ours = record.machine == machine_name()
             && record.device == self.device
             && record.dtype == self.dtype;
@@ -85,9 +85,8 @@ impl KeptCompute {
         });
         change(&mut record);
         // A record that cannot be kept costs a second next time, no more.
-        if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(&record)) {
-            let _ = std::fs::create_dir_all(dir);
-            let _ = std::fs::write(&self.path, text);
+        if let Ok(text) = serde_json::to_string(&record) {
+            record::write(&self.path, &text);
         }
     }
 

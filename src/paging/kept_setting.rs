@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::rates::{kept_path, machine_name};
 use super::tune::{Score, Setting, Tuned};
 use crate::io::ReaderKind;
+use crate::store::record;
 
 /// File names of the records: reading for a CPU and reading for a GPU are tuned apart.
 const TUNE_FILE: &str = "tune.json";
@@ -116,7 +117,7 @@ impl KeptSetting {
 
     fn record(&self) -> Option<Record> {
         self.paths.iter().find_map(|path| {
-            let text = std::fs::read_to_string(path).ok()?;
+            let text = record::read(path)?;
             let record: Record = serde_json::from_str(&text).ok()?;
             let ours = record.version == FORMAT_VERSION && record.machine == machine_name();
             ours.then_some(record)
@@ -135,11 +136,7 @@ impl KeptSetting {
             curve: tuned.curve.iter().map(CurveRecord::of).collect(),
         };
         let text = serde_json::to_string_pretty(&record).ok()?;
-        let written = |path: &&PathBuf| {
-            path.parent()
-                .is_some_and(|dir| std::fs::create_dir_all(dir).is_ok())
-                && std::fs::write(path, &text).is_ok()
-        };
+        let written = |path: &&PathBuf| record::write(path, &text);
         self.paths.iter().find(written).map(PathBuf::as_path)
     }
 }

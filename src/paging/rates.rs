@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::io::{ReaderKind, Sweep, sweep};
+use crate::store::record;
 
 /// File name of the record.
 pub const RATES_FILE: &str = "rates.json";
@@ -49,7 +50,7 @@ impl DiskRates {
     }
 
     fn record(&self) -> Option<Record> {
-        let text = std::fs::read_to_string(&self.path).ok()?;
+        let text = record::read(&self.path)?;
         let record: Record = serde_json::from_str(&text).ok()?;
         (record.machine == machine_name()).then_some(record)
     }
@@ -114,9 +115,8 @@ impl DiskRates {
     }
 
     fn write(&self, record: &Record) {
-        if let (Some(dir), Ok(text)) = (self.path.parent(), serde_json::to_string(record)) {
-            let _ = std::fs::create_dir_all(dir);
-            let _ = std::fs::write(&self.path, text);
+        if let Ok(text) = serde_json::to_string(record) {
+            record::write(&self.path, &text);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -63,7 +63,12 @@ pub struct Lock {
 /// Takes the lock without waiting. `Ok(None)`: somebody else has it.
 pub(crate) fn try_lock(dir: &Path, mode: LockMode) -> Result<Option<Lock>> {
     let failed = |e: &io::Error| Error::io(format!("cannot lock {}", dir.display()), e);
-    let file = File::open(dir).map_err(|e| failed(&e))?;
+    // Nothing but a folder: a FIFO under this name would be waited for.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY)
+        .open(dir)
+        .map_err(|e| failed(&e))?;
     let tried = match mode {
         _ if planted::is(Bug::LockIgnored) => Ok(()),
         LockMode::Shared => file.try_lock_shared(),

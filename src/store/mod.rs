@@ -17,13 +17,13 @@ mod outline;
 mod pack;
 mod plan;
 mod prepare;
+pub(crate) mod record;
 mod space;
 mod verify;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 pub use checksums::Checksums;
 pub use clean::{CleanOptions, Cleaned, clean, clean_command};
@@ -283,9 +283,7 @@ fn check_copies(dir: &Path, manifest: &Manifest) -> Result<()> {
 /// Remembers when the pack was last opened, for `--offload-limit`. A folder that is not ours to write is simply not
 /// remembered.
 fn touch_last_used(dir: &Path) {
-    let touched =
-        fs::File::create(dir.join(LAST_USED)).and_then(|f| f.set_modified(SystemTime::now()));
-    drop(touched);
+    record::touch(&dir.join(LAST_USED));
 }
 
 pub(crate) const LAST_USED: &str = "last_used";

@@ -602,6 +602,76 @@ fn no_file_of_a_model_folder_makes_the_process_wait_or_look_elsewhere() {
     }
 }
 
+// hazard: links: in place of what a pack keeps about itself: not followed; replaced where something is to be kept
+// hazard: fifos: in place of what a pack keeps about itself: not waited for; replaced where something is to be kept
+#[test]
+fn what_a_pack_keeps_about_itself_leads_nowhere() {
+    let p = Place::new();
+    let secret = p.file("secret.txt", "the user's own");
+    let model = qwen2();
+    p.run(&["pack", &model]).done();
+    let made = std::fs::read_dir(p.offload()).unwrap();
+    let pack = made
+        .map(|e| e.unwrap().path())
+        .find(|path| path.join("manifest.json").exists())
+        .unwrap();
+    for name in ["last_used", "rates.json", "tune.json", "tune-gpu.json"] {
+        let place = pack.join(name);
+        for commands in [
+            &["run", str(&pack), "-p", "x", "-n", "1"][..],
+            &["run", &model, "-p", "x", "-n", "1"],
+            &[
+                "bench",
+                "io",
+                str(&pack),
+                "--depth",
+                "1",
+                "--block",
+                "64KiB",
+            ],
+        ] {
+            let _ = std::fs::remove_file(&place);
+            p.fifo(str(&place));
+            let ran = run_briefly(&p, commands);
+            assert_eq!(ran.code, 0, "{name}: {commands:?}: {}", ran.stderr);
+            let _ = std::fs::remove_file(&place);
+            std::os::unix::fs::symlink(&secret, &place).unwrap();
+            assert_eq!(run_briefly(&p, commands).code, 0);
+            assert_eq!(
+                std::fs::read_to_string(&secret).unwrap(),
+                "the user's own",
+                "{name}: {commands:?}"
+            );
+        }
+        std::fs::remove_file(&place).unwrap();
+    }
+    // A FIFO under a pack's own name.
+    std::fs::remove_dir_all(&pack).unwrap();
+    p.fifo(str(&pack));
+    let ran = run_briefly(&p, &["run", &model, "-p", "x", "-n", "1"]);
+    assert_ne!(ran.code, 124, "a FIFO under a pack's name is waited for");
+}
+
+#[test]
+fn reading_by_mmap_is_not_taken_for_the_disk() {
+    let p = Place::new();
+    let model = qwen2();
+    let run = [
+        "run",
+        &model,
+        "-p",
+        "x",
+        "-n",
+        "8",
+        "--json",
+        "--device-map",
+        "disk",
+        "--io",
+    ];
+    let mapped = p.run(&[&run[..], &["mmap"]].concat()).json();
+    assert_eq!(mapped["paging"]["direct"], false);
+}
+
 #[test]
 fn flags_may_come_from_the_environment() {
     let p = Place::new();

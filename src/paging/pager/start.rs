@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::{Pager, PagerOptions, Resident};
 use crate::device::cuda::Compute;
 use crate::error::{Code, Error, Result};
-use crate::io::{self, Arena, Flights, OpenFile};
+use crate::io::{self, Arena, Flights, OpenFile, ReaderKind};
 use crate::paging::copies::{Copies, InMemory, Space};
 use crate::paging::device_layout::DeviceLayout;
 use crate::paging::gpu::GpuSide;
@@ -274,5 +274,7 @@ fn spawn(
     let (reader, name) = hears
         .recv()
         .map_err(|_| Error::internal("the reading thread ended before it began"))??;
+    // Maps go through the page cache however the files were opened.
+    let direct = direct && name != ReaderKind::Mmap.name();
     Ok((thread, reader, name, direct))
 }

@@ -203,7 +203,7 @@ pub struct MachineOptions {
     /// Bound on this process's GPU memory, the driver's context included [default: 90 % of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_GPU_MEMORY", help_heading = "Machine")]
     pub gpu_memory: Option<u64>,
-    /// Bound on host memory pinned for the GPU: frames, keys and values, then weights as far as it goes; other weights go through the frames [default: half of the machine's memory]
+    /// Host memory pinned for the GPU at most: frames, keys and values, then weights; others go through the frames [default: half of it]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_PINNED_MEMORY", help_heading = "Machine")]
     pub pinned_memory: Option<u64>,
     /// Whose matrix products on a GPU; cublaslt is there to compare with, and its results depend on what else is in the pass

@@ -116,16 +116,21 @@ impl Terminal {
         let status = loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => break status,
-                None if started.elapsed() > LIMIT => {
-                    let _ = self.child.kill();
-                    panic!("it did not end: {}", self.text);
-                }
+                None if started.elapsed() > LIMIT => panic!("it did not end: {}", self.text),
                 None => std::thread::sleep(Duration::from_millis(5)),
             }
         };
         while let Ok(bytes) = self.shown.recv_timeout(Duration::from_secs(1)) {
             self.text += &String::from_utf8_lossy(&bytes);
         }
-        (status.code(), self.text)
+        (status.code(), std::mem::take(&mut self.text))
+    }
+}
+
+/// No test leaves its program behind, where it fails either.
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -68,3 +68,21 @@ pub fn on(command: &mut Command, driver: &Path, settings: &[(&str, &str)]) {
         .env("LD_LIBRARY_PATH", driver)
         .envs(settings.iter().copied());
 }
+
+/// Runs the ignored test `name` on the emulated driver.
+#[track_caller]
+pub fn inside(name: &str, settings: &[(&str, &str)]) {
+    let Some(driver) = driver() else {
+        return;
+    };
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--ignored"]);
+    on(&mut command, driver, settings);
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains("1 passed"),
+        "there is no such test: {name}\n{text}"
+    );
+}

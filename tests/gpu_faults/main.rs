@@ -14,30 +14,11 @@ mod faulty_readers;
 mod inside;
 mod jobs;
 mod kv;
-mod predicted;
 #[path = "../emulated/run.rs"]
 mod run;
 mod stops;
 
-use std::process::Command;
-
-/// Runs the ignored test `name` on the emulated driver.
-#[track_caller]
-fn inside(name: &str, settings: &[(&str, &str)]) {
-    let Some(driver) = emulated::driver() else {
-        return;
-    };
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", name, "--ignored"]);
-    emulated::on(&mut command, driver, settings);
-    let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success(), "{text}");
-    assert!(
-        text.contains("1 passed"),
-        "there is no such test: {name}\n{text}"
-    );
-}
+use emulated::inside;
 
 // hazard: short-reads: on the way to a GPU: no bit of the logits changes
 // hazard: eintr-eagain: on the way to a GPU: no bit of the logits changes

@@ -124,7 +124,7 @@ pub struct BatchArgs {
         help_heading = "Job"
     )]
     max_sequences: Option<usize>,
-    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what the rows want, at most half of the memory it lies in]
+    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what rows want, at most half of where it lies]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
     kv_memory: Option<u64>,
     #[command(flatten)]

@@ -4,7 +4,6 @@
 //! one between them that now and then takes ten times as long. Units are 7 MB; each is computed with for as long as the fast disk takes to
 //! read it, so a pass takes at best its bytes over the slower of the disk's rate and 4 GB/s.
 
-use std::collections::VecDeque;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,7 +12,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
 use tensorpager::checkpoint::{Checkpoint, OpenOptions, write_synthetic};
-use tensorpager::io::{RawDone, ReadOp, Reader};
+use tensorpager::io::Reader;
 use tensorpager::paging::{
     Budget, ComputeRates, MachineRates, Pager, PagerOptions, PassWork, Placement, Plan, Planner,
     Problem, SlotLayout, Strategy, TierRates, UnitSize, VerifyWhen, is_streamed, predict,
@@ -21,6 +20,11 @@ use tensorpager::paging::{
 use tensorpager::spec::UnitKind;
 use tensorpager::store::Store;
 use tensorpager::units::UnitId;
+
+#[path = "../tests/engine_common/disk.rs"]
+mod disk;
+
+use disk::Disk;
 
 const MIB: u64 = 1 << 20;
 
@@ -98,104 +102,16 @@ fn prediction(c: &mut Criterion) {
     group.finish();
 }
 
-/// Serves reads one after the other, each `latency` plus its bytes at `bytes_per_s`; one in `every` takes ten times as long.
-struct Disk {
-    inner: Box<dyn Reader>,
-    per_read: Duration,
-    ns_per_kib: u64,
-    every: u64,
-    count: u64,
-    free_at: Instant,
-    raw: Vec<RawDone>,
-    held: VecDeque<(RawDone, Instant)>,
-}
-
-impl Disk {
-    fn wrap(inner: Box<dyn Reader>, gb_per_s: f64, every: u64) -> Box<dyn Reader> {
-        let depth = inner.capacity();
-        Box::new(Disk {
-            inner,
-            per_read: Duration::from_micros(10),
-            ns_per_kib: (1024.0 / gb_per_s) as u64,
-            every,
-            count: 0,
-            free_at: Instant::now(),
-            raw: Vec::with_capacity(depth),
-            held: VecDeque::with_capacity(depth),
-        })
-    }
-}
-
-impl Reader for Disk {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-    fn capacity(&self) -> usize {
-        self.inner.capacity()
-    }
-    fn in_flight(&self) -> usize {
-        self.inner.in_flight() + self.held.len()
-    }
-    fn submit(&mut self, op: ReadOp, skip: usize) -> Result<(), ReadOp> {
-        match self.in_flight() < self.capacity() {
-            true => self.inner.submit(op, skip),
-            false => Err(op),
-        }
-    }
-    fn reap(
-        &mut self,
-        min: usize,
-        timeout: Duration,
-        out: &mut Vec<RawDone>,
-    ) -> tensorpager::error::Result<()> {
-        let end = Instant::now() + timeout;
-        let min = min.min(self.in_flight());
-        let mut got = 0;
-        loop {
-            let need = usize::from(self.held.is_empty() && self.inner.in_flight() > 0);
-            self.inner.reap(
-                need,
-                end.saturating_duration_since(Instant::now()),
-                &mut self.raw,
-            )?;
-            for done in self.raw.drain(..) {
-                self.count += 1;
-                let mut takes = self.per_read
-                    + Duration::from_nanos(self.ns_per_kib * (done.op.frame.len() as u64 >> 10));
-                if self.every > 0 && self.count.is_multiple_of(self.every) {
-                    takes *= 10;
-                }
-                self.free_at = self.free_at.max(Instant::now()) + takes;
-                self.held.push_back((done, self.free_at));
-            }
-            while let Some((_, due)) = self.held.front()
-                && *due <= Instant::now()
-                && let Some((done, _)) = self.held.pop_front()
-            {
-                out.push(done);
-                got += 1;
-            }
-            if got >= min || Instant::now() >= end {
-                return Ok(());
-            }
-            if let Some((_, due)) = self.held.front() {
-                std::thread::sleep(due.min(&end).saturating_duration_since(Instant::now()));
-            }
-        }
-    }
-    fn describe(&self) -> String {
-        format!("{}, simulated disk", self.inner.describe())
-    }
-}
+const PER_READ: Duration = Duration::from_micros(10);
 
 fn fast(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    Disk::wrap(r, 4.0, 0)
+    Disk::wrap(r, PER_READ, 4.0, 0)
 }
 fn slow(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    Disk::wrap(r, 0.5, 0)
+    Disk::wrap(r, PER_READ, 0.5, 0)
 }
 fn jittery(r: Box<dyn Reader>) -> Box<dyn Reader> {
-    Disk::wrap(r, 1.0, 16)
+    Disk::wrap(r, PER_READ, 1.0, 16)
 }
 
 /// One pass through the pager, each unit "computed" for as long as the fast disk takes to read it.

@@ -74,6 +74,8 @@ pub(super) struct Shared {
 
 /// How long the thread sleeps at most before it looks at `stop` again.
 const NAP: Duration = Duration::from_millis(50);
+/// The same while reads are under way beside copies to a GPU: slots that come back and frames that are copied let it go on, and wake nobody.
+const NAP_BESIDE_COPIES: Duration = Duration::from_millis(1);
 
 // Tags: bit 63 says second attempt, bit 62 gather, then the fill's number, then the read's index.
 const RETRY: u64 = 1 << 63;
@@ -166,9 +168,13 @@ impl Stream {
             }
             return Ok(self.deliver() && self.sleep());
         }
+        let nap = match self.copies {
+            Some(_) => NAP_BESIDE_COPIES,
+            None => NAP,
+        };
         let mut finished = std::mem::take(&mut self.finished);
         self.flights
-            .reap(NAP, &mut finished)
+            .reap(nap, &mut finished)
             .map_err(|e| self.name_the_unit(e))?;
         for op in finished.drain(..) {
             self.land(op)?;

@@ -189,8 +189,8 @@ impl Keys for DenseKeys<'_> {
         let step = padded(a.head_size);
         if let Some(gathered) = self.gathered {
             let first = block * KV_BLOCK_TOKENS + if values { self.rows } else { 0 };
-            // SAFETY: the block is inside the window, and `gather` wrote two times its rows; behind a window's last key lie its values, and
-            // the buffer is made for twice more than GATHER_ROWS.
+            // SAFETY: the block is inside the window, and `gather` wrote two times its rows. Up to three rows behind a window's last key are
+            // its values or unused rows of the buffer, which has 2 × longest > 2 × GATHER_ROWS rows.
             return unsafe { gathered.as_ptr().add(first * step) };
         }
         for i in 0..n {

@@ -375,7 +375,9 @@ fn fit_kv(
             let bound = options
                 .pinned_memory
                 .unwrap_or_else(|| default_pinned(budget));
-            plan.pin_within(units, bound.saturating_sub(kv.host));
+            // A tower that looks at pictures has a ring of its own.
+            let tower = vision.as_ref().map_or(0, |v| v.plan.ring().bytes());
+            plan.pin_within(units, bound.saturating_sub(kv.host + tower));
             (tokens, plan)
         }
     };

@@ -100,29 +100,31 @@ fn jpeg_header(file: &mut (impl Read + Seek)) -> std::io::Result<Option<Vec<u8>>
     const MAX_HEADER_BYTES: u64 = 16 << 20;
     const SCAN: u8 = 0xda;
     let mut at = 2;
+    file.seek(SeekFrom::Start(at))?;
     loop {
         let mut marker = [0; 4];
-        file.seek(SeekFrom::Start(at))?;
         match file.read_exact(&mut marker) {
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
             read => read?,
         }
-        let length = u64::from(u16::from_be_bytes([marker[2], marker[3]]));
-        match marker[..2] {
+        let step = match marker {
             // Fill bytes, and markers that stand alone.
-            [0xff, 0xff] => at += 1,
-            [0xff, 0x01 | 0xd0..=0xd8] => at += 2,
-            [0xff, kind] if kind >= 0xc0 => {
-                at += 2 + length;
-                if kind == SCAN {
-                    break;
-                }
+            [0xff, 0xff, ..] => 1,
+            [0xff, 0x01 | 0xd0..=0xd8, ..] => 2,
+            [0xff, kind, high, low] if kind >= 0xc0 => {
+                2 + i64::from(u16::from_be_bytes([high, low]))
             }
             _ => return Ok(None),
+        };
+        at += step as u64;
+        if marker[1] == SCAN {
+            break;
         }
         if at > MAX_HEADER_BYTES {
             return Ok(None);
         }
+        // Inside what is buffered, where it can: a file may be nothing but markers.
+        file.seek_relative(step - marker.len() as i64)?;
     }
     let mut header = Vec::new();
     file.seek(SeekFrom::Start(0))?;

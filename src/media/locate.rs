@@ -18,9 +18,14 @@ pub enum Located {
     Bytes(Vec<u8>),
 }
 
+/// A `data:` URL: it holds the picture itself.
+pub fn is_inline(at: &str) -> bool {
+    at.get(..5).is_some_and(|s| s.eq_ignore_ascii_case("data:"))
+}
+
 /// `at`, without the picture where it holds that itself.
 pub(super) fn inline_left_out(at: &str) -> &str {
-    match at.get(..5).is_some_and(|s| s.eq_ignore_ascii_case("data:")) {
+    match is_inline(at) {
         true => "data:,",
         false => at,
     }
@@ -161,7 +166,7 @@ pub(super) fn video_file(at: &str, base: &Path) -> Result<PathBuf> {
 /// A place as errors name it: a data: URL is not repeated whole.
 pub(super) fn at_name(at: &str) -> String {
     match at.split_once(',') {
-        Some((head, _)) if at.starts_with("data:") && head.len() < 80 => format!("{head},…"),
+        Some((head, _)) if is_inline(at) && head.len() < 80 => format!("{head},…"),
         _ => at.chars().take(200).collect(),
     }
 }

@@ -25,7 +25,7 @@ mod visual;
 
 pub use decode::{Rgb, decode, read_image};
 pub use identity::FileIds;
-pub use locate::{Located, locate};
+pub use locate::{Located, is_inline, locate};
 pub use measure::{Look, Measure};
 pub use processor::{Processor, VideoLimits, smart_resize};
 pub use request::{

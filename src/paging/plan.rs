@@ -219,6 +219,11 @@ impl Plan {
             .collect();
     }
 
+    /// A unit that rests in host memory beside a GPU is pinned there, if the system lets it.
+    pub fn may_pin(&self, unit: UnitId, kind: UnitKind) -> bool {
+        is_streamed(kind) && !self.unpinned.contains(&unit)
+    }
+
     /// Units of the pass that rest in host memory beside a GPU, and what they take there. The embedding's rows are gathered by the host.
     fn copied_as_they_lie(&self, units: &[UnitSize]) -> impl Iterator<Item = (UnitId, u64)> {
         let on_gpu = self.gpu.is_some();

@@ -26,7 +26,7 @@ impl CudaDevice {
         self.staging.borrow_mut().send(
             &self.compute,
             to.buffer.at(first * HALF, bytes),
-            &weight.row(0)[..bytes],
+            weight.row(0),
         )
     }
 

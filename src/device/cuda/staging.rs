@@ -36,25 +36,19 @@ impl Staging {
     pub fn send(&mut self, stream: &Stream, to: Address, bytes: &[u8]) -> Result<()> {
         for (i, piece) in bytes.chunks(HALF_BYTES).enumerate() {
             let to = to.plus(i * HALF_BYTES);
-            self.fill(stream, to, piece.len(), |at| at.copy_from_slice(piece))?;
+            self.send_piece(stream, to, piece)?;
         }
         Ok(())
     }
 
-    /// Copies `len` bytes, at most half the ring, that `fill` writes.
-    pub fn fill(
-        &mut self,
-        stream: &Stream,
-        to: Address,
-        len: usize,
-        fill: impl FnOnce(&mut [u8]),
-    ) -> Result<()> {
-        assert!(len <= HALF_BYTES, "{len} bytes in one piece");
+    /// At most half the ring.
+    fn send_piece(&mut self, stream: &Stream, to: Address, piece: &[u8]) -> Result<()> {
+        let len = piece.len();
         if self.at + len > HALF_BYTES {
             self.turn(stream)?;
         }
         let first = self.half * HALF_BYTES + self.at;
-        fill(self.buffer.piece_mut(first, len));
+        self.buffer.piece_mut(first, len).copy_from_slice(piece);
         self.at = (self.at + len).next_multiple_of(64);
         // SAFETY: this part of the ring is written again only after its half's fence, which `turn` records behind this copy and waits for.
         unsafe { stream.copy_in(to, self.buffer.piece(first, len)) }

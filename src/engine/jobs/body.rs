@@ -89,7 +89,7 @@ impl Body {
 impl Body {
     /// Whether no picture is read from a file.
     pub(crate) fn all_inline(&self) -> bool {
-        let inline = |at: &String| at.starts_with("data:");
+        let inline = |at: &String| crate::media::is_inline(at);
         self.pictures.iter().all(|picture| match picture {
             MediaRequest::Image { at, .. } => inline(at),
             MediaRequest::Frames { at, .. } => at.iter().all(inline),

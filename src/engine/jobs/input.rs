@@ -222,12 +222,12 @@ impl Lines {
             }
             self.number += 1;
             let mut too_long = None;
+            let mut rest_is_blank = true;
             if read as u64 == limit && bytes.last() != Some(&b'\n') {
-                let skipped = skip_rest(&mut self.reader);
-                let skipped = skipped.map_err(|e| Error::io(what(), &e))?;
+                let rest = skip_rest(&mut self.reader);
+                let (skipped, is_blank) = rest.map_err(|e| Error::io(what(), &e))?;
                 too_long = Some(read as u64 + skipped);
-                bytes.truncate(BEGINNING_BYTES);
-                bytes.shrink_to_fit();
+                rest_is_blank = is_blank;
             }
             if self.number == 1 && bytes.starts_with(UTF8_MARK) {
                 bytes.drain(..3);
@@ -235,7 +235,12 @@ impl Lines {
             while matches!(bytes.last(), Some(b'\n' | b'\r')) {
                 bytes.pop();
             }
-            if !bytes.iter().all(u8::is_ascii_whitespace) {
+            // Blank or not whatever the limit: rows are counted by readers with different ones.
+            if !rest_is_blank || !bytes.iter().all(u8::is_ascii_whitespace) {
+                if too_long.is_some() {
+                    bytes.truncate(BEGINNING_BYTES);
+                    bytes.shrink_to_fit();
+                }
                 let limit = self.limit as u64;
                 let mut line = Line {
                     number: self.number,
@@ -253,24 +258,22 @@ impl Lines {
     }
 }
 
-/// Up to the end of the line, in constant memory. The bytes passed over.
-fn skip_rest(reader: &mut impl BufRead) -> std::io::Result<u64> {
-    let mut skipped = 0;
+/// Up to the end of the line, in constant memory. The bytes passed over, and whether they are blank.
+fn skip_rest(reader: &mut impl BufRead) -> std::io::Result<(u64, bool)> {
+    let (mut skipped, mut is_blank) = (0, true);
     loop {
         let buffer = reader.fill_buf()?;
         if buffer.is_empty() {
-            return Ok(skipped);
+            return Ok((skipped, is_blank));
         }
-        match buffer.iter().position(|b| *b == b'\n') {
-            Some(at) => {
-                reader.consume(at + 1);
-                return Ok(skipped + at as u64);
-            }
-            None => {
-                let n = buffer.len();
-                reader.consume(n);
-                skipped += n as u64;
-            }
+        let end = buffer.iter().position(|b| *b == b'\n');
+        let rest = &buffer[..end.unwrap_or(buffer.len())];
+        is_blank = is_blank && rest.iter().all(u8::is_ascii_whitespace);
+        skipped += rest.len() as u64;
+        let taken = rest.len() + usize::from(end.is_some());
+        reader.consume(taken);
+        if end.is_some() {
+            return Ok((skipped, is_blank));
         }
     }
 }

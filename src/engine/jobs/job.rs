@@ -247,7 +247,7 @@ impl BatchJob {
     }
 }
 
-fn absolute(path: &std::path::Path) -> std::path::PathBuf {
+pub(super) fn absolute(path: &std::path::Path) -> std::path::PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 

@@ -1,6 +1,6 @@
 //! How large a row may be, so that reading it stays within the memory there is.
 
-use super::input::MAX_ROW_BYTES;
+use super::input::{Line, MAX_ROW_BYTES};
 use super::scan::Scan;
 
 /// Memory that tokenizing takes for each byte of a text, at most.
@@ -76,7 +76,12 @@ pub struct Largest {
 }
 
 impl Largest {
-    pub fn add(&mut self, row: usize, text: usize, limits: &RowLimits) {
+    pub(super) fn add(&mut self, line: &Line, text: usize, limits: &RowLimits) {
+        // Of what is passed over, so much is held once, until it is known to be too long.
+        let row = match line.too_long {
+            Some(_) => limits.row_bytes / ROW_COPIES as usize,
+            None => line.bytes.len(),
+        };
         self.row = self.row.max(row);
         self.text = self.text.max(text);
         if text <= limits.text_bytes {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::files::{JobMark, Paths, RowLog, Sidecar, Span, trouble};
 use super::input::Source;
+use super::job::absolute;
 use super::limits::RowLimits;
 use super::pictures::PictureIds;
 use super::request::RowIds;
@@ -41,9 +42,10 @@ pub fn merge(source: &Source, shards: &[PathBuf], to: &Paths) -> Result<MergeRep
     let mut logs = Vec::new();
     for path in shards {
         let errors = JobMark::errors_of(Sidecar::peek(path).as_ref(), path);
+        let outputs = [&to.output, &to.errors].map(|p| absolute(p));
         if let Some(path) = [path, &errors]
             .into_iter()
-            .find(|p| [&to.output, &to.errors].contains(p))
+            .find(|p| outputs.contains(&absolute(p)))
         {
             return Err(Error::new(
                 Code::Usage,

@@ -57,30 +57,28 @@ impl PictureIds {
 
     /// A hash of the contents of the files that a request's messages name; `None` where they name none.
     pub(super) fn identity(&self, body: &Map<String, Value>) -> Option<u128> {
-        let messages = body.get("messages")?.as_array()?;
         let mut hash = XxHash3_128::new();
         let mut found = false;
-        for parts in messages.iter().filter_map(|m| m.get("content")?.as_array()) {
-            // Inline pictures are in the row itself.
-            for request in requests_to_files(parts, &Options::default()).unwrap_or_default() {
-                found = true;
-                hash.write(&self.of(&request).to_le_bytes());
-            }
+        for request in named(body) {
+            found = true;
+            hash.write(&self.of(&request).to_le_bytes());
         }
         found.then(|| hash.finish_128())
     }
-}
 
-impl PictureIds {
     /// Whether all files that a request's messages name can be read.
     pub(super) fn are_there(&self, body: &Map<String, Value>) -> bool {
-        let messages = body.get("messages").and_then(Value::as_array);
-        let parts = messages.into_iter().flatten();
-        let parts = parts.filter_map(|m| m.get("content")?.as_array());
-        parts
-            .flat_map(|p| requests_to_files(p, &Options::default()).unwrap_or_default())
-            .all(|request| request.is_there(&self.base))
+        named(body).all(|request| request.is_there(&self.base))
     }
+}
+
+/// The files that a request's messages name. Inline pictures are in the row itself.
+fn named(body: &Map<String, Value>) -> impl Iterator<Item = MediaRequest> {
+    let messages = body.get("messages").and_then(Value::as_array);
+    let parts = messages.into_iter().flatten();
+    parts
+        .filter_map(|m| m.get("content")?.as_array())
+        .flat_map(|p| requests_to_files(p, &Options::default()).unwrap_or_default())
 }
 
 /// A row with its pictures measured.

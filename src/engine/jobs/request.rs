@@ -11,7 +11,7 @@ use super::input::{Line, MAX_ROW_BYTES, Source, TooLong};
 use super::limits::{ROW_SHARE, RowLimits};
 use super::pictures::{Looker, PictureIds};
 use crate::error::Error;
-use crate::media::Options;
+use crate::media::{Options, is_inline};
 use crate::text::{ChatTemplate, SamplingParams, Tokenizer};
 use crate::units::human_bytes;
 
@@ -313,7 +313,7 @@ impl Request {
 
 fn text_bytes(value: &Value) -> usize {
     match value {
-        Value::String(s) if s.starts_with("data:") => 0,
+        Value::String(s) if is_inline(s) => 0,
         Value::String(s) => s.len(),
         Value::Array(list) => list.iter().map(text_bytes).sum(),
         Value::Object(map) => map.values().map(text_bytes).sum(),

@@ -91,10 +91,15 @@ impl Scan {
                 Ok(r) => Some(r.custom_id.as_str()),
                 Err((id, _)) => id.as_deref(),
             };
-            if let Ok(r) = &parsed.request {
-                longest_answer = longest_answer.max(r.max_tokens());
-                largest.add(line.bytes.len(), r.text_bytes(), limits);
-            }
+            // A row that is no request is read like any other.
+            let text = match &parsed.request {
+                Ok(r) => {
+                    longest_answer = longest_answer.max(r.max_tokens());
+                    r.text_bytes()
+                }
+                Err(_) => 0,
+            };
+            largest.add(&line, text, limits);
             marks.push(Mark {
                 ident: match custom_id {
                     Some(id) => ident(id),

@@ -156,13 +156,14 @@ fn sample(
         let looker = text
             .looker
             .filter(|_| is_open && may_hold_pictures(&line.bytes));
-        if let Some(looker) = looker
-            && let Some(body) = parsed(&mut line)
+        let looked_at = looker.is_some() || is_chosen;
+        let body = looked_at.then(|| parsed(&mut line)).flatten();
+        if let (Some(looker), Some(body)) = (looker, &body)
             && !body.pictures.is_empty()
         {
             // What the model's files do not say is no row's fault.
             looker.processor()?;
-            if let Ok(m) = looker.measure(&body) {
+            if let Ok(m) = looker.measure(body) {
                 pictures.add(&m.pictures);
                 let row = m.prompt_tokens + body.max_tokens;
                 longest_tokens = longest_tokens.max(row);
@@ -171,7 +172,9 @@ fn sample(
                 }
             }
         } else if is_chosen {
-            sizes.extend(parsed(&mut line).map(plain));
+            sizes.extend(body.map(plain));
+        } else if let Some(body) = body {
+            longest_tokens = longest_tokens.max(plain(body).0);
         } else if (1..KEPT_BYTES).contains(&line.bytes.len()) {
             let least = longest.peek().map_or(0, |r| r.0.0);
             if longest.len() < KEPT_ROWS || line.bytes.len() > least {

@@ -37,6 +37,29 @@ fn a_row_is_identified_by_what_it_means() {
 }
 
 #[test]
+fn a_row_that_is_too_long_is_one_whatever_it_begins_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.jsonl");
+    let blanks = " ".repeat(100_000);
+    std::fs::write(&path, format!("{blanks}{{}}\n{blanks}\n{{}}\n")).unwrap();
+    let mut lines = Source::Jsonl(path.clone()).lines_up_to(80_000).unwrap();
+    let mut seen = Vec::new();
+    while let Some(line) = lines.next_line().unwrap() {
+        seen.push((line.number, line.too_long.is_some()));
+    }
+    assert_eq!(seen, [(1, true), (3, false)]);
+
+    // A mark at the beginning is no part of the row, whatever the limit.
+    let text = format!("\u{feff}{}", "x".repeat(200_000));
+    std::fs::write(&path, text).unwrap();
+    let hash = |limit| {
+        let mut lines = Source::Jsonl(path.clone()).lines_up_to(limit).unwrap();
+        lines.next_line().unwrap().unwrap().hash_of_beginning(0)
+    };
+    assert_eq!(hash(80_000), hash(300_000));
+}
+
+#[test]
 fn lines_are_counted_blank_or_not_and_huge_ones_are_passed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("in");

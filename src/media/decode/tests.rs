@@ -170,6 +170,19 @@ fn a_jpeg_header_is_read_up_to_its_scan() {
 }
 
 #[test]
+fn a_jpeg_of_nothing_but_markers_is_looked_through_at_once() {
+    // Fill bytes, and markers that stand alone: some millions of steps.
+    for marker in [&[0xff][..], &[0xff, 0xd0]] {
+        let bytes = [&[0xff, 0xd8][..], &marker.repeat(4_000_000 / marker.len())].concat();
+        let mut file = std::io::BufReader::new(Cursor::new(&bytes));
+        let started = std::time::Instant::now();
+        assert!(jpeg_header(&mut file).unwrap().is_none());
+        let took = started.elapsed();
+        assert!(took < std::time::Duration::from_millis(500), "{took:?}");
+    }
+}
+
+#[test]
 fn jpeg_and_webp_are_read() {
     let image = image::RgbImage::from_pixel(16, 8, image::Rgb([200, 100, 50]));
     let mut jpeg = Vec::new();

@@ -11,7 +11,7 @@ use crate::paging::copies::{Copies, InMemory, Space};
 use crate::paging::device_layout::DeviceLayout;
 use crate::paging::gpu::GpuSide;
 use crate::paging::origin::{Origin, unit_name};
-use crate::paging::plan::{Plan, Tier, is_streamed};
+use crate::paging::plan::{Plan, Tier};
 use crate::paging::slot::SlotLayout;
 use crate::paging::stats::{Counters, PagingStats};
 use crate::paging::stream::{Gather, Ports, Shared, Stream};
@@ -209,11 +209,9 @@ impl Pager {
             (Space::Host(region), None) => Ok(Resident::Host(Arc::new(region))),
             (Space::Host(region), Some(gpu)) => {
                 let region = Arc::new(region);
-                // The embedding's rows are gathered by the host.
-                let copied = is_streamed(self.shared.layouts[unit.index()].kind);
-                let may = copied && !self.plan.unpinned.contains(&unit);
+                let kind = self.shared.layouts[unit.index()].kind;
                 let memory = InMemory {
-                    pinned: may && gpu.pin(&region, arena),
+                    pinned: self.plan.may_pin(unit, kind) && gpu.pin(&region, arena),
                     region: region.clone(),
                 };
                 let _ = self.shared.memory[unit.index()].set(memory);

@@ -27,7 +27,7 @@ fn config(layers: usize, tied: bool) -> Value {
 fn model(dir: &Path, layers: usize, tied: bool) -> PathBuf {
     let model = dir.join("model");
     write_synthetic(&model, &config(layers, tied), &mut |_, _| Ok(())).unwrap();
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama3-bf16");
+    let fixture = PathBuf::from(fixture("llama3-bf16"));
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(fixture.join(name), model.join(name)).unwrap();
     }

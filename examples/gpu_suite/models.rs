@@ -93,16 +93,13 @@ fn case(c: &Value, folder: &Path) -> Option<Input> {
 
 fn input(of: &Value, line: Value, logits: String, prompt: Option<Prompt>) -> Input {
     let error = |key: &str| of["half_error"][key].as_f64();
-    let numbers = |v: &Value| {
-        v.as_array()
-            .map(|l| l.iter().filter_map(Value::as_u64).collect())
-    };
-    let positions: Option<Vec<u64>> = numbers(&of["positions"]);
+    let positions = of["positions"].as_array();
+    let position = |v: &Value| v.as_u64().map(|p| p as usize);
     let margins = of["margins"].as_array().into_iter().flatten();
     Input {
         line,
         logits,
-        positions: positions.map(|l| l.into_iter().map(|p| p as usize).collect()),
+        positions: positions.map(|l| l.iter().filter_map(position).collect()),
         half_nmse: error("nmse"),
         half_max: error("max_abs").unwrap_or(0.0),
         margins: margins.filter_map(Value::as_f64).collect(),

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
 use super::found::Found;
+use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor, stop_tokens};
@@ -25,8 +26,6 @@ use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
-/// Tokens of a chat answer where neither row, user nor model says how many, as with `run`.
-const DEFAULT_MAX_TOKENS: usize = 512;
 /// KV gets at least one part in so many of the budget before the budget is called too small.
 const LEAST_KV_SHARE: u64 = 32;
 
@@ -276,10 +275,8 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let Some(output) = &args.output else {
         return Err(Error::internal("an output was required"));
     };
-    let spec = JobSpec {
-        max_errors,
-        ..job_spec(&args, &model, &texts, shard, shard.path(output))?
-    };
+    warn_of_unheeded(&texts.generation, quiet);
+    let spec = job_spec(&args, &model, &texts, shard, shard.path(output), max_errors)?;
     let mut job = BatchJob::open(spec, texts.looker.as_ref(), &mut |_| {})?;
     announce(&job, shard, quiet);
     let load = Instant::now();
@@ -366,6 +363,7 @@ fn job_spec(
     texts: &Texts,
     shard: Shard,
     output: PathBuf,
+    max_errors: Option<MaxErrors>,
 ) -> Result<JobSpec> {
     let label = args
         .input
@@ -384,7 +382,7 @@ fn job_spec(
         },
         overwrite: args.overwrite,
         retry_errors: args.retry_errors,
-        max_errors: None,
+        max_errors,
         created: source_date_epoch()?,
         limits: texts.limits,
     })

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::model::Model;
-use super::options::{IoArg, SourceOptions, size};
+use super::options::{IoArg, SourceOptions, size, up_to};
 use super::signals;
 use crate::engine::HostMemory;
 use crate::error::{Code, Error, Result};
@@ -90,10 +90,7 @@ fn block(text: &str) -> std::result::Result<u64, String> {
 }
 
 fn depth(text: &str) -> std::result::Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|n| (1..=MAX_QUEUE_DEPTH).contains(n))
-        .ok_or_else(|| format!("give a number from 1 to {MAX_QUEUE_DEPTH}"))
+    up_to(MAX_QUEUE_DEPTH, text)
 }
 
 pub fn run(args: BenchArgs) -> Result<u8> {

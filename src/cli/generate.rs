@@ -8,7 +8,7 @@ use crate::report::progress::Prefill;
 use crate::text::{GenerationConfig, StopMatcher, StopStrings, TokenStream, Tokenizer};
 
 /// Tokens generated where neither the user nor the model says how many.
-const DEFAULT_MAX_TOKENS: usize = 512;
+pub(super) const DEFAULT_MAX_TOKENS: usize = 512;
 
 /// How long an answer may be: what the user says, else what the model's generation_config.json does, as transformers reads it.
 #[derive(Clone, Copy, Debug)]
@@ -168,4 +168,14 @@ fn answered(
         answer.during_decode = end.since(&stats);
     }
     Ok(answer)
+}
+
+/// Answers differ from transformers' where it follows what is not followed here: that is said.
+pub(super) fn warn_of_unheeded(generation: &GenerationConfig, quiet: bool) {
+    if !quiet && !generation.unheeded.is_empty() {
+        eprintln!(
+            "warning: generation_config.json sets {}, which is not followed here: answers may differ from transformers'",
+            generation.unheeded.join(", ")
+        );
+    }
 }

@@ -174,12 +174,17 @@ pub(super) fn verify_when(arg: VerifyArg) -> VerifyWhen {
     }
 }
 
-/// What is written when the work is done had better be possible before it begins.
-fn expect_writable(path: &Path) -> Result<()> {
-    let folder = match path.parent() {
+/// Where a file lies, or will.
+pub(super) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+/// What is written when the work is done had better be possible before it begins.
+fn expect_writable(path: &Path) -> Result<()> {
+    let folder = folder_of(path);
     let cause = match () {
         () if path.is_dir() => "it is a folder".to_string(),
         () if !folder.is_dir() => format!("there is no folder {}", folder.display()),

@@ -210,12 +210,6 @@ impl<'m> Renderer<'m> {
                 r#"write {"type": "image_url", "image_url": {"url": "cat.jpg"}} parts into them"#,
             )),
             (Prompt::Messages(messages), Some(_)) => self.messages(messages, Path::new("")),
-            (Prompt::Messages(_), None) if options.raw => Err(Error::new(
-                Code::Usage,
-                "--messages does not go with --raw",
-                "messages become text by the chat template, which --raw leaves out",
-                "leave --raw out, or give the text itself with --prompt",
-            )),
             (Prompt::Messages(_), None) => Err(Error::new(
                 Code::Text,
                 "messages cannot be rendered",
@@ -301,7 +295,7 @@ fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
             human_bytes(m.decode_bytes),
             human_bytes(taken)
         ),
-        smaller_picture(request, m, taken, budget),
+        smaller_picture(request, m, needed, budget.saturating_sub(taken)),
     ))
 }
 
@@ -309,13 +303,13 @@ fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
 const STARTS_DIFFER: u64 = 4 << 20;
 
 /// What helps: fewer pixels and frames do where those kept are what takes the memory, and decoding the file leaves room for some.
-fn smaller_picture(request: &MediaRequest, m: &Measure, taken: u64, budget: u64) -> String {
+/// `room`: what the process itself leaves of the budget.
+fn smaller_picture(request: &MediaRequest, m: &Measure, needed: u64, room: u64) -> String {
     let more = format!(
         "give --cpu-memory {} or more",
-        flag_size(taken + STARTS_DIFFER + m.pixel_bytes + m.decode_bytes)
+        flag_size(needed + STARTS_DIFFER)
     );
     let is_video = !matches!(request, MediaRequest::Image { .. });
-    let room = budget.saturating_sub(taken);
     match (room.saturating_sub(m.decode_bytes), is_video) {
         // Less than a sixteenth of the pixels is another picture.
         (left, true) if left > m.pixel_bytes / 16 => {
@@ -323,7 +317,7 @@ fn smaller_picture(request: &MediaRequest, m: &Measure, taken: u64, budget: u64)
         }
         (left, false) if left > m.pixel_bytes / 16 => format!("{more}, or a smaller --max-pixels"),
         _ => {
-            let times = m.decode_bytes as f64 / room.max(1) as f64;
+            let times = (m.decode_bytes + m.pixel_bytes) as f64 / room.max(1) as f64;
             let smaller = match times < 100.0 {
                 true => format!(", or make the file smaller first, to 1/{times:.1} of its size"),
                 false => String::new(),

@@ -83,10 +83,15 @@ const MOST_READ_AHEAD: usize = 1 << 16;
 const MOST_THREADS: usize = 1024;
 
 pub fn threads(text: &str) -> std::result::Result<usize, String> {
+    up_to(MOST_THREADS, text)
+}
+
+/// A number from 1 to `most`.
+pub fn up_to(most: usize, text: &str) -> std::result::Result<usize, String> {
     text.parse()
         .ok()
-        .filter(|n| (1..=MOST_THREADS).contains(n))
-        .ok_or_else(|| format!("give a number from 1 to {MOST_THREADS}"))
+        .filter(|n| (1..=most).contains(n))
+        .ok_or_else(|| format!("give a number from 1 to {most}"))
 }
 
 pub fn at_least_one(text: &str) -> std::result::Result<usize, String> {

@@ -26,7 +26,12 @@ pub struct PromptOptions {
     )]
     pub prompt_file: Option<PathBuf>,
     /// A JSON file: a list of {"role", "content"}
-    #[arg(long, value_name = "FILE", help_heading = "Prompt")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "raw",
+        help_heading = "Prompt"
+    )]
     pub messages: Option<PathBuf>,
     /// A system message before the prompt
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["messages", "raw"], help_heading = "Prompt")]

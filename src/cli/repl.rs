@@ -161,9 +161,10 @@ fn turn(engine: &mut Engine, chat: &Chat<'_>, said: &mut Conversation, line: &st
 /// At the model's own limit a larger context is no way out.
 fn with_reset(e: &Error, engine: &Engine) -> Error {
     let reset = "/reset forgets the conversation so far";
-    match engine.context() < engine.spec().max_positions {
-        true => e.clone().with_fix(format!("{}; {reset}", e.fix())),
-        false => e.clone().with_fix(reset),
+    let at_limit = engine.context() >= engine.spec().max_positions;
+    match at_limit && e.fix().contains("--context") {
+        true => e.clone().with_fix(reset),
+        false => e.clone().with_fix(format!("{}; {reset}", e.fix())),
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::advice::Advisor;
 use super::found::Found;
-use super::generate::{Answer, AnswerLength, generate};
+use super::generate::{Answer, AnswerLength, generate, warn_of_unheeded};
 use super::machine::Weights;
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{OpenFor, stop_tokens};
@@ -98,12 +98,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let rendered = Renderer::new(dir, tower, &tokenizer, template.as_ref(), args.look, budget)
         .prompt(&prompt, &args.prompt, &args.pictures)?;
     let generation = GenerationConfig::load(found.text_dir())?;
-    if !args.quiet && !generation.unheeded.is_empty() {
-        eprintln!(
-            "warning: generation_config.json sets {}, which is not followed here: answers may differ from transformers'",
-            generation.unheeded.join(", ")
-        );
-    }
+    warn_of_unheeded(&generation, args.quiet);
     let stops = StopStrings::new(match args.sampling.stop.is_empty() {
         true => &generation.stop_strings,
         false => &args.sampling.stop,

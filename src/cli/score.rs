@@ -330,10 +330,7 @@ fn print_scored(index: usize, rows: &[LogSum]) -> Result<()> {
 fn expect_space(path: &Path, inputs: &[ScoreInput], vocab: usize) -> Result<()> {
     let tokens: u64 = inputs.iter().map(|i| i.tokens.len() as u64).sum();
     let needed = tokens.saturating_mul(4 * (vocab as u64 + 1));
-    let folder = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
+    let folder = super::machine::folder_of(path);
     if !folder.is_dir() {
         // Creating the file says so.
         return Ok(());

@@ -91,13 +91,14 @@ pub fn two_stage() -> Result<TwoStage> {
         stop: Arc::new(AtomicBool::new(false)),
         working: Arc::new(AtomicBool::new(false)),
     };
-    for signal in heeded() {
+    let heeded = heeded();
+    for signal in &heeded {
         // Looks at the flag before the thread below, or this very signal, can have raised it.
-        signal_hook::flag::register_conditional_shutdown(signal, 130, flags.stop.clone())
+        signal_hook::flag::register_conditional_shutdown(*signal, 130, flags.stop.clone())
             .map_err(wire)?;
-        signal_hook::flag::register(signal, flags.stop.clone()).map_err(wire)?;
+        signal_hook::flag::register(*signal, flags.stop.clone()).map_err(wire)?;
     }
-    let mut signals = Signals::new(heeded()).map_err(wire)?;
+    let mut signals = Signals::new(&heeded).map_err(wire)?;
     let (cancel, working) = (flags.cancel.clone(), flags.working.clone());
     std::thread::Builder::new()
         .name("signals".into())

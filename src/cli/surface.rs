@@ -89,13 +89,17 @@ pub(super) fn with_environment(command: Command) -> Command {
         .mut_subcommands(with_environment)
 }
 
-/// Options that go against others without excluding them: the first, where it is typed, silences the variables of the others.
-const AGAINST: [(&str, &[&str]); 4] = [
-    ("temperature", &["greedy"]),
-    ("top_k", &["greedy"]),
-    ("top_p", &["greedy"]),
-    ("min_p", &["greedy"]),
-];
+/// Options that go against `--greedy` without excluding it: where one is typed, that variable is silent.
+const AGAINST_GREEDY: [&str; 4] = ["temperature", "top_k", "top_p", "min_p"];
+
+/// The option that bounds what an entry of `--max-memory` is about.
+fn budget_of(device: &str) -> Option<&'static str> {
+    match device.trim() {
+        "cpu" => Some("cpu_memory"),
+        "disk" => None,
+        _ => Some("gpu_memory"),
+    }
+}
 
 /// `command`, reading no variable that goes against what is typed in `args`: what was typed wins.
 pub(super) fn heeding_what_is_typed(command: Command, args: &[OsString]) -> Command {
@@ -126,17 +130,13 @@ fn silenced(command: Command, found: &ArgMatches) -> Command {
                 silent.push(arg.get_id().clone());
             }
         }
-        let against = AGAINST
-            .iter()
-            .filter(|(id, _)| arg.get_id() == id && typed(arg));
-        silent.extend(against.flat_map(|(_, others)| others.iter().map(Id::from)));
+        if AGAINST_GREEDY.contains(&arg.get_id().as_str()) && typed(arg) {
+            silent.push(Id::from("greedy"));
+        }
     }
     if let Ok(Some(map)) = found.try_get_one::<String>("max_memory") {
-        // Each entry is about one of the two budgets.
-        for entry in map.split(',') {
-            let is_cpu = entry.trim_start().starts_with("cpu");
-            silent.push(Id::from(if is_cpu { "cpu_memory" } else { "gpu_memory" }));
-        }
+        let devices = map.split(',').filter_map(|entry| entry.split('=').next());
+        silent.extend(devices.filter_map(budget_of).map(Id::from));
     }
     let command = command.mut_args(|arg| match silent.contains(arg.get_id()) {
         true => arg.env(Resettable::Reset),
@@ -161,10 +161,8 @@ pub(super) fn two_budgets(found: &ArgMatches) -> Result<()> {
         let Some((device, amount)) = entry.split_once('=') else {
             continue;
         };
-        let id = match device.trim() {
-            "cpu" => "cpu_memory",
-            "disk" => continue,
-            _ => "gpu_memory",
+        let Some(id) = budget_of(device) else {
+            continue;
         };
         let (Ok(Some(other)), Ok(bytes)) = (found.try_get_one::<u64>(id), parse_size(amount))
         else {
@@ -272,6 +270,13 @@ mod tests {
                 assert!(arg.get_help().is_some(), "{path}: {arg} has no explanation");
             }
         });
+    }
+
+    #[test]
+    fn an_entry_of_max_memory_is_about_one_budget() {
+        assert_eq!(budget_of(" cpu "), Some("cpu_memory"));
+        assert_eq!(budget_of("0"), Some("gpu_memory"));
+        assert_eq!(budget_of("disk"), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::engine::{Engine, EngineStats, VisionStats};
 use crate::paging::{PagingStats, Tier, VerifyWhen};
-use crate::units::human_bytes;
+use crate::units::{counted, human_bytes};
 
 /// Seconds, each from the start of what it names.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -300,22 +300,14 @@ pub fn closing_lines(
 pub fn answer_line(prompt_tokens: usize, tokens: usize, first_s: f64, per_s: f64) -> String {
     format!(
         "{}, first token after {first_s:.2} s; {}{}",
-        counted(prompt_tokens, "prompt token"),
-        counted(tokens, "token"),
+        counted(prompt_tokens as u64, "prompt token"),
+        counted(tokens as u64, "token"),
         // The rate is that from the first to the last.
         match tokens {
             0 | 1 => String::new(),
             _ => format!(" at {per_s:.2} tokens/s"),
         },
     )
-}
-
-/// `1 token`, `2 tokens`.
-fn counted(n: usize, what: &str) -> String {
-    match n {
-        1 => format!("1 {what}"),
-        n => format!("{n} {what}s"),
-    }
 }
 
 /// One line for people: where the weights were, what came from disk, and how near the bound it was.
@@ -342,8 +334,8 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
         }
         if !plan.unpinned.is_empty() {
             text += &format!(
-                "{} units in RAM beyond --pinned-memory; ",
-                plan.unpinned.len()
+                "{} in RAM beyond --pinned-memory; ",
+                counted(plan.unpinned.len() as u64, "unit")
             );
         }
         if let Some(why) = engine.pager().pin_note() {

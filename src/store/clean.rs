@@ -117,6 +117,11 @@ fn is_recognised(name: &str) -> bool {
         "rates.json",
     ];
     let base = name.strip_suffix(".tmp").unwrap_or(name);
+    // A record's unfinished file has its writer's number.
+    let base = match base.rsplit_once('.') {
+        Some((record, pid)) if name.ends_with(".tmp") && pid.parse::<u32>().is_ok() => record,
+        _ => base,
+    };
     is_file_name(name) || ours.contains(&base) || COPIES.contains(&base)
 }
 
@@ -235,4 +240,29 @@ fn beyond_limit(limit: u64, needed: u64, total: u64) -> Error {
             flag_size(total)
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_recognised;
+
+    #[test]
+    fn unfinished_files_of_ours_are_ours() {
+        for name in [
+            "rates.json",
+            "manifest.json.tmp",
+            "rates.json.1234.tmp",
+            "tune-gpu.json.7.tmp",
+        ] {
+            assert!(is_recognised(name), "{name}");
+        }
+        for name in [
+            "rates.json.1234",
+            "notes.1234.tmp",
+            "rates.json.x.tmp",
+            ".rates.json.1",
+        ] {
+            assert!(!is_recognised(name), "{name}");
+        }
+    }
 }

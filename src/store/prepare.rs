@@ -241,7 +241,7 @@ fn find_or_pack(
                     let opened = validate(&dir, &manifest)?;
                     let store = Store::from_manifest(&dir, &manifest, opened, lock)?;
                     let kept = match packed {
-                        None => keep_limit(&dir, plan, options)?,
+                        None => keep_limit(&dir, plan, options),
                         Some(_) => Vec::new(),
                     };
                     let mut prepared = finished(store, packed);
@@ -285,14 +285,13 @@ fn not_ours(plan: &Plan<'_>, options: &PackOptions) -> Error {
 }
 
 /// The limit holds beside a pack that is there already, too. Where it cannot be kept that is said: it is no reason not to run.
-fn keep_limit(dir: &Path, plan: &Plan<'_>, options: &PackOptions) -> Result<Vec<String>> {
+fn keep_limit(dir: &Path, plan: &Plan<'_>, options: &PackOptions) -> Vec<String> {
     let Some(limit) = options.offload_limit else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
     match clean::make_room(&options.offload_folder, limit, plan.bytes(), dir) {
-        Ok(removed) => Ok(removed.iter().map(|name| removed_note(name)).collect()),
-        Err(e) if e.code() == Code::Space => Ok(vec![format!("{}: {}", e.what(), e.cause())]),
-        Err(e) => Err(e),
+        Ok(removed) => removed.iter().map(|name| removed_note(name)).collect(),
+        Err(e) => vec![format!("{}: {}", e.what(), e.cause())],
     }
 }
 

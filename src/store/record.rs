@@ -26,8 +26,9 @@ pub(crate) fn write(path: &Path, text: &str) -> bool {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return false;
     };
+    // Each process has its own, or one would rename what another has half written.
     let temporary = dir.join(format!(
-        ".{}.{}",
+        "{}.{}.tmp",
         name.to_string_lossy(),
         std::process::id()
     ));

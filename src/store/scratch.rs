@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::durable;
 use super::lock::{self, Lock, LockMode};
 use crate::error::{Code, Error, Result};
 
@@ -89,12 +90,10 @@ pub(super) fn is_marked(dir: &Path) -> bool {
 
 /// Removes what its owner made, the mark last. Returns what else lies there.
 pub(super) fn remove_contents(dir: &Path) -> io::Result<Vec<String>> {
-    let gone = |e: io::Error| match e.kind() {
-        io::ErrorKind::NotFound => Ok(()),
-        _ => Err(e),
-    };
-    fs::remove_dir_all(dir.join(WORK)).or_else(gone)?;
-    fs::remove_file(dir.join(MARK)).or_else(gone)?;
+    match fs::remove_dir_all(dir.join(WORK)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => durable::remove(&dir.join(MARK))?,
+    }
     fs::read_dir(dir)?
         .map(|e| Ok(e?.file_name().to_string_lossy().into_owned()))
         .collect()

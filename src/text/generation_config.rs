@@ -35,7 +35,7 @@ pub struct GenerationConfig {
 
 /// Keys of transformers' `GenerationConfig` that change what is generated in ways not followed here, each with what leaves it
 /// without effect (`null`, `[]` and `{}` always do).
-const UNHEEDED: [(&str, f64); 22] = [
+const UNHEEDED: [(&str, f64); 19] = [
     ("bad_words_ids", f64::NAN),
     ("begin_suppress_tokens", f64::NAN),
     ("constraints", f64::NAN),
@@ -55,12 +55,13 @@ const UNHEEDED: [(&str, f64); 22] = [
     ("sequence_bias", f64::NAN),
     ("suppress_tokens", f64::NAN),
     ("watermarking_config", f64::NAN),
-    // The last three only where tokens are drawn.
+];
+/// Those that do so only where tokens are drawn.
+const UNHEEDED_SAMPLING: [(&str, f64); 3] = [
     ("epsilon_cutoff", 0.0),
     ("eta_cutoff", 0.0),
     ("typical_p", 1.0),
 ];
-const ONLY_SAMPLING: [&str; 3] = ["epsilon_cutoff", "eta_cutoff", "typical_p"];
 
 fn unheeded(json: &Value) -> Vec<String> {
     let samples = json.get("do_sample") == Some(&Value::Bool(true));
@@ -70,10 +71,11 @@ fn unheeded(json: &Value) -> Vec<String> {
         Some(Value::Object(map)) => !map.is_empty(),
         Some(value) => value.as_f64() != Some(*neutral),
     };
+    let drawn = UNHEEDED_SAMPLING.iter().filter(|_| samples);
     let mut keys: Vec<String> = UNHEEDED
         .iter()
+        .chain(drawn)
         .filter(changes)
-        .filter(|(key, _)| samples || !ONLY_SAMPLING.contains(key))
         .map(|(key, _)| (*key).to_string())
         .collect();
     keys.sort();

@@ -84,7 +84,7 @@ fn messages_and_raw_exclude_each_other_and_say_so() {
     let file = p.file("m.json", r#"[{"role": "user", "content": "hi"}]"#);
     let model = fixture("qwen2-bf16");
     p.run(&["run", str(&model), "--messages", &file, "--raw"])
-        .refused(2, &["--messages does not go with --raw"]);
+        .refused(2, &["--messages", "cannot be used with", "--raw"]);
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn logits_that_no_disk_can_hold_are_refused_before_packing() {
     let ids: Vec<usize> = (0..500).map(|i| i % 50).collect();
     let line = format!("{}\n", json!({"input_ids": ids}));
     let input = p.file("in.jsonl", line.repeat(4));
-    // A file system of nothing but a device that is full.
+    // It has no room for anything.
     let ran = p.run(&[
         "score",
         str(&model),

@@ -367,6 +367,8 @@ pub fn paging_line(paging: &PagingReport, during: &EngineStats, engine: &Engine)
             }
             text += "; ";
         }
+        // No pass, no share of anything.
+        None if paging.passes == 0 => {}
         None => text += "bound unknown (run `tensorpager bench io` once); ",
     }
     text + &format!("peak memory {}", human_bytes(paging.peak_memory_bytes))

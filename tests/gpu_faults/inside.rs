@@ -202,10 +202,13 @@ fn crawling(r: Box<dyn Reader>) -> Box<dyn Reader> {
     with(faults, r)
 }
 
+/// So many that the crawling job lasts for several cancellations, while a pass of it still fits between two of them.
+const TOKENS: usize = 48;
+
 /// Runs a job to its end; each time it is told to stop it begins again where it was. Its tokens, and how often that was.
 fn tokens(engine: &mut Engine, cancel: &AtomicBool) -> (Vec<u32>, usize) {
     engine
-        .submit(job(&prompts()[0], 12, SamplingParams::greedy()))
+        .submit(job(&prompts()[0], TOKENS, SamplingParams::greedy()))
         .unwrap();
     let (mut out, mut stops) = (Vec::new(), 0);
     while engine.pending() > 0 {
@@ -244,7 +247,7 @@ fn stopped_in_passes() {
         };
         let flag = AtomicBool::new(false);
         let expected = tokens(&mut open(&store, &options(None)).unwrap(), &flag);
-        assert_eq!((expected.0.len(), expected.1), (12, 0));
+        assert_eq!((expected.0.len(), expected.1), (TOKENS, 0));
         let flag = Arc::new(AtomicBool::new(false));
         let slow = options(Some(crawling as Wrap));
         let mut engine = Engine::open(&store, &slow, flag.clone(), &mut |_, _| {}).unwrap();

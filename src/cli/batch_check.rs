@@ -60,7 +60,7 @@ pub struct BatchCheckArgs {
     quiet: bool,
 }
 
-/// What the job will take, at most: answers that end early take less.
+/// What the job will take with every answer as long as it may be: those that end early take less.
 #[derive(Serialize)]
 struct Prediction {
     device: String,
@@ -87,6 +87,7 @@ struct Prediction {
     compute_s: f64,
     /// Looking at pictures, before the passes they are part of.
     pictures_s: f64,
+    /// As far as answers go: what is predicted is no bound on what the machine does.
     at_most_s: f64,
 }
 
@@ -240,7 +241,7 @@ fn foretold(p: &Prediction) -> String {
         ),
     };
     let mut text = format!(
-        "at most {:.0} s in {} passes of up to {} ({:.0} tokens on average), {weights}\n",
+        "about {:.0} s, less where answers end early: {} passes of up to {} ({:.0} tokens on average), {weights}\n",
         p.at_most_s,
         p.passes,
         counted(p.at_once as u64, "sequence"),

@@ -7,27 +7,25 @@ use clap::{Args, ValueEnum};
 
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
+use super::batch_room::{RoomOptions, budget, with_room};
 use super::found::Found;
 use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor, stop_tokens};
-use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
+use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
     BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory, KvPlace, SLACK_BYTES};
+use crate::engine::{Engine, HostMemory, SLACK_BYTES};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
 use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
-
-/// KV gets at least one part in so many of the budget before the budget is called too small.
-const LEAST_KV_SHARE: u64 = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OrderArg {
@@ -114,18 +112,8 @@ pub struct BatchArgs {
     /// Of the answers, once all are there
     #[arg(long, value_enum, default_value = "input", help_heading = "Job")]
     order: OrderArg,
-    /// Sequences that run at once [default: up to 256]
-    #[arg(
-        long,
-        alias = "max-num-seqs",
-        value_name = "N",
-        env = "TENSORPAGER_MAX_SEQUENCES",
-        help_heading = "Job"
-    )]
-    max_sequences: Option<usize>,
-    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what rows want, at most half of where it lies]
-    #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
-    kv_memory: Option<u64>,
+    #[command(flatten)]
+    room: RoomOptions,
     #[command(flatten)]
     bench: BenchOptions,
     #[command(flatten)]
@@ -222,14 +210,7 @@ impl InputOptions {
 pub fn run(args: BatchArgs) -> Result<u8> {
     let started = Instant::now();
     let signals = signals::two_stage()?;
-    if args.max_sequences == Some(0) {
-        return Err(Error::new(
-            Code::Usage,
-            "--max-sequences 0 makes no sense",
-            "nothing would ever run",
-            "give 1 or more",
-        ));
-    }
+    args.room.check()?;
     let max_errors = args.max_errors.as_deref().map(MaxErrors::parse);
     let max_errors = max_errors.transpose()?;
     let shard = args.input.shard()?;
@@ -265,8 +246,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         let how = batch_bench::Setup {
             options: &args.bench,
             machine: &args.machine,
-            sequences: args.max_sequences,
-            kv_bytes: args.kv_memory,
+            room: args.room,
             json: args.json,
             quiet,
         };
@@ -440,26 +420,14 @@ fn open_engine(
     }
     let sample = job.sample(&texts.tools())?;
     crate::io::give_back();
-    let input = SizingInput {
-        sequences: args.max_sequences,
-        kv_bytes: args.kv_memory,
-        kv_share: 1,
-        context: args.machine.context,
-        budget: budget(&args.machine)?,
-        gpu: gpu_bytes(&args.machine, &model.store)?,
-        element_bytes: model.element_bytes(),
-        rows: job.remaining(),
-    };
+    let gpu = gpu_bytes(&args.machine, &model.store)?;
+    let input = args
+        .room
+        .input(&args.machine, gpu, model.element_bytes(), job.remaining())?;
     open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
 }
 
-/// Host memory that a job may take.
-pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
-    let given = machine.cpu_budget()?;
-    Ok(given.unwrap_or_else(|| HostMemory::read().default_budget()))
-}
-
-/// An engine with as much KV room as the rows want, up to half of the memory that KV lies in; less where the model would not fit beside it.
+/// An engine with the room that the rows want, or that there is.
 pub(super) fn open_sized(
     model: &Model,
     texts: &Texts,
@@ -469,49 +437,13 @@ pub(super) fn open_sized(
     signals: &TwoStage,
     quiet: bool,
 ) -> Result<(Engine, Sizing)> {
-    let mut kv_share = 2;
-    loop {
-        let input = SizingInput { kv_share, ..input };
-        let sizing = Sizing::choose(&model.store.spec, sample, &input);
-        let place = match input.kv_bytes {
-            // Asked for: where the GPU has no room for so much, host memory may.
-            Some(_) => KvPlace::GpuOrHost,
-            None => KvPlace::Gpu,
+    with_room(&model.store.spec, sample, input, &mut |_, want| {
+        let want = OpenFor {
+            sample_limit: Some(texts.tokenizer.id_limit()),
+            ..want.clone()
         };
-        match engine_for(model, texts, machine, &sizing, place, signals, quiet) {
-            Err(e)
-                if e.code() == Code::Memory
-                    && input.kv_bytes.is_none()
-                    && kv_share < LEAST_KV_SHARE =>
-            {
-                kv_share *= 2;
-            }
-            opened => return opened.map(|engine| (engine, sizing)),
-        }
-    }
-}
-
-fn engine_for(
-    model: &Model,
-    texts: &Texts,
-    machine: &MachineOptions,
-    sizing: &Sizing,
-    kv_place: KvPlace,
-    signals: &TwoStage,
-    quiet: bool,
-) -> Result<Engine> {
-    let want = OpenFor {
-        context: sizing.context,
-        logits_rows: sizing.sequences,
-        max_sequences: sizing.sequences,
-        kv_tokens: Some(sizing.kv_tokens),
-        kv_place,
-        sample_limit: Some(texts.tokenizer.id_limit()),
-        vision: sizing.vision,
-        reserve_bytes: sizing.reading_bytes,
-        ..OpenFor::default()
-    };
-    model.engine(machine, &want, &signals.cancel, quiet)
+        model.engine(machine, &want, &signals.cancel, quiet)
+    })
 }
 
 fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {

@@ -5,7 +5,8 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::batch::{Texts, budget, open_sized};
+use super::batch::{Texts, open_sized};
+use super::batch_room::RoomOptions;
 use super::gpu::gpu_bytes;
 use super::model::Model;
 use super::options::MachineOptions;
@@ -33,8 +34,7 @@ pub struct BenchOptions {
 pub struct Setup<'a> {
     pub options: &'a BenchOptions,
     pub machine: &'a MachineOptions,
-    pub sequences: Option<usize>,
-    pub kv_bytes: Option<u64>,
+    pub room: RoomOptions,
     pub json: bool,
     pub quiet: bool,
 }
@@ -83,15 +83,13 @@ pub fn run(
         choices: 1.0,
         ..RowSample::default()
     };
+    let gpu = gpu_bytes(how.machine, &model.store)?;
+    let input = how
+        .room
+        .input(how.machine, gpu, model.element_bytes(), rows as u64)?;
     let input = SizingInput {
-        sequences: how.sequences,
-        kv_bytes: how.kv_bytes,
-        kv_share: 1,
         context: Some(how.machine.context.unwrap_or(row)),
-        budget: budget(how.machine)?,
-        gpu: gpu_bytes(how.machine, &model.store)?,
-        element_bytes: model.element_bytes(),
-        rows: rows as u64,
+        ..input
     };
     let load = Instant::now();
     let (mut engine, sizing) = open_sized(

@@ -20,6 +20,8 @@ const WEIGHT_BYTES: usize = 160 << 20;
 /// With less there is nothing to measure.
 const LEAST_BYTES: usize = 1 << 20;
 const COLS: usize = 3584;
+/// What a product of the most rows takes besides its weights.
+const PRODUCT_BYTES: usize = 16 << 20;
 /// The matrix is walked in pieces like a layer's tensors are.
 const PIECES: usize = 4;
 const TIME_EACH: Duration = Duration::from_millis(250);
@@ -120,13 +122,21 @@ impl KeptCompute {
         }
     }
 
-    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long.
+    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long. A CPU is measured within
+    /// about `room` bytes, though never with less than a few megabytes; fewer weights than usual may lie in a cache, and what they are
+    /// multiplied at is not kept.
     ///
     /// # Errors
     /// `Memory`: a GPU without room for anything to measure; those of the device.
-    pub fn known_or_measured(&self, device: &Device) -> Result<ComputeRates> {
+    pub fn known_or_measured(&self, device: &Device, room: u64) -> Result<ComputeRates> {
         if let Some(rates) = self.known() {
             return Ok(rates);
+        }
+        let on_host = device.as_cuda().is_none();
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        if on_host && room < WEIGHT_BYTES + PRODUCT_BYTES {
+            let bytes = room.saturating_sub(PRODUCT_BYTES).max(LEAST_BYTES);
+            return measure(device, self.dtype, bytes, TIME_EACH);
         }
         let measured = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
         self.keep(|r| r.rates = Some(measured.clone()));

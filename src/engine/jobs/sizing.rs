@@ -54,7 +54,7 @@ pub struct PictureSample {
 }
 
 impl PictureSample {
-    fn add(&mut self, row: &[Measure]) {
+    pub(super) fn add(&mut self, row: &[Measure]) {
         if row.is_empty() {
             return;
         }

@@ -135,9 +135,14 @@ impl Planned {
         // The default is fixed now: measuring must not shrink it.
         let cpu = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let dtype = kv_dtype(&outline.units);
+        let rates = args.rates.rates(&computer, &machine, &outline, dtype)?;
+        let options = EngineOptions {
+            rates: computer.known(&rates),
+            ..options
+        };
         Ok(Planned {
             sizes: weights.sizes(page_bytes, gpu.is_some()),
-            rates: args.rates.rates(&computer, &machine, &outline, dtype)?,
+            rates,
             memory: Memory { cpu, gpu },
             computer: computer.name(),
             outline,

@@ -35,7 +35,7 @@ pub use predict::{
     ComputeRates, MachineRates, PassCost, PassWork, best_concurrency, predict,
     rows_that_hide_the_disk,
 };
-pub use rates::{DiskRates, RATES_FILE, cache_dir, machine_name};
+pub use rates::{CopyRate, DiskRates, KnownRates, RATES_FILE, cache_dir, machine_name};
 pub use slot::{PageRead, SlotLayout, SlotWeight};
 pub use stats::PagingStats;
 pub use strategy::{Budget, Needs, Problem, Strategy, TierRates, UnitSize};

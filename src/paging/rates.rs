@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::strategy::TierRates;
 use crate::error::Result;
 use crate::io::{ReaderKind, Sweep, sweep};
 use crate::store::record;
@@ -25,14 +26,48 @@ struct Record {
     #[serde(default)]
     streamed_gb_per_s: Option<f64>,
     #[serde(default)]
-    h2d: Option<CopyRecord>,
+    h2d: Option<CopyRate>,
 }
 
 /// From pinned memory to a GPU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct CopyRecord {
-    gpu: String,
-    gb_per_s: f64,
+pub struct CopyRate {
+    /// As the device describes itself.
+    pub gpu: String,
+    pub gb_per_s: f64,
+}
+
+/// What is known of a machine by which units are placed, 10⁹ bytes a second.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KnownRates {
+    pub disk_gb_per_s: Option<f64>,
+    pub h2d: Option<CopyRate>,
+}
+
+impl KnownRates {
+    /// The same for the GPU that describes itself so: a rate of another's copies is none, what was `measured` now stands in for one.
+    pub fn on(&self, gpu: &str, measured: Option<f64>) -> KnownRates {
+        let measured = || {
+            measured.map(|gb_per_s| CopyRate {
+                gpu: gpu.to_string(),
+                gb_per_s,
+            })
+        };
+        KnownRates {
+            h2d: self.h2d.clone().filter(|h| h.gpu == gpu).or_else(measured),
+            ..*self
+        }
+    }
+
+    /// As the planner weighs them; a usual machine's where nothing is known.
+    pub fn tiers(&self) -> TierRates {
+        let usual = TierRates::default();
+        let h2d = self.h2d.as_ref().map(|h| h.gb_per_s);
+        TierRates {
+            disk_gb_per_s: self.disk_gb_per_s.unwrap_or(usual.disk_gb_per_s),
+            h2d_gb_per_s: h2d.unwrap_or(usual.h2d_gb_per_s),
+        }
+    }
 }
 
 /// Where the record of one model's files lies.
@@ -98,11 +133,22 @@ impl DiskRates {
         Some(record.gb_per_s).filter(|r| *r > 0.0)
     }
 
+    /// What units are placed by, for `plan` and for runs alike. What runs read at comes before the best.
+    pub fn known(&self) -> KnownRates {
+        KnownRates {
+            disk_gb_per_s: self.streamed().or_else(|| self.best()),
+            h2d: self
+                .record()
+                .and_then(|r| r.h2d)
+                .filter(|h| h.gb_per_s > 0.0),
+        }
+    }
+
     /// Keeps the rate of copies to `gpu` if it beats what is known of that one.
     pub fn raise_h2d(&self, gpu: &str, rate: f64) {
         if rate.is_finite() && rate > self.h2d_to(gpu).unwrap_or(0.0) {
             self.keep(|r| {
-                r.h2d = Some(CopyRecord {
+                r.h2d = Some(CopyRate {
                     gpu: gpu.to_string(),
                     gb_per_s: rate,
                 });
@@ -251,5 +297,15 @@ mod tests {
         assert_eq!((rates.h2d(), rates.best()), (Some(12.0), Some(4.0)));
         assert_eq!(rates.h2d_to("another"), Some(12.0));
         assert_eq!(rates.h2d_to("a GPU"), None);
+        let known = rates.known();
+        let tiers = |k: &KnownRates| {
+            let t = k.tiers();
+            (t.disk_gb_per_s, t.h2d_gb_per_s)
+        };
+        // What runs read at, and the copies of the GPU that is there; measured ones only where none are known.
+        assert_eq!(tiers(&known.on("another", Some(30.0))), (3.5, 12.0));
+        assert_eq!(tiers(&known.on("a GPU", Some(30.0))), (3.5, 30.0));
+        let usual = TierRates::default().h2d_gb_per_s;
+        assert_eq!(tiers(&known.on("a GPU", None)), (3.5, usual));
     }
 }

@@ -116,13 +116,24 @@ pub fn deep(dir: &Path) -> String {
 
 /// Many small layers, one like the other.
 pub fn layered(dir: &Path, layers: usize) -> String {
+    synthetic(
+        dir,
+        &json!({
+            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers,
+            "num_attention_heads": 2, "vocab_size": 288, "tie_word_embeddings": true,
+        }),
+    )
+}
+
+/// A llama of one KV head, shaped as `shape` says.
+pub fn synthetic(dir: &Path, shape: &Value) -> String {
     let model = dir.join("deep");
-    let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-        "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    let mut config = json!({
+        "model_type": "llama", "hidden_act": "silu", "num_key_value_heads": 1, "head_dim": 64,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "torch_dtype": "bfloat16"
     });
+    let shape = shape.as_object().unwrap().clone();
+    config.as_object_mut().unwrap().extend(shape);
     write_synthetic(&model, &config, &mut |_, _| Ok(())).unwrap();
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::device::cuda;
 use crate::engine::{DeviceChoice, EngineOptions, GpuRoom, open_device};
 use crate::error::{Code, Error, Result};
-use crate::paging::{ComputeRates, DiskRates, KeptCompute, MachineRates};
+use crate::paging::{ComputeRates, CopyRate, DiskRates, KeptCompute, KnownRates, MachineRates};
 use crate::store::Outline;
 use crate::units::Dtype;
 
@@ -175,6 +175,21 @@ impl Computer {
                 base: GPU_BASE_BYTES,
             }),
         })
+    }
+
+    /// What units are placed by under these rates, as a run's engine is told.
+    pub fn known(&self, rates: &MachineRates) -> KnownRates {
+        let copies = |gb_per_s| CopyRate {
+            gpu: match self {
+                Computer::Gpu(device) => device.describe(),
+                Computer::Host | Computer::GpuElsewhere => self.name(),
+            },
+            gb_per_s,
+        };
+        KnownRates {
+            disk_gb_per_s: Some(rates.disk_gb_per_s),
+            h2d: rates.h2d_gb_per_s.map(copies),
+        }
     }
 
     /// As a run with this computer would be started.

@@ -174,14 +174,22 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     let Some(driver) = driver() else { return };
     let kept = tempfile::tempdir().unwrap();
     let model = deep(kept.path());
-    let with = |memory: &str| {
-        let by_hand = ["--gpu-memory", memory, "--h2d-gb-per-s", "0.1"];
+    let with_pinned = |memory: &str, pinned: &str| {
+        let by_hand = [
+            "--gpu-memory",
+            memory,
+            "--h2d-gb-per-s",
+            "0.1",
+            "--pinned-memory",
+            pinned,
+        ];
         let more = ["--gpu-gb-per-s", "500", "--gpu-gflops", "5e4"];
         let run = Run::on("auto", driver, "plan", &model).args(["--disk-gb-per-s", "2"]);
         let run = run.env("XDG_CACHE_HOME", kept.path().to_str().unwrap());
         let run = run.args(["--in-place", "--sequences", "1"]);
         run.args(by_hand).args(more).json()
     };
+    let with = |memory: &str| with_pinned(memory, "1GiB");
     let much = with("8GiB");
     assert_eq!(much["rows"][0]["kv_tier"], "gpu");
     assert_eq!(much["rows"][0]["copied_bytes_per_pass"], 0);
@@ -199,6 +207,21 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     let units = little["units"].as_array().unwrap();
     let sizes = units.iter().filter(through_slots);
     let weights: u64 = sizes.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    // Keys and values in host memory are pinned, in any case and first; units of the pass that rest there while the bound has room.
+    let pinned = |plan: &Value| {
+        let frames = plan["ring_bytes"].as_u64().unwrap();
+        plan["pinned_bytes"].as_u64().unwrap()
+            - frames
+            - plan["rows"][0]["kv_bytes"].as_u64().unwrap()
+    };
+    let in_memory = units
+        .iter()
+        .filter(|u| u["tier"] == "cpu" && through_slots(u));
+    let in_memory: u64 = in_memory.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    assert!(in_memory > 0 && pinned(&little) >= in_memory, "{little}");
+    let bound = row["kv_bytes"].to_string();
+    let bounded = with_pinned(&(least - (1 << 20)).to_string(), &bound);
+    assert_eq!(pinned(&bounded), 0, "{bounded}");
     // Half a context; a block.
     assert_eq!(count("copied_bytes_per_pass"), weights + 256 * token);
     assert_eq!(count("copied_back_bytes_per_pass"), 16 * token);
@@ -227,8 +250,9 @@ fn kept_rates_place_units_for_plan_and_run_alike() {
     let kept = kept.path();
     let (model, part) = three_sizes(kept);
     let on = |command: &str, cpu: u64, gpu: u64| {
-        let run = Run::new(driver, command, &model).args(["--in-place", "--context", "16"]);
-        let run = run.args(["--page-size", "64KiB", "--ring-size", "4"]);
+        // A prompt of nearly the context: passes and their buffers are as large as those planned for.
+        let run = Run::within("16", "cuda", driver, command, &model);
+        let run = run.args(["--in-place", "--page-size", "64KiB", "--ring-size", "4"]);
         let run = run.args(["--cpu-memory", &cpu.to_string()]);
         let run = run.args(["--gpu-memory", &gpu.to_string()]);
         run.env("XDG_CACHE_HOME", kept.to_str().unwrap())

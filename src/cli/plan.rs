@@ -309,7 +309,7 @@ impl Planned {
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,
             ring_bytes: one.plan.ring().bytes(),
-            pinned_bytes: one.plan.pinned_bytes(&self.sizes),
+            pinned_bytes: one.pinned_bytes(&self.sizes),
             resident_cpu_bytes: one.plan.resident_bytes,
             resident_gpu_bytes: one.plan.gpu.map_or(0, |g| g.resident_bytes),
             disk_bytes_per_pass: one.plan.streamed_bytes,

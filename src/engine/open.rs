@@ -269,6 +269,22 @@ pub struct Fitted {
     pub vision: Option<VisionNeed>,
 }
 
+impl Fitted {
+    /// What is pinned of host memory for a GPU: frames, keys and values that lie there, the tower's frames, and units copied as they lie.
+    /// The first three are pinned in any case; units only while the bound has room for them too.
+    pub fn pinned_bytes(&self, units: &[UnitSize]) -> u64 {
+        if self.plan.gpu.is_none() {
+            return 0;
+        }
+        self.plan.pinned_bytes(units) + pinned_besides(self.charges.kv, self.vision.as_ref())
+    }
+}
+
+/// What is pinned beside the pager's own: a GPU's keys and values in host memory, and the ring of a tower that looks at pictures.
+fn pinned_besides(kv_in_host: u64, vision: Option<&VisionNeed>) -> u64 {
+    kv_in_host + vision.map_or(0, |v| v.plan.ring().bytes())
+}
+
 /// [`fit_on`] a CPU.
 pub fn fit(
     spec: &ModelSpec,
@@ -385,9 +401,8 @@ fn fit_kv(
             let bound = options
                 .pinned_memory
                 .unwrap_or_else(|| default_pinned(budget));
-            // A tower that looks at pictures has a ring of its own.
-            let tower = vision.as_ref().map_or(0, |v| v.plan.ring().bytes());
-            plan.pin_within(units, bound.saturating_sub(kv.host + tower));
+            let besides = pinned_besides(kv.host, vision.as_ref());
+            plan.pin_within(units, bound.saturating_sub(besides));
             (tokens, plan)
         }
     };

@@ -21,11 +21,15 @@ impl Run {
     }
 
     pub fn on(device: &str, driver: &Path, command: &str, model: &str) -> Run {
+        Run::within("512", device, driver, command, model)
+    }
+
+    pub fn within(context: &str, device: &str, driver: &Path, command: &str, model: &str) -> Run {
         let folder = tempfile::tempdir().unwrap();
         let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
         run.arg(command)
             .arg(fixtures().join(model))
-            .args(["--device", device, "--threads", "2", "--context", "512"])
+            .args(["--device", device, "--threads", "2", "--context", context])
             .arg("--offload-folder")
             .arg(folder.path().join("offload"))
             .env("LD_LIBRARY_PATH", driver)

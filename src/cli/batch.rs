@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
+use super::batch_sizing::open_sized;
 use super::found::Found;
 use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
@@ -15,19 +16,16 @@ use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
-    BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, RowSample, Rules, Shard, Sizing,
+    BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory, KvPlace, SLACK_BYTES};
+use crate::engine::{Engine, HostMemory, SLACK_BYTES};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
 use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
-
-/// KV gets at least one part in so many of the budget before the budget is called too small.
-const LEAST_KV_SHARE: u64 = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OrderArg {
@@ -114,7 +112,7 @@ pub struct BatchArgs {
     /// Of the answers, once all are there
     #[arg(long, value_enum, default_value = "input", help_heading = "Job")]
     order: OrderArg,
-    /// Sequences that run at once [default: up to 256]
+    /// Sequences that run at once [default: up to 256, as many as known rates say give the most tokens/s]
     #[arg(
         long,
         alias = "max-num-seqs",
@@ -123,7 +121,7 @@ pub struct BatchArgs {
         help_heading = "Job"
     )]
     max_sequences: Option<usize>,
-    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what rows want, at most half of where it lies]
+    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: by known rates, else what rows want up to half]
     #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
     kv_memory: Option<u64>,
     #[command(flatten)]
@@ -457,61 +455,6 @@ fn open_engine(
 pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
     let given = machine.cpu_budget()?;
     Ok(given.unwrap_or_else(|| HostMemory::read().default_budget()))
-}
-
-/// An engine with as much KV room as the rows want, up to half of the memory that KV lies in; less where the model would not fit beside it.
-pub(super) fn open_sized(
-    model: &Model,
-    texts: &Texts,
-    machine: &MachineOptions,
-    sample: &RowSample,
-    input: SizingInput,
-    signals: &TwoStage,
-    quiet: bool,
-) -> Result<(Engine, Sizing)> {
-    let mut kv_share = 2;
-    loop {
-        let input = SizingInput { kv_share, ..input };
-        let sizing = Sizing::choose(&model.store.spec, sample, &input);
-        let place = match input.kv_bytes {
-            // Asked for: where the GPU has no room for so much, host memory may.
-            Some(_) => KvPlace::GpuOrHost,
-            None => KvPlace::Gpu,
-        };
-        match engine_for(model, texts, machine, &sizing, place, signals, quiet) {
-            Err(e)
-                if e.code() == Code::Memory
-                    && input.kv_bytes.is_none()
-                    && kv_share < LEAST_KV_SHARE =>
-            {
-                kv_share *= 2;
-            }
-            opened => return opened.map(|engine| (engine, sizing)),
-        }
-    }
-}
-
-fn engine_for(
-    model: &Model,
-    texts: &Texts,
-    machine: &MachineOptions,
-    sizing: &Sizing,
-    kv_place: KvPlace,
-    signals: &TwoStage,
-    quiet: bool,
-) -> Result<Engine> {
-    let want = OpenFor {
-        context: sizing.context,
-        logits_rows: sizing.sequences,
-        max_sequences: sizing.sequences,
-        kv_tokens: Some(sizing.kv_tokens),
-        kv_place,
-        sample_limit: Some(texts.tokenizer.id_limit()),
-        vision: sizing.vision,
-        reserve_bytes: sizing.reading_bytes,
-        ..OpenFor::default()
-    };
-    model.engine(machine, &want, &signals.cancel, quiet)
 }
 
 fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {

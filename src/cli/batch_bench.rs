@@ -5,7 +5,8 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::batch::{Texts, budget, open_sized};
+use super::batch::{Texts, budget};
+use super::batch_sizing::open_sized;
 use super::gpu::gpu_bytes;
 use super::model::Model;
 use super::options::MachineOptions;

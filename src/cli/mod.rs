@@ -6,6 +6,7 @@ mod batch_bench;
 mod batch_check;
 mod batch_merge;
 mod batch_report;
+mod batch_sizing;
 mod bench;
 mod bench_compare;
 mod bench_model;

@@ -250,10 +250,9 @@ pub fn best_concurrency<T>(
             return;
         };
         let rate = n as f64 / cost.pass_s.max(1e-12);
-        if best
-            .as_ref()
-            .is_none_or(|(m, b, _)| rate > *m as f64 / b.pass_s.max(1e-12))
-        {
+        // Equal but for rounding: the fewer, which leave weights the room.
+        let beats = |m: usize, b: &PassCost| rate > m as f64 / b.pass_s.max(1e-12) * (1.0 + 1e-9);
+        if best.as_ref().is_none_or(|(m, b, _)| beats(*m, b)) {
             *best = Some((n, cost, plan));
         }
     };

@@ -62,4 +62,4 @@ pub use pictures::Looker;
 pub use request::{Endpoint, Request, RowError, RowIds, Rules, TextTools};
 pub use run::{JobProgress, JobSummary};
 pub use shard::Shard;
-pub use sizing::{PictureSample, RowSample, Sizing, SizingInput};
+pub use sizing::{KV_SHARES, PictureSample, RowSample, Sizing, SizingInput};

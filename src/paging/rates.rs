@@ -70,6 +70,11 @@ impl KnownRates {
     }
 }
 
+/// 10⁹ bytes or operations a second that a machine may have: a record in a pack may come from anybody, and a pass is predicted from it.
+pub(super) fn sane_rate(rate: f64) -> bool {
+    (1e-9..=1e9).contains(&rate)
+}
+
 /// Where the record of one model's files lies.
 #[derive(Clone, Debug)]
 pub struct DiskRates {
@@ -97,12 +102,12 @@ impl DiskRates {
 
     /// The best rate on record for this machine, 10⁹ bytes a second.
     pub fn best(&self) -> Option<f64> {
-        Some(self.record()?.disk_gb_per_s).filter(|r| *r > 0.0)
+        Some(self.record()?.disk_gb_per_s).filter(|r| sane_rate(*r))
     }
 
     /// What the engine itself last read at, with computing and verifying beside it: what a pass is predicted from.
     pub fn streamed(&self) -> Option<f64> {
-        self.record()?.streamed_gb_per_s.filter(|r| *r > 0.0)
+        self.record()?.streamed_gb_per_s.filter(|r| sane_rate(*r))
     }
 
     /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
@@ -116,7 +121,8 @@ impl DiskRates {
     pub fn ran_at(&self, rate: f64) {
         if rate.is_finite() && rate > 0.0 {
             self.keep(|r| {
-                r.disk_gb_per_s = r.disk_gb_per_s.max(rate);
+                let best = Some(r.disk_gb_per_s).filter(|r| sane_rate(*r));
+                r.disk_gb_per_s = best.map_or(rate, |best| best.max(rate));
                 r.streamed_gb_per_s = Some(rate);
             });
         }
@@ -124,13 +130,13 @@ impl DiskRates {
 
     /// The best rate from pinned memory to the GPU of this machine last opened, 10⁹ bytes a second.
     pub fn h2d(&self) -> Option<f64> {
-        Some(self.record()?.h2d?.gb_per_s).filter(|r| *r > 0.0)
+        Some(self.record()?.h2d?.gb_per_s).filter(|r| sane_rate(*r))
     }
 
     /// As [`DiskRates::h2d`], to this GPU.
     pub fn h2d_to(&self, gpu: &str) -> Option<f64> {
         let record = self.record()?.h2d.filter(|h| h.gpu == gpu)?;
-        Some(record.gb_per_s).filter(|r| *r > 0.0)
+        Some(record.gb_per_s).filter(|r| sane_rate(*r))
     }
 
     /// What units are placed by, for `plan` and for runs alike. What runs read at comes before the best.
@@ -140,7 +146,7 @@ impl DiskRates {
             h2d: self
                 .record()
                 .and_then(|r| r.h2d)
-                .filter(|h| h.gb_per_s > 0.0),
+                .filter(|h| sane_rate(h.gb_per_s)),
         }
     }
 

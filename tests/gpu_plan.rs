@@ -258,7 +258,7 @@ fn kept_rates_place_units_for_plan_and_run_alike() {
         run.env("XDG_CACHE_HOME", kept.to_str().unwrap())
     };
     let plan = |cpu, gpu| on("plan", cpu, gpu).args(["--sequences", "1"]);
-    let much = plan(1 << 30, 2 << 30).args(["--disk-gb-per-s", "2"]).json();
+    let much = plan(1 << 30, 1000 << 20).args(["--disk-gb-per-s", "2"]).json();
     let least = |name: &str| much[name].as_u64().unwrap();
     let cpu = least("smallest_cpu_memory") + 5 * part;
     let known = read(&record(kept, "rates"));

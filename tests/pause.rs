@@ -28,7 +28,7 @@ fn after_a_pause_at_any_unit_the_answers_are_the_same() {
         engine.pause_by(flag.clone());
         for at in 1..engine.units_of_a_pass() {
             let id = engine.submit(wanted()).unwrap();
-            let paused = engine.step_watched(&mut Vec::new(), &mut |unit, _| {
+            let paused = engine.step_watched(&mut Vec::new(), &mut |_, unit, _| {
                 assert!(unit <= at, "it went on to unit {unit}");
                 flag.store(unit == at, Relaxed);
             });

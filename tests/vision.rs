@@ -12,13 +12,13 @@ use serde_json::Value;
 use tensorpager::checkpoint::{Checkpoint, OpenOptions};
 use tensorpager::device::Device;
 use tensorpager::engine::{
-    Engine, EngineOptions, Event, Job, ScoreInput, VisionRoom, expand_pictures,
+    Engine, EngineOptions, Event, Job, ScoreInput, Stage, VisionRoom, expand_pictures,
 };
 use tensorpager::error::Code;
 use tensorpager::media::{Options, Processor, VideoTools, Visual, requests, without_media};
 use tensorpager::model::mrope::{PictureSpan, positions, time_step};
 use tensorpager::model::vision::{Limits, Slice, Tower};
-use tensorpager::paging::Placement;
+use tensorpager::paging::{Placement, is_vision};
 use tensorpager::store::{PackOptions, Store};
 use tensorpager::text::{ChatTemplate, Message, RenderOptions, SamplingParams, Tokenizer};
 use tensorpager::units::UnitId;
@@ -549,6 +549,32 @@ fn a_repeated_picture_is_looked_at_once() {
     assert_eq!(first[0], again[0]);
     let stats = engine.vision_stats();
     assert_eq!((stats.waves, stats.pictures), (1, 1));
+}
+
+/// Who waits hears of every unit of the tower, over all its pieces, and then of the layers'.
+#[test]
+fn the_tower_is_watched_unit_by_unit() {
+    let r = own();
+    let store = in_place(&r.dir);
+    let case = &r.cases[0];
+    let mut engine = open(&store, room_of(&r.cases), |_| ());
+    engine.submit(job(case, 1)).unwrap();
+    let mut told = Vec::new();
+    while engine.pending() > 0 {
+        engine
+            .step_watched(&mut Vec::new(), &mut |stage, done, units| {
+                told.push((stage, done, units));
+            })
+            .unwrap();
+    }
+    let tower = told.iter().take_while(|t| t.0 == Stage::Pictures);
+    let seen: Vec<_> = tower.map(|&(_, done, units)| (done, units)).collect();
+    let waves = engine.vision_stats().waves as usize;
+    let vision = store.units.iter().filter(|u| is_vision(u.kind)).count();
+    let all = waves * vision;
+    let expected: Vec<_> = (1..=all).map(|done| (done, all)).collect();
+    assert_eq!(seen, expected);
+    assert!(told.len() > all && told[all..].iter().all(|t| t.0 == Stage::Layers));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId};
+use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Stage};
 use crate::error::{Code, Error, Result};
 use crate::report::progress::Prefill;
 use crate::text::{GenerationConfig, StopMatcher, StopStrings, TokenStream, Tokenizer};
@@ -108,6 +108,7 @@ fn answered(
         rows: 0,
         unit: 0,
         units: engine.units_of_a_pass(),
+        pictures: None,
     };
     while engine.pending() > 0 {
         events.clear();
@@ -117,11 +118,15 @@ fn answered(
             at.unit = 0;
             prefill(&at);
         }
-        engine.step_watched(&mut events, &mut |unit, units| {
-            if waiting {
-                (at.unit, at.units) = (unit, units);
-                prefill(&at);
+        engine.step_watched(&mut events, &mut |stage, unit, units| {
+            if !waiting {
+                return;
             }
+            match stage {
+                Stage::Pictures => at.pictures = Some((unit, units)),
+                Stage::Layers => (at.unit, at.units, at.pictures) = (unit, units, None),
+            }
+            prefill(&at);
         })?;
         if waiting {
             let rows = (engine.stats().rows - before.rows) as usize;

@@ -43,8 +43,15 @@ use pacer::Pacer;
 use pictures::Pictures;
 use sample::{RowsOf, Samplers};
 use schedule::{ScheduleStats, Scheduler};
-use source::Paged;
+use source::{Paged, Watch};
 use vision::Vision;
+
+/// What a step is at: first the pictures of the prompts that are next, if any wait for the vision tower, then the pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Pictures,
+    Layers,
+}
 
 /// What the passes so far cost, as a snapshot; the difference of two is what happened between them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -148,20 +155,21 @@ impl Engine {
     /// One pass. Appends what happened to `events`. Does nothing when no job is pending. After an error nothing computed is
     /// trusted any more: a further step computes every pending job's KV anew.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        self.step_watched(events, &mut |_, _| {})
+        self.step_watched(events, &mut |_, _, _| {})
     }
 
-    /// As [`Engine::step`]; `watch(units done, units of a pass)` after each unit, for those who wait: a pass over a large
+    /// As [`Engine::step`]; `watch(stage, units done, units of it)` after each unit, for those who wait: a pass over a large
     /// model takes long.
     pub fn step_watched(
         &mut self,
         events: &mut Vec<Event>,
-        watch: &mut dyn FnMut(usize, usize),
+        watch: &mut dyn FnMut(Stage, usize, usize),
     ) -> Result<()> {
         if self.cancel.load(Relaxed) {
             return Err(Error::interrupted());
         }
-        self.look()?;
+        self.look(&mut |done, units| watch(Stage::Pictures, done, units))?;
+        let watch = &mut |done, units| watch(Stage::Layers, done, units);
         self.scheduler.schedule(self.next_pass_rows(), events)?;
         if self.scheduler.pass.rows() == 0 {
             return Ok(());
@@ -210,7 +218,7 @@ impl Engine {
         each.collect::<Option<Vec<usize>>>()?.into_iter().max()
     }
 
-    fn run_for_logits(&mut self, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
+    fn run_for_logits(&mut self, watch: &mut Watch<'_>) -> Result<()> {
         let vocab = self.spec.vocab;
         let mut logits = std::mem::take(&mut self.logits);
         let mut keep = |first: usize, n: usize, block: &[f32]| {
@@ -224,7 +232,7 @@ impl Engine {
         ran
     }
 
-    fn run_for_candidates(&mut self, k: usize, watch: &mut dyn FnMut(usize, usize)) -> Result<()> {
+    fn run_for_candidates(&mut self, k: usize, watch: &mut Watch<'_>) -> Result<()> {
         let started = Instant::now();
         let logits = self.scheduler.pass.wanted() > 0;
         self.pager.begin_pass(logits)?;
@@ -260,7 +268,7 @@ impl Engine {
 
     /// Once the next prompt waits for its pictures: sends them through the tower, with those of as many prompts behind it as there is room
     /// for.
-    fn look(&mut self) -> Result<()> {
+    fn look(&mut self, watch: &mut Watch<'_>) -> Result<()> {
         if !self.scheduler.next_waits_for_pictures() {
             return Ok(());
         }
@@ -281,7 +289,7 @@ impl Engine {
                 .for_each(|p| p.release(usize::MAX));
             wave = vision.wave(prompts.iter().map(Vec::as_slice));
         }
-        vision.encode(&self.device, &self.cancel, &wave)?;
+        vision.encode(&self.device, &self.cancel, &wave, watch)?;
         for pictures in self.scheduler.waiting().filter_map(|s| s.pictures.as_mut()) {
             vision.fill(pictures);
         }
@@ -294,11 +302,7 @@ impl Engine {
     }
 
     /// Runs the scheduled pass, streaming its logits into `sink`.
-    fn run_pass(
-        &mut self,
-        sink: &mut LogitsSink<'_>,
-        watch: &mut dyn FnMut(usize, usize),
-    ) -> Result<()> {
+    fn run_pass(&mut self, sink: &mut LogitsSink<'_>, watch: &mut Watch<'_>) -> Result<()> {
         let started = Instant::now();
         let logits = self.scheduler.pass.wanted() > 0;
         self.pager.begin_pass(logits)?;

@@ -148,7 +148,7 @@ impl Engine {
         vision.fill(&mut pictures);
         if pictures.wait() {
             let wave = vision.wave(inputs.iter().map(|i| i.media.as_slice()));
-            vision.encode(&self.device, &self.cancel, &wave)?;
+            vision.encode(&self.device, &self.cancel, &wave, &mut |_, _| {})?;
             vision.fill(&mut pictures);
         }
         Ok((!pictures.wait()).then_some(Some(pictures)))

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use super::open::{DEFAULT_PREFETCH_DEPTH, EngineOptions};
 use super::pictures::{Pictures, text_only};
-use super::source::Paged;
+use super::source::{Paged, Watch};
 use crate::device::{CudaDevice, Device, DeviceKind, Room};
 use crate::error::{Code, Error, Result};
 use crate::media::Visual;
 use crate::model::pass::Embeddings;
 use crate::model::vision::{Limits, Slice, Tower};
-use crate::paging::{Origin, Pager, PagerOptions, Plan, SlotLayout, UnitSize};
+use crate::paging::{Origin, Pager, PagerOptions, Plan, SlotLayout, UnitSize, is_vision};
 use crate::spec::{ModelSpec, UnitKind, VisionSpec};
 use crate::store::Store;
 use crate::units::{UnitId, human_bytes};
@@ -255,12 +255,14 @@ impl Vision {
         wave
     }
 
-    /// Streams the tower over those of `wave` that are not kept yet, and keeps what comes out.
+    /// Streams the tower over those of `wave` that are not kept yet, and keeps what comes out. `watch(units done, units)` after each unit,
+    /// over all times that the tower is streamed.
     pub fn encode(
         &mut self,
         device: &Device,
         cancel: &Arc<AtomicBool>,
         wave: &[Arc<Visual>],
+        watch: &mut Watch<'_>,
     ) -> Result<()> {
         let started = Instant::now();
         self.make_room(wave);
@@ -274,7 +276,7 @@ impl Vision {
         if fresh.is_empty() {
             return Ok(());
         }
-        let made = self.stream(device, cancel, &fresh)?;
+        let made = self.stream(device, cancel, &fresh, watch)?;
         for (visual, values) in fresh.iter().zip(made) {
             let embeddings = Embeddings {
                 cols: self.out_hidden,
@@ -317,6 +319,7 @@ impl Vision {
         device: &Device,
         cancel: &Arc<AtomicBool>,
         visuals: &[&Arc<Visual>],
+        watch: &mut Watch<'_>,
     ) -> Result<Vec<Vec<f32>>> {
         // (visual, slice of it) in order; slices are independent, so a piece may end anywhere between two.
         let all: Vec<(usize, usize)> = visuals
@@ -364,6 +367,11 @@ impl Vision {
             cancel.clone(),
             &mut |_, _| {},
         )?;
+        let units = self
+            .units
+            .iter()
+            .filter(|(_, kind)| is_vision(*kind))
+            .count();
         for (n, (from, to)) in pieces.iter().enumerate() {
             if n + 1 < pieces.len() {
                 pager.begin_pass(false)?;
@@ -371,9 +379,10 @@ impl Vision {
             let parts = &all[*from..*to];
             let slices: Vec<Slice> = parts.iter().map(slice_of).collect();
             let width = self.out_hidden;
+            let mut watch = |done, _| watch(n * units + done, pieces.len() * units);
             tower.run(
                 device,
-                &mut Paged::new(&mut pager),
+                &mut Paged::watched(&mut pager, units, &mut watch, None),
                 &slices,
                 &mut |slice, first, rows| {
                     let (visual, t) = parts[slice];

@@ -46,6 +46,8 @@ pub struct Figures {
     /// Of the pass that runs now; `units` is 0 between two passes.
     pub unit: usize,
     pub units: usize,
+    /// They are the vision tower's, before the pass.
+    pub looking: bool,
     pub prompt_tokens: u64,
     pub shared_prompt_tokens: u64,
     pub output_tokens: u64,
@@ -87,6 +89,7 @@ impl Figures {
             passes: p.stats.paging.passes,
             unit: p.unit,
             units: p.units,
+            looking: p.looking,
             prompt_tokens: p.prompt_tokens,
             shared_prompt_tokens: p.shared_tokens,
             output_tokens: p.output_tokens,
@@ -121,6 +124,7 @@ impl Figures {
         }
         text += &match self.units {
             0 => format!(", pass {}", self.passes),
+            units if self.looking => format!(", looking at pictures ({}/{units})", self.unit),
             units => format!(", pass {} ({}/{units})", self.passes + 1, self.unit),
         };
         text += &format!(", {:.1} tokens/s out", self.output_tokens_per_s);

@@ -162,11 +162,16 @@ pub struct Prefill {
     pub rows: usize,
     pub unit: usize,
     pub units: usize,
+    /// While its pictures go through the vision tower, before all that: units done, and of how many.
+    pub pictures: Option<(usize, usize)>,
 }
 
 impl Prefill {
     /// From 0 to 1. A pass costs as much for each of its units, and the prompt's passes are about alike.
     fn share(&self) -> f64 {
+        if let Some((done, units)) = self.pictures {
+            return done as f64 / units.max(1) as f64;
+        }
         let within = self.rows as f64 * self.unit as f64 / self.units.max(1) as f64;
         ((self.done as f64 + within) / self.tokens.max(1) as f64).min(1.0)
     }
@@ -179,6 +184,8 @@ pub struct PrefillProgress {
     started: Instant,
     /// When the last line came, from the start.
     told: Option<Duration>,
+    /// The last state was one of the vision tower.
+    pictures: bool,
 }
 
 /// Between two states of a line that overwrites itself.
@@ -191,10 +198,17 @@ impl PrefillProgress {
             quiet,
             started: Instant::now(),
             told: None,
+            pictures: false,
         }
     }
 
     pub fn update(&mut self, at: &Prefill) {
+        // What the tower took says nothing of the layers.
+        if self.pictures != at.pictures.is_some() {
+            self.pictures = at.pictures.is_some();
+            self.started = Instant::now();
+            self.told = self.told.map(|_| Duration::ZERO);
+        }
         if at.done >= at.tokens {
             return self.clear();
         }
@@ -221,13 +235,16 @@ impl PrefillProgress {
             true => format!("{:.0} s left", now.as_secs_f64() * (1.0 - share) / share),
             false => "…".to_string(),
         };
-        Some(format!(
-            "prefill: {:.0} % of {} tokens (unit {} of {}), {left}",
-            100.0 * share,
-            at.tokens,
-            at.unit,
-            at.units
-        ))
+        let percent = 100.0 * share;
+        Some(match at.pictures {
+            Some((unit, units)) => {
+                format!("looking at pictures: {percent:.0} % (unit {unit} of {units}), {left}")
+            }
+            None => format!(
+                "prefill: {percent:.0} % of {} tokens (unit {} of {}), {left}",
+                at.tokens, at.unit, at.units
+            ),
+        })
     }
 
     /// Makes way for what is printed next.
@@ -261,6 +278,7 @@ mod tests {
             rows: 1236,
             unit,
             units: 30,
+            pictures: None,
         }
     }
 
@@ -301,6 +319,28 @@ mod tests {
     }
 
     #[test]
+    fn pictures_come_first_and_the_clock_starts_again_behind_them() {
+        let mut progress = PrefillProgress {
+            live: false,
+            ..PrefillProgress::new(false)
+        };
+        let looking = Prefill {
+            pictures: Some((8, 34)),
+            ..at(0)
+        };
+        assert_eq!(
+            progress.line(&looking, Duration::from_secs(8)).unwrap(),
+            "looking at pictures: 24 % (unit 8 of 34), 26 s left"
+        );
+        progress.started = Instant::now() - Duration::from_secs(30);
+        progress.update(&looking);
+        assert!(progress.pictures && progress.started.elapsed() < Duration::from_secs(9));
+        progress.started = Instant::now() - Duration::from_secs(30);
+        progress.update(&at(1));
+        assert!(!progress.pictures && progress.started.elapsed() < Duration::from_secs(9));
+    }
+
+    #[test]
     fn earlier_passes_count() {
         let second = Prefill {
             tokens: 100,
@@ -308,6 +348,7 @@ mod tests {
             rows: 40,
             unit: 5,
             units: 10,
+            pictures: None,
         };
         assert!((second.share() - 0.6).abs() < 1e-9);
     }

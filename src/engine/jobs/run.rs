@@ -12,7 +12,9 @@ use super::pictures::Looker;
 use super::request::{Endpoint, RowError, RowIds, TextTools};
 use super::scan::{State, parse_line};
 use super::sizing::Sizing;
-use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Logprobs, VisionStats};
+use crate::engine::{
+    Engine, EngineStats, Event, FinishReason, Job, JobId, Logprobs, Stage, VisionStats,
+};
 use crate::error::{Code, Error, Result};
 use crate::text::{StopMatcher, TokenStream};
 
@@ -40,6 +42,8 @@ pub struct JobProgress {
     /// Of the pass that runs now; `units` is 0 between two passes.
     pub unit: usize,
     pub units: usize,
+    /// They are the vision tower's: pictures go through it before the pass.
+    pub looking: bool,
     /// What this start's rows take at most, prompts and answers, from some of them.
     pub expected_tokens: u64,
     /// What looking at pictures cost, since this start.
@@ -148,11 +152,13 @@ impl BatchJob {
             if r.engine.pending() > 0 {
                 events.clear();
                 let mut now = r.told;
-                r.engine.step_watched(&mut events, &mut |unit, units| {
-                    (now.unit, now.units) = (unit, units);
-                    now.elapsed = started.elapsed();
-                    progress(&now);
-                })?;
+                r.engine
+                    .step_watched(&mut events, &mut |stage, unit, units| {
+                        (now.unit, now.units) = (unit, units);
+                        now.looking = stage == Stage::Pictures;
+                        now.elapsed = started.elapsed();
+                        progress(&now);
+                    })?;
                 for event in events.drain(..) {
                     r.hear(event)?;
                 }

@@ -7,10 +7,11 @@ use clap::{Args, ValueEnum};
 
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
-use super::batch_room::{RoomOptions, budget, with_room};
+use super::batch_room::{KnownMachine, RoomOptions, budget, with_room};
 use super::found::Found;
 use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
+use super::machine::Weights;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
@@ -427,7 +428,7 @@ fn open_engine(
     open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
 }
 
-/// An engine with the room that the rows want, or that there is.
+/// An engine with the room that [`with_room`] finds.
 pub(super) fn open_sized(
     model: &Model,
     texts: &Texts,
@@ -437,7 +438,9 @@ pub(super) fn open_sized(
     signals: &TwoStage,
     quiet: bool,
 ) -> Result<(Engine, Sizing)> {
-    with_room(&model.store.spec, sample, input, &mut |_, want| {
+    let weights = Weights::from(&model.store);
+    let known = KnownMachine::on_record(&weights, machine)?;
+    with_room(&weights, machine, sample, input, known, &mut |_, want| {
         let want = OpenFor {
             sample_limit: Some(texts.tokenizer.id_limit()),
             ..want.clone()

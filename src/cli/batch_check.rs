@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::advice::Advisor;
 use super::batch::{InputOptions, Texts, row_limits};
-use super::batch_room::{RoomOptions, with_room};
+use super::batch_room::{KnownMachine, RoomOptions, with_room};
 use super::machine::Weights;
 use super::model::{open_checkpoint, pack_options};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
@@ -272,8 +272,9 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
     let machine = computer.machine(&args.machine);
     let gpu = computer.gpu_room(&machine)?;
     let dtype = kv_dtype(&model.units);
-    let planned = Planned::new(args, model, r, &machine, gpu, dtype)?;
-    let fitted = &planned.fitted;
+    // Whether there is anything to read decides what is measured, and that how many sequences are best.
+    let first = Planned::new(args, model, r, &machine, gpu, dtype, None)?;
+    let fitted = &first.fitted;
     // Measuring is to stay within the budget that the job was planned with.
     let taken = HostMemory::read().resident + SLACK_BYTES;
     let room = fitted.budget.saturating_sub(taken);
@@ -290,6 +291,11 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
         dtype,
         room,
     )?;
+    let planned = match disk {
+        None => first,
+        Some(_) => Planned::new(args, model, r, &machine, gpu, dtype, Some(&rates))?,
+    };
+    let fitted = &planned.fitted;
     let job = planned.passes(model, r, &rates, dtype);
     let pictures_s = planned.pictures_s(model, r, &rates);
     Ok(Prediction {
@@ -326,14 +332,25 @@ impl Planned {
         machine: &MachineOptions,
         gpu: Option<GpuRoom>,
         dtype: Dtype,
+        rates: Option<&MachineRates>,
     ) -> Result<Planned> {
         let mut host = HostMemory::read();
         host.resident += model.opening_bytes();
         let weights = Weights::from(model);
         let on_gpu = gpu.map(|g| g.limit.saturating_sub(g.base));
         let input = args.room.input(machine, on_gpu, dtype.bytes(), r.rows)?;
-        let ((sizes, fitted), sizing) =
-            with_room(&model.spec, &r.sample, input, &mut |_, want| {
+        let known = rates.map(|rates| KnownMachine {
+            rates: rates.clone(),
+            host,
+            gpu,
+        });
+        let ((sizes, fitted), sizing) = with_room(
+            &weights,
+            machine,
+            &r.sample,
+            input,
+            known,
+            &mut |_, want| {
                 let mut options = weights.engine_options(machine, want, true)?;
                 options.cpu_memory = Some(input.budget);
                 let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
@@ -342,7 +359,8 @@ impl Planned {
                     Ok(fitted) => Ok((sizes, fitted)),
                     Err(e) => Err(Advisor::new(&weights, &options, host).too_little(e)),
                 }
-            })?;
+            },
+        )?;
         Ok(Planned {
             sizes,
             fitted,

@@ -11,8 +11,8 @@ use crate::engine::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, DeviceChoice, En
 use crate::error::{Code, Error, Result};
 use crate::io::{MAX_QUEUE_DEPTH, ReaderKind};
 use crate::paging::{
-    KeptSetting, PagerOptions, Placement, Setting, SlotLayout, TRACE_EVENTS, Tier, Trace, UnitSize,
-    VerifyWhen, parse_device_map,
+    DiskRates, KeptSetting, PagerOptions, Placement, Setting, SlotLayout, TRACE_EVENTS, Tier,
+    Trace, UnitSize, VerifyWhen, parse_device_map,
 };
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Outline, Store, UnitLayout};
@@ -61,6 +61,11 @@ impl Weights<'_> {
         reading(machine, self.dir, self.ours, on_gpu)
     }
 
+    /// Where what is known of the disk and of copies is kept.
+    pub fn rates(&self) -> DiskRates {
+        DiskRates::of(self.dir, self.ours)
+    }
+
     /// What each unit takes in pages of `page_bytes`, where it is computed with.
     pub fn sizes(&self, page_bytes: u64, on_gpu: bool) -> Vec<UnitSize> {
         let size = match on_gpu {
@@ -93,6 +98,7 @@ impl Weights<'_> {
             cpu_memory: machine.cpu_budget()?,
             reserve_bytes: want.reserve_bytes,
             placement: placement(&machine.device_map, &kinds)?,
+            rates: self.rates().known(),
             device,
             gpu_memory: machine.gpu_budget()?,
             pinned_memory: machine.pinned_memory,

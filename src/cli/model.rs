@@ -10,7 +10,8 @@ use super::machine::{Weights, verify_when};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom, kv_dtype,
+    DeviceChoice, Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom,
+    kv_dtype,
 };
 use crate::error::Result;
 use crate::paging::{
@@ -154,7 +155,7 @@ impl Model {
     }
 
     fn rates(&self) -> DiskRates {
-        DiskRates::of(&self.store.dir, !self.store.in_place)
+        Weights::from(&self.store).rates()
     }
 
     pub fn record_disk_rate(&self, gb_per_s: f64) {
@@ -180,6 +181,8 @@ impl Model {
         let room = budget.saturating_sub(host.resident + SLACK_BYTES);
         let weights = self.weight_bytes();
         let streams = match options.placement {
+            // Beside a GPU not all of the room is for weights, and they are placed by the rate.
+            Placement::Auto if options.device != DeviceChoice::Cpu => weights > room / 2,
             Placement::Auto => weights > room,
             Placement::Cpu => false,
             _ => true,
@@ -198,8 +201,9 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Engine> {
-        let options = self.engine_options(machine, want, quiet)?;
+        let mut options = self.engine_options(machine, want, quiet)?;
         self.probe_before(&options)?;
+        options.rates = self.rates().known();
         log::debug!(
             "engine: {options:?}, best disk rate {:?} GB/s",
             self.rates().best()

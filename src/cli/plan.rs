@@ -125,9 +125,14 @@ impl Planned {
         // The default is fixed now: measuring must not shrink it.
         let cpu = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let dtype = kv_dtype(&outline.units);
+        let rates = args.rates.rates(&computer, &machine, &outline, dtype)?;
+        let options = EngineOptions {
+            rates: computer.known(&rates),
+            ..options
+        };
         Ok(Planned {
             sizes: weights.sizes(page_bytes, gpu.is_some()),
-            rates: args.rates.rates(&computer, &machine, &outline, dtype)?,
+            rates,
             memory: Memory { cpu, gpu },
             computer: computer.name(),
             outline,
@@ -282,7 +287,7 @@ impl Planned {
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,
             ring_bytes: one.plan.ring().bytes(),
-            pinned_bytes: one.plan.pinned_bytes(&self.sizes),
+            pinned_bytes: one.pinned_bytes(&self.sizes),
             resident_cpu_bytes: one.plan.resident_bytes,
             resident_gpu_bytes: one.plan.gpu.map_or(0, |g| g.resident_bytes),
             disk_bytes_per_pass: one.plan.streamed_bytes,

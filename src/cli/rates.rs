@@ -9,7 +9,9 @@ use crate::device::cuda;
 use crate::engine::{DeviceChoice, EngineOptions, Fitted, GpuRoom, open_device};
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
-use crate::paging::{ComputeRates, DiskRates, KeptCompute, MachineRates, PassWork};
+use crate::paging::{
+    ComputeRates, CopyRate, DiskRates, KeptCompute, KnownRates, MachineRates, PassWork,
+};
 use crate::spec::ModelSpec;
 use crate::store::Outline;
 use crate::units::Dtype;
@@ -206,6 +208,21 @@ impl Computer {
                 base: GPU_BASE_BYTES,
             }),
         })
+    }
+
+    /// What units are placed by under these rates, as a run's engine is told.
+    pub fn known(&self, rates: &MachineRates) -> KnownRates {
+        let copies = |gb_per_s| CopyRate {
+            gpu: match self {
+                Computer::Gpu(device) => device.describe(),
+                Computer::Host | Computer::GpuElsewhere => self.name(),
+            },
+            gb_per_s,
+        };
+        KnownRates {
+            disk_gb_per_s: Some(rates.disk_gb_per_s),
+            h2d: rates.h2d_gb_per_s.map(copies),
+        }
     }
 
     /// As a run with this computer would be started.

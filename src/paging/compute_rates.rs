@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::predict::ComputeRates;
-use super::rates::{cache_dir, machine_name};
+use super::rates::{cache_dir, machine_name, sane_rate};
 use crate::device::cuda::{Copier, CudaDevice, Piece, Slot, Ticks};
 use crate::device::{Acts, Device, Into, Rows, WeightView};
 use crate::error::{Code, Error, Result};
@@ -69,6 +69,16 @@ impl KeptCompute {
         }
     }
 
+    /// The record of that name in `dir`, of a device that is called so too.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn named(name: &str, dir: &std::path::Path) -> KeptCompute {
+        KeptCompute {
+            path: dir.join(name),
+            device: name.to_string(),
+            dtype: Dtype::BF16,
+        }
+    }
+
     fn record(&self) -> Option<Record> {
         let record: Record = serde_json::from_str(&record::read(&self.path)?).ok()?;
         let ours = record.machine == machine_name()
@@ -95,11 +105,9 @@ impl KeptCompute {
     /// What was measured before on this machine with these threads, or with this GPU.
     pub fn known(&self) -> Option<ComputeRates> {
         let record = self.record()?;
-        let rates = record
-            .rates
-            .filter(|r| r.memory_gb_per_s > 0.0 && r.gflops > 0.0)?;
+        let rates = record.rates.filter(ComputeRates::makes_sense)?;
         Some(match record.ran_ns_per_byte {
-            Some(ran) if ran > 0.0 => rates.with_one_row(ran),
+            Some(ran) if sane_rate(1.0 / ran) => rates.with_one_row(ran),
             _ => rates,
         })
     }

@@ -1,7 +1,9 @@
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::*;
-use crate::checkpoint::OpenOptions;
+use crate::checkpoint::{OpenOptions, outline_synthetic};
 use crate::device::Device;
 use crate::engine::EngineStats;
 use crate::report::summary::PagingReport;
@@ -73,12 +75,12 @@ fn a_gpu_that_is_too_small_is_told_what_would_fit() {
         ..options.clone()
     };
     let shorter = EngineOptions {
-        context: 1024,
+        context: 256,
         ..options.clone()
     };
     for (what, changed) in [
         ("with 32 sequences at once ", halved),
-        ("with --context 1024 ", shorter),
+        ("with --context 256 ", shorter),
     ] {
         let named = enough(fix, what);
         let with = |limit| {
@@ -144,9 +146,19 @@ fn figures(bytes: u64, stall: f64) -> (PagingReport, EngineStats) {
 
 #[test]
 fn a_run_that_waited_is_told_what_it_would_gain() {
-    let outline = outlined("llama-f32");
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    outline_synthetic(dir.path(), &config).unwrap();
+    let path = dir.path().display().to_string();
+    let ckpt = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+    let nowhere = Path::new("/nowhere");
+    let outline = outline(&ckpt, &DtypePolicy::One(Dtype::F32), nowhere, false).unwrap();
     let weights = Weights::from(&outline);
-    let half = in_16_bits(&fixture("llama-f32"), outline.dtype, Path::new("/nowhere"));
+    let half = in_16_bits(&ckpt, outline.dtype, nowhere);
     let mut options = options(DeviceChoice::Cpu);
     (options.max_sequences, options.logits_rows) = (1, 1);
     let all = Advisor::new(&weights, &options, host());

@@ -12,6 +12,14 @@ fn self_test() {
 }
 
 #[test]
+fn self_test_under_address_sanitizer() {
+    let Some(report) = emulated::selftest_under_asan() else {
+        return;
+    };
+    assert!(report.contains("ok   reading past the end"), "{report}");
+}
+
+#[test]
 fn a_driver_without_a_function() {
     let Some(folder) = emulated::driver_without("cuMemHostRegister_v2") else {
         return;

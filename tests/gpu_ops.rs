@@ -8,6 +8,7 @@ mod one_pass;
 #[path = "../examples/gpu_suite/ops.rs"]
 mod ops;
 
+use std::path::Path;
 use std::process::Command;
 
 use ops::Shapes;
@@ -39,24 +40,32 @@ fn on_this_driver() {
     assert_eq!(bad, 0, "ops that differ from the CPU's");
 }
 
+/// On the emulated driver, or the GPU that is asked for.
 fn run(settings: &[(&str, &str)]) -> Option<(bool, String)> {
+    match std::env::var_os("TENSORPAGER_GPU") {
+        None => Some(run_on(Some(emulated::driver()?), settings)),
+        Some(_) => Some(run_on(None, settings)),
+    }
+}
+
+fn run_on(driver: Option<&Path>, settings: &[(&str, &str)]) -> (bool, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "on_this_driver", "--ignored", "--nocapture"]);
-    if std::env::var_os("TENSORPAGER_GPU").is_none() {
-        emulated::on(&mut command, emulated::driver()?, settings);
+    if let Some(driver) = driver {
+        emulated::on(&mut command, driver, settings);
     }
     let output = command.output().unwrap();
     let text = [output.stdout, output.stderr].concat();
-    Some((
+    (
         output.status.success(),
         String::from_utf8_lossy(&text).into_owned(),
-    ))
+    )
 }
 
 #[test]
 fn ops_agree_with_the_cpu() {
     // With cublasLt's stand-in beside the driver: bias_add is for its products.
-    let library = |d: &std::path::Path| format!("{0}:{0}/cublaslt", d.display());
+    let library = |d: &Path| format!("{0}:{0}/cublaslt", d.display());
     let path = emulated::driver().map_or(String::new(), library);
     let Some((ok, text)) = run(&[("LD_LIBRARY_PATH", &path)]) else {
         return;
@@ -68,6 +77,20 @@ fn ops_agree_with_the_cpu() {
     }
     assert_eq!(text.matches("embedding rows").count(), 2, "{text}");
     assert!(text.lines().filter(|l| l.contains(" shapes")).count() >= 30);
+}
+
+/// The same kernels on the same shapes, each access of theirs checked.
+#[test]
+fn ops_agree_with_the_cpu_under_address_sanitizer() {
+    let Some((driver, environment)) = emulated::driver_under_asan() else {
+        return;
+    };
+    let settings = environment
+        .each_ref()
+        .map(|(name, value)| (*name, value.as_str()));
+    let (ok, text) = run_on(Some(&driver), &settings);
+    assert!(ok, "{text}");
+    assert_eq!(text.matches("embedding rows").count(), 2, "{text}");
 }
 
 /// The comparison itself can fail: a kernel that never runs leaves its output as it was.

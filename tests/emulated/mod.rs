@@ -8,10 +8,10 @@ use std::sync::OnceLock;
 /// build.sh's exit code where it cannot build.
 const NO_COMPILER: i32 = 77;
 
-fn build(more: &[&str]) -> Output {
+fn build(out: &Path, more: &[&str]) -> Output {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emu/driver/build.sh");
     Command::new(&script)
-        .arg(target())
+        .arg(out)
         .args(more)
         .output()
         .unwrap_or_else(|e| panic!("{}: {e}", script.display()))
@@ -25,8 +25,8 @@ fn target() -> PathBuf {
 }
 
 /// Runs build.sh; `None`, with the reason on stderr, where there is no compiler. `TENSORPAGER_REQUIRE_EMULATION=1` makes that a failure.
-fn built(more: &[&str]) -> Option<Output> {
-    let output = build(more);
+fn built(out: &Path, more: &[&str]) -> Option<Output> {
+    let output = build(out, more);
     let said = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(NO_COMPILER)
         && std::env::var_os("TENSORPAGER_REQUIRE_EMULATION").is_none()
@@ -43,18 +43,41 @@ fn built(more: &[&str]) -> Option<Output> {
 pub fn driver() -> Option<&'static Path> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOLDER
-        .get_or_init(|| built(&[]).map(|_| target()))
+        .get_or_init(|| built(&target(), &[]).map(|_| target()))
         .as_deref()
 }
 
 /// A driver that lacks one function, as an old one would.
 pub fn driver_without(symbol: &str) -> Option<PathBuf> {
-    built(&["--without", symbol]).map(|_| target().join(format!("without-{symbol}")))
+    built(&target(), &["--without", symbol]).map(|_| target().join(format!("without-{symbol}")))
 }
 
 /// What the self-test prints.
 pub fn selftest() -> Option<String> {
-    built(&["--selftest"]).map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+    built(&target(), &["--selftest"]).map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+}
+
+/// The same of [`driver_under_asan`], which notices more.
+pub fn selftest_under_asan() -> Option<String> {
+    built(&under_asan(), &["--asan", "--selftest"])
+        .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+}
+
+fn under_asan() -> PathBuf {
+    target().join("asan")
+}
+
+/// A driver built under AddressSanitizer: its folder, and what must be in the environment of whoever loads it.
+pub fn driver_under_asan() -> Option<(PathBuf, [(&'static str, String); 2])> {
+    let folder = under_asan();
+    built(&folder, &["--asan"])?;
+    let runtime = std::fs::read_to_string(folder.join("preload")).unwrap();
+    let environment = [
+        ("LD_PRELOAD", runtime.trim().to_owned()),
+        // Rust's and the loader's own are nobody's concern here.
+        ("ASAN_OPTIONS", "detect_leaks=0".to_owned()),
+    ];
+    Some((folder, environment))
 }
 
 /// `command` with this driver in place of any other, and `settings` (`EMUCUDA_…`, see kernels/emu/driver/README.md).

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the emulated CUDA driver, for tests only: OUT/libcuda.so.1 and libcuda.so, and OUT/cublaslt/libcublasLt.so.12 on top of it.
-#     kernels/emu/driver/build.sh OUT [--without SYMBOL]... [--selftest]
+#     kernels/emu/driver/build.sh OUT [--asan] [--without SYMBOL]... [--selftest]
+# --asan builds all of it under AddressSanitizer (into a folder of its own); who loads that needs its runtime first: OUT/preload names it.
 # --without SYMBOL also makes OUT/without-SYMBOL/libcuda.so.1, which lacks that function as an old driver would; --selftest makes
 # OUT/selftest and runs it.
 # Where there is no C++ compiler it says so on stderr and exits with 77. What is newer than its sources is left alone.
@@ -17,7 +18,17 @@ exec 9>"$out/lock"
 flock 9  # several tests may ask at once
 
 sources=(engine entry entry_memory entry_stream memory queue state table)
-flags=(-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -DTP_EMULATE -DEMU_PLAIN -Wall -Wextra -Wno-unknown-pragmas "-I$out/work")
+flags=(-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -DTP_EMULATE -Wall -Wextra -Wno-unknown-pragmas "-I$out/work")
+checked=()
+if [ "${1:-}" = --asan ]; then
+  shift
+  checked=(-fsanitize=address)
+  flags+=("${checked[@]}" -fno-omit-frame-pointer)
+  echo 'int main() {}' | "$cxx" "${checked[@]}" -x c++ - -o /dev/null 2>/dev/null ||
+    { echo "$cxx has no AddressSanitizer: the emulated CUDA driver cannot be built under it" >&2; exit 77; }
+else
+  flags+=(-DEMU_PLAIN)
+fi
 
 compile() { "$cxx" "${flags[@]}" "${@:3}" -c "$1" -o "$out/work/$2.o"; }
 
@@ -25,7 +36,7 @@ compile() { "$cxx" "${flags[@]}" "${@:3}" -c "$1" -o "$out/work/$2.o"; }
 link() {
   mkdir -p "$1"
   printf '{ global: cu*; local: %s*; };\n' "${2:+$2; }" >"$out/work/exports.map"
-  "$cxx" -shared -Wl,-soname,libcuda.so.1 "-Wl,--version-script=$out/work/exports.map" "$out"/objects/*.o -o "$out/work/libcuda.so.1" -lpthread
+  "$cxx" -shared "${checked[@]}" -Wl,-soname,libcuda.so.1 "-Wl,--version-script=$out/work/exports.map" "$out"/objects/*.o -o "$out/work/libcuda.so.1" -lpthread
   mv "$out/work/libcuda.so.1" "$1/libcuda.so.1"
   ln -sf libcuda.so.1 "$1/libcuda.so"
 }
@@ -42,15 +53,21 @@ if [ ! -f "$out/libcuda.so.1" ] || [ -n "$(find "$here/../.." -type f -not -path
   compile "$here/table_half.cpp" table_f16 -DTP_F16
   wait $other
   for source in "${sources[@]}"; do
-    [ "$source" = engine ] && file=$here/../engine.cpp || file=$here/$source.cpp
-    compile "$file" "$source"
+    case $source in
+      # It switches stacks, and asks the sanitizer where that matters.
+      engine) compile "$here/../engine.cpp" engine -fno-sanitize=address ;;
+      # It looks at what it has poisoned.
+      memory) compile "$here/memory.cpp" memory -fno-sanitize=address ;;
+      *) compile "$here/$source.cpp" "$source" ;;
+    esac
   done
   rm -f "$out/work/launch_table.inc"
   mkdir "$out/objects"
   mv "$out"/work/*.o "$out/objects"
   link "$out"
   mkdir -p "$out/cublaslt"
-  "$cxx" -std=c++17 -O2 -g1 -fPIC -Wall -Wextra -shared -Wl,-soname,libcublasLt.so.12 "$here/cublaslt.cpp" "-L$out" -lcuda -o "$out/cublaslt/libcublasLt.so.12"
+  "$cxx" -std=c++17 -O2 -g1 -fPIC -Wall -Wextra -shared "${checked[@]}" -Wl,-soname,libcublasLt.so.12 "$here/cublaslt.cpp" "-L$out" -lcuda -o "$out/cublaslt/libcublasLt.so.12"
+  [ ${#checked[@]} = 0 ] || ldd "$out/libcuda.so.1" | awk '/libasan/ { print $3 }' >"$out/preload"
 fi
 while [ $# -gt 0 ]; do
   case $1 in
@@ -60,9 +77,9 @@ while [ $# -gt 0 ]; do
       ;;
     --selftest)
       [ -f "$out/selftest" ] ||
-        "$cxx" -std=c++17 -O1 -g1 -Wall -Wextra "$here/selftest.cpp" -o "$out/selftest" "-L$out" -lcuda "-Wl,-rpath,$out" -lpthread
+        "$cxx" -std=c++17 -O1 -g1 -Wall -Wextra "${checked[@]}" "$here/selftest.cpp" -o "$out/selftest" "-L$out" -lcuda "-Wl,-rpath,$out" -lpthread
       flock -u 9
-      "$out/selftest" "$here/../../ptx"
+      ASAN_OPTIONS=detect_leaks=0 "$out/selftest" "$here/../../ptx"
       shift
       ;;
     *)

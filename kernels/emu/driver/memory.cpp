@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "../sanitizer.h"
 #include "queue.h"
 #include "state.h"
 
@@ -67,6 +68,8 @@ CUresult device_alloc(CUdeviceptr* out, size_t bytes) {
   if (!b.base) return CUDA_ERROR_OUT_OF_MEMORY;
   memset((void*)first, 0xFF, bytes);
   memset((char*)first + bytes, CANARY, round_up(bytes, 512) - bytes);
+  // Under AddressSanitizer reading there is noticed too.
+  __asan_poison_memory_region((void*)(first + bytes), round_up(bytes, 512) - bytes);
   memory().used += round_up(bytes, 512);
   memory().device[first] = b;
   *out = first;

@@ -345,6 +345,14 @@ void broken_bounds() {  // 9 floats where 8 fit
   OK(cuStreamSynchronize(s));
   cuMemFree_v2(out);
 }
+#ifdef __SANITIZE_ADDRESS__
+void broken_read() {  // 16 halves where 15 are: the 16th lies before the next multiple of 512
+  open_device();
+  const CUstream s = stream();
+  widen(function("widen", "widen_bf16"), device(30), device(64), 16, s);
+  OK(cuStreamSynchronize(s));
+}
+#endif
 void broken_free() {
   open_device();
   const CUdeviceptr x = device(4096);
@@ -361,6 +369,13 @@ void broken_unregister() {
   for (int i = 0; i < 100; i++) OK(cuMemcpyHtoDAsync_v2(x, page, 4096, s));
   cuMemHostUnregister(page);
 }
+
+// Who notices first that something is written past an allocation.
+#ifdef __SANITIZE_ADDRESS__
+#define PAST_THE_END "AddressSanitizer"
+#else
+#define PAST_THE_END "past an allocation"
+#endif
 
 struct Case {
   const char* name;
@@ -398,7 +413,10 @@ const Case CASES[] = {
     {"grid", broken_grid, "", Case::FailsAtOnce, "grid of 3"},
     {"freed pointer", broken_pointer, "", Case::FailsAtOnce, "no address"},
     {"alignment", broken_alignment, "", Case::FailsAtOnce, "aligned"},
-    {"bounds", broken_bounds, "", Case::FailsAtOnce, "past an allocation"},
+    {"bounds", broken_bounds, "", Case::FailsAtOnce, PAST_THE_END},
+#ifdef __SANITIZE_ADDRESS__
+    {"reading past the end", broken_read, "", Case::FailsAtOnce, PAST_THE_END},
+#endif
     {"free in use", broken_free, "EMUCUDA_ORDER=lazy", Case::FailsAtOnce, "freed while"},
     {"unregister in use", broken_unregister, "EMUCUDA_ORDER=lazy", Case::FailsAtOnce, "unregistered while"},
 };

@@ -24,7 +24,7 @@ pub(super) struct Folder {
     pub path: PathBuf,
     pub free: u64,
     /// The disk under it, as the kernel calls it.
-    disk: String,
+    pub disk: String,
 }
 
 impl Folder {
@@ -270,6 +270,30 @@ tmpfs /gone tmpfs rw 0 0
         assert_eq!(unescaped("/a\\040b\\134c"), "/a b\\c");
         assert_eq!(unescaped("/a\\9"), "/a\\9");
         assert_eq!(unescaped("/plain"), "/plain");
+    }
+
+    #[test]
+    fn the_best_rate_of_the_packs_there_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder {
+            path: dir.path().to_path_buf(),
+            free: 1,
+            disk: String::new(),
+        };
+        assert_eq!(folder.known_rate(), None);
+        for (name, rate) in [("a--bf16", 3.0), ("b--bf16", 5.0)] {
+            let pack = dir.path().join(name);
+            fs::create_dir(&pack).unwrap();
+            fs::write(pack.join("layer.000.dat"), [0; 4096]).unwrap();
+            fs::write(
+                pack.join("manifest.json"),
+                r#"{"format": "tensorpager", "version": 1}"#,
+            )
+            .unwrap();
+            DiskRates::of(&pack, true).raise(rate);
+        }
+        assert_eq!(folder.known_rate(), Some(5.0));
+        assert!(!folder.on_the_disk_of(dir.path()));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! After a run that waited for the disk: what would be faster here, and by how much.
 
-use super::{Advisor, Asked, LEAST_GAIN, folders};
+use super::folders::{self, Folder};
+use super::{Advisor, Asked, LEAST_GAIN};
 use crate::device::Device;
 use crate::engine::{EngineOptions, EngineStats, Fitted};
 use crate::paging::{ComputeRates, KeptCompute, MachineRates, PassCost, PassWork, predict};
@@ -217,25 +218,29 @@ impl Advisor {
         ))
     }
 
-    /// Only what is known of another disk is promised.
     fn another_disk(&self, m: &Measured<'_>) -> Vec<String> {
         let needed = self.weights.sizes.iter().map(|u| u.read_bytes).sum();
-        let others = folders::others(&self.dir, needed);
-        let others = others.iter().filter(|f| !f.on_the_disk_of(&self.dir));
-        let mut said = Vec::new();
-        for folder in others {
-            match folder.known_rate() {
-                Some(rate) => said.extend(self.at_rate(rate, m).map(|gained| {
-                    format!("{}, which was read at {rate:.2} GB/s: {gained}", folder.told())
-                })),
-                None => said.push(format!(
-                    "{} on another disk, whose rate is not known (`tensorpager doctor --offload-folder {}` measures it)",
-                    folder.told(),
-                    folder.path.display()
-                )),
-            }
-        }
-        said
+        let others = folders::others(&self.dir, needed).into_iter();
+        let others = others.filter(|f| !f.on_the_disk_of(&self.dir));
+        others
+            .filter_map(|f| self.disk_told(&f, f.known_rate(), m))
+            .collect()
+    }
+
+    /// Only what is known of another disk is promised.
+    fn disk_told(&self, folder: &Folder, rate: Option<f64>, m: &Measured<'_>) -> Option<String> {
+        let Some(rate) = rate else {
+            return Some(format!(
+                "{} on another disk, whose rate is not known (`tensorpager doctor --offload-folder {}` measures it)",
+                folder.told(),
+                folder.path.display()
+            ));
+        };
+        let gained = self.at_rate(rate, m)?;
+        Some(format!(
+            "{}, which was read at {rate:.2} GB/s: {gained}",
+            folder.told()
+        ))
     }
 
     /// What a disk of so many 10⁹ bytes a second would bring.
@@ -273,3 +278,6 @@ fn cost(asked: &Asked<'_>, fitted: &Fitted, rates: &MachineRates, rows: usize) -
     };
     predict(&asked.weights.sizes, &fitted.plan, rates, &work)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,20 +1,13 @@
-use std::time::Duration;
-
-use serde_json::json;
-
 use super::*;
-use crate::checkpoint::{OpenOptions, outline_synthetic};
-use crate::device::Device;
-use crate::engine::EngineStats;
-use crate::report::summary::PagingReport;
+use crate::checkpoint::OpenOptions;
 
-fn fixture(name: &str) -> Checkpoint {
+pub(super) fn fixture(name: &str) -> Checkpoint {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let path = root.join(name).display().to_string();
     Checkpoint::open(&path, &OpenOptions::default()).unwrap()
 }
 
-fn outlined(name: &str) -> Outline {
+pub(super) fn outlined(name: &str) -> Outline {
     outline(
         &fixture(name),
         &DtypePolicy::Auto,
@@ -25,7 +18,7 @@ fn outlined(name: &str) -> Outline {
 }
 
 /// A process of 20 MB on a machine with 8 GiB free.
-fn host() -> HostMemory {
+pub(super) fn host() -> HostMemory {
     HostMemory {
         available: 8 << 30,
         peak: 20_000_000,
@@ -33,7 +26,7 @@ fn host() -> HostMemory {
     }
 }
 
-fn options(device: DeviceChoice) -> EngineOptions {
+pub(super) fn options(device: DeviceChoice) -> EngineOptions {
     EngineOptions {
         device,
         page_bytes: Some(64 << 10),
@@ -115,114 +108,6 @@ fn only_weights_of_32_bits_are_halved() {
     assert!(half.pack_bytes < whole.pack_bytes);
     let bf16 = outlined("qwen2-bf16");
     assert!(in_16_bits(&fixture("qwen2-bf16"), bf16.dtype, folder).is_none());
-}
-
-/// A run that read everything at 1 GB/s and waited for nearly all of it.
-fn ran<'a>(report: &'a PagingReport, during: &'a EngineStats, device: &'a Device) -> Ran<'a> {
-    Ran {
-        report,
-        during,
-        device,
-        work: Work::Full,
-    }
-}
-
-fn figures(bytes: u64, stall: f64) -> (PagingReport, EngineStats) {
-    let pass_s = bytes as f64 / 1e9;
-    let report = PagingReport {
-        passes: 1,
-        stall_s: stall * pass_s,
-        compute_s: 0.1 * pass_s,
-        disk_gb_per_s: 1.0,
-        ..PagingReport::default()
-    };
-    let during = EngineStats {
-        pass: Duration::from_secs_f64(pass_s),
-        rows: 1,
-        ..EngineStats::default()
-    };
-    (report, during)
-}
-
-#[test]
-fn a_run_that_waited_is_told_what_it_would_gain() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 1024,
-        "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
-    });
-    outline_synthetic(dir.path(), &config).unwrap();
-    let path = dir.path().display().to_string();
-    let ckpt = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
-    let nowhere = Path::new("/nowhere");
-    let outline = outline(&ckpt, &DtypePolicy::One(Dtype::F32), nowhere, false).unwrap();
-    let weights = Weights::from(&outline);
-    let half = in_16_bits(&ckpt, outline.dtype, nowhere);
-    let mut options = options(DeviceChoice::Cpu);
-    (options.max_sequences, options.logits_rows) = (1, 1);
-    let all = Advisor::new(&weights, &options, host());
-    let least = all.smallest(&all.asked(), Short::Host).unwrap();
-    options.cpu_memory = Some(least);
-    let advisor = Advisor::new(&weights, &options, host());
-    let bytes = all.weights.sizes.iter().map(|u| u.read_bytes).sum();
-    let device = Device::cpu(Some(1), Some("portable")).unwrap();
-    let (report, during) = figures(bytes, 0.9);
-    let plain = advisor.faster(&ran(&report, &during, &device));
-    let said = plain.join("\n");
-    assert!(said.contains("--cpu-memory 7"), "{said}");
-    assert!(said.contains("would read 0 B a pass instead of "), "{said}");
-    assert!(!said.contains("--dtype"), "{said}");
-    let advisor = advisor.with_half(half.as_ref());
-    let said = advisor.faster(&ran(&report, &during, &device)).join("\n");
-    assert!(
-        said.contains("--dtype bfloat16 (weights rounded to 16 bits) would read "),
-        "{said}"
-    );
-    // It hardly waited.
-    let (report, during) = figures(bytes, 0.1);
-    assert!(advisor.faster(&ran(&report, &during, &device)).is_empty());
-}
-
-#[test]
-fn more_places_are_worth_it_while_the_disk_is_waited_for() {
-    let outline = outlined("qwen2-bf16");
-    let weights = Weights::from(&outline);
-    let mut options = options(DeviceChoice::Cpu);
-    (options.max_sequences, options.logits_rows) = (2, 2);
-    options.placement = crate::paging::Placement::Disk;
-    options.kv_tokens = Some(256);
-    let advisor = Advisor::new(&weights, &options, host());
-    let bytes = advisor.weights.sizes.iter().map(|u| u.read_bytes).sum();
-    let device = Device::cpu(Some(1), Some("portable")).unwrap();
-    let (report, during) = figures(bytes, 0.9);
-    let with = |rows, kv_bytes| {
-        let work = Work::Queue(Queue {
-            rows,
-            kv_bytes,
-            tokens_per_s: 10.0,
-        });
-        let ran = Ran {
-            work,
-            ..ran(&report, &during, &device)
-        };
-        advisor.faster(&ran).join("\n")
-    };
-    let said = with(100, None);
-    assert!(
-        said.contains("--max-sequences 32 instead of 2 at once: about "),
-        "{said}"
-    );
-    // No more than there are rows.
-    let said = with(9, None);
-    assert!(said.contains("--max-sequences 8 instead"), "{said}");
-    assert!(!with(3, None).contains("--max-sequences"));
-    // Room that was given grows with them.
-    let said = with(4, Some(8 << 20));
-    assert!(
-        said.contains("--max-sequences 4 --kv-memory 16MiB"),
-        "{said}"
-    );
 }
 
 fn no_space(error: Error, folder: &Path) -> Error {

@@ -10,9 +10,10 @@ mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use emulated::driver;
-use run::{Run, deep, synthetic};
+use run::{Run, deep, layered, synthetic};
 use serde_json::{Value, json};
 
 const MODEL: &str = "gpu-qwen2-bf16";
@@ -138,6 +139,41 @@ fn the_budgets_named_are_those_that_run() {
     // A run of one prompt has smaller passes than the plan has room for.
     run(smallest).json();
     run(smallest - (8 << 20)).fails();
+}
+
+/// The advice of a refusal, followed.
+#[test]
+fn a_gpu_that_is_too_small_is_told_a_context_that_fits() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    // Keys and values of so many layers are most of what a run takes.
+    let model = layered(kept.path(), 100);
+    let small = |run: Run| run.env("EMUCUDA_CONTEXT", "1000000");
+    let plan = Run::on("cuda", driver, "plan", &model).args(["--in-place", "--sequences", "1"]);
+    let plan = small(plan.args(["--disk-gb-per-s", "2"])).json();
+    let smallest = plan["smallest_gpu_memory"].as_u64().unwrap();
+    let run = |context: &str, memory: &str| {
+        Command::new(env!("CARGO_BIN_EXE_tensorpager"))
+            .args(["run", &model, "--device", "cuda", "--threads", "2", "--raw"])
+            .args(["--prompt", "T", "--max-tokens", "2", "--in-place"])
+            .args(["--context", context, "--gpu-memory", memory])
+            .env("LD_LIBRARY_PATH", driver)
+            .env("XDG_CACHE_HOME", kept.path())
+            .env("EMUCUDA_CONTEXT", "1000000")
+            .output()
+            .unwrap()
+    };
+    let refused = run("512", &(smallest - (8 << 20)).to_string());
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    let named = said.split("with --context 256 ").nth(1);
+    let named = named.unwrap_or_else(|| panic!("{said}"));
+    let named = named.split(' ').next().unwrap();
+    assert!(said.contains(&format!("{named} are enough")), "{said}");
+    let fits = run("256", named);
+    let told = String::from_utf8_lossy(&fits.stderr).into_owned();
+    assert_eq!(fits.status.code(), Some(0), "{said}{told}");
+    assert_eq!(run("512", named).status.code(), Some(1), "{said}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
+use super::advice::{self, Advisor, Queue, Ran, Work};
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
 use super::batch_room::{KnownMachine, RoomOptions, budget, with_room};
@@ -20,7 +21,7 @@ use crate::engine::jobs::{
     BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory, SLACK_BYTES};
+use crate::engine::{Engine, EngineStats, HostMemory, SLACK_BYTES};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
@@ -267,7 +268,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let mut view = JobView::new(kind(args.progress, args.quiet));
     let summary = match &mut opened {
         None => job.settled()?,
-        Some((engine, sizing)) => {
+        Some(Opened { engine, sizing, .. }) => {
             let ran = job.run(engine, texts.tools(), sizing, &signals.stop, &mut |p| {
                 view.update(p);
             });
@@ -286,17 +287,27 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         ..Timings::default()
     };
     let during = &summary.progress.stats;
-    let paging = opened.as_ref().map(|(engine, _)| {
+    let paging = opened.as_ref().map(|Opened { engine, .. }| {
         let settings = model.read_settings(&args.machine, during, engine);
         PagingReport::new(engine, during, &settings)
     });
-    if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
-        model.write_records(&args.machine, engine, &timings, paging)?;
+    let mut advice = Vec::new();
+    if let (Some(opened), Some(paging)) = (&opened, &paging) {
+        model.write_records(&args.machine, &opened.engine, &timings, paging)?;
+        advice = opened.faster(
+            paging,
+            during,
+            timings.output_tokens_per_s,
+            args.room.kv_memory,
+        );
     }
     if !quiet {
         eprintln!("{}", batch_report::last_words(&job, &summary));
-        if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+        if let (Some(Opened { engine, .. }), Some(paging)) = (&opened, &paging) {
             eprintln!("{}", paging_line(paging, during, engine));
+        }
+        if let Some(advice) = advice::told(&advice) {
+            eprintln!("{advice}");
         }
     }
     if args.json {
@@ -307,6 +318,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
             opened.as_ref(),
             paging.unwrap_or_default(),
             timings,
+            &advice,
         )?;
     }
     Ok(match (summary.remaining, summary.failed) {
@@ -314,6 +326,37 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         (0, _) => 3,
         _ => 130,
     })
+}
+
+/// An engine sized for a job.
+pub(super) struct Opened {
+    pub engine: Engine,
+    pub sizing: Sizing,
+    advisor: Advisor,
+    /// Sequences that the rows stand for.
+    sequences: u64,
+}
+
+impl Opened {
+    /// What would be faster; `tokens_per_s`: as the job went, `kv_bytes`: `--kv-memory`.
+    pub fn faster(
+        &self,
+        paging: &PagingReport,
+        during: &EngineStats,
+        tokens_per_s: f64,
+        kv_bytes: Option<u64>,
+    ) -> Vec<String> {
+        self.advisor.faster(&Ran {
+            report: paging,
+            during,
+            device: self.engine.device(),
+            work: Work::Queue(Queue {
+                rows: self.sequences,
+                kv_bytes,
+                tokens_per_s,
+            }),
+        })
+    }
 }
 
 /// How large a row may be. To be asked once tokenizer and template are there.
@@ -415,7 +458,7 @@ fn open_engine(
     job: &BatchJob,
     signals: &TwoStage,
     quiet: bool,
-) -> Result<Option<(Engine, Sizing)>> {
+) -> Result<Option<Opened>> {
     if job.remaining() == 0 {
         return Ok(None);
     }
@@ -437,15 +480,25 @@ pub(super) fn open_sized(
     input: SizingInput,
     signals: &TwoStage,
     quiet: bool,
-) -> Result<(Engine, Sizing)> {
+) -> Result<Opened> {
+    let sequences = (input.rows as f64 * sample.choices) as u64;
     let weights = Weights::from(&model.store);
     let known = KnownMachine::on_record(&weights, machine)?;
-    with_room(&weights, machine, sample, input, known, &mut |_, want| {
+    let open = &mut |_: &Sizing, want: &OpenFor| {
         let want = OpenFor {
             sample_limit: Some(texts.tokenizer.id_limit()),
             ..want.clone()
         };
-        model.engine(machine, &want, &signals.cancel, quiet)
+        let advisor = model.advisor(machine, &want)?;
+        let engine = model.engine(machine, &want, &signals.cancel, quiet)?;
+        Ok((engine, advisor))
+    };
+    let ((engine, advisor), sizing) = with_room(&weights, machine, sample, input, known, open)?;
+    Ok(Opened {
+        engine,
+        sizing,
+        advisor,
+        sequences,
     })
 }
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use super::advice;
 use super::batch::{Texts, open_sized};
 use super::batch_room::RoomOptions;
 use super::gpu::gpu_bytes;
@@ -92,7 +93,7 @@ pub fn run(
         ..input
     };
     let load = Instant::now();
-    let (mut engine, sizing) = open_sized(
+    let mut opened = open_sized(
         model,
         texts,
         how.machine,
@@ -102,8 +103,9 @@ pub fn run(
         how.quiet,
     )?;
     let load_s = load.elapsed().as_secs_f64();
-    let m = measure(&mut engine, texts, o, rows)?;
-    let settings = model.read_settings(how.machine, &m.during, &engine);
+    let m = measure(&mut opened.engine, texts, o, rows)?;
+    let (engine, sizing) = (&opened.engine, &opened.sizing);
+    let settings = model.read_settings(how.machine, &m.during, engine);
     let report = BenchReport {
         model: &model.label,
         device: engine.device().name(),
@@ -125,9 +127,16 @@ pub fn run(
             output_tokens_per_s: m.tokens as f64 / m.seconds,
             total_s: started.elapsed().as_secs_f64(),
         },
-        paging: PagingReport::new(&engine, &m.during, &settings),
+        paging: PagingReport::new(engine, &m.during, &settings),
     };
-    model.write_records(how.machine, &engine, &report.timings, &report.paging)?;
+    model.write_records(how.machine, engine, &report.timings, &report.paging)?;
+    let rate = report.timings.output_tokens_per_s;
+    let advice = opened.faster(&report.paging, &m.during, rate, how.room.kv_memory);
+    if !how.quiet
+        && let Some(advice) = advice::told(&advice)
+    {
+        eprintln!("{advice}");
+    }
     if how.json {
         let text = serde_json::to_string(&report)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

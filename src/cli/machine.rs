@@ -26,9 +26,11 @@ pub(super) struct Weights<'a> {
     /// By `FileId`.
     pub file_bytes: Vec<u64>,
     /// Where they lie.
-    dir: &'a Path,
+    pub dir: &'a Path,
     /// `dir` is a pack.
-    ours: bool,
+    pub ours: bool,
+    /// They are the checkpoint's own files.
+    pub in_place: bool,
 }
 
 impl<'a> From<&'a Store> for Weights<'a> {
@@ -39,6 +41,7 @@ impl<'a> From<&'a Store> for Weights<'a> {
             file_bytes: store.files.iter().map(|f| f.bytes).collect(),
             dir: &store.dir,
             ours: !store.in_place,
+            in_place: store.in_place,
         }
     }
 }
@@ -51,6 +54,7 @@ impl<'a> From<&'a Outline> for Weights<'a> {
             file_bytes: outline.file_bytes.clone(),
             dir: &outline.dir,
             ours: outline.ready && !outline.in_place,
+            in_place: outline.in_place,
         }
     }
 }

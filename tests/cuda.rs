@@ -463,6 +463,41 @@ fn what_is_missing_is_said_in_plain_words() {
     assert_eq!((auto("1"), auto("0")), ("cuda:0".into(), "cpu".into()));
 }
 
+/// A GPU that is there and cannot be used is no reason to fail where nobody asked for it: the CPU computes, and one line says why.
+#[test]
+fn auto_runs_on_the_cpu_where_the_gpu_is_too_old() {
+    let Some(driver) = driver() else { return };
+    let auto = |name: &str, value: &str| {
+        let run = Run::on("auto", driver, "run", "gpu-mistral-bf16");
+        let run = run.args(["--raw", "--prompt", "T", "--max-tokens", "1", "--json"]);
+        let done = run.env(name, value).output();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{said}");
+        let out = String::from_utf8_lossy(&done.stdout).into_owned();
+        assert!(
+            out.replace(": ", ":").contains("\"device\":\"cpu\""),
+            "{out}"
+        );
+        said.lines()
+            .filter(|l| l.starts_with("on the CPU: "))
+            .map(String::from)
+            .collect::<Vec<_>>()
+    };
+    for (name, value, why) in [
+        ("EMUCUDA_CAPABILITY", "75", "compute capability 7.5"),
+        ("EMUCUDA_VERSION", "12010", "the driver knows CUDA 12.1"),
+        (
+            "EMUCUDA_FAIL",
+            "cuInit:*:803",
+            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)",
+        ),
+    ] {
+        let said = auto(name, value);
+        assert!(said.len() == 1 && said[0].contains(why), "{name}: {said:?}");
+    }
+    assert!(auto("EMUCUDA_DEVICES", "0").is_empty());
+}
+
 /// What makes the tests above able to fail: without the waits between the streams the driver notices.
 #[test]
 fn without_its_waits_the_run_does_not_pass() {

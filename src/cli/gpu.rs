@@ -62,7 +62,7 @@ pub(super) fn device_choice(
             Ok(()) => DeviceChoice::Cuda(0),
             Err(e) => {
                 // Without a GPU there is nothing to say, unless its memory was spoken of.
-                let unasked = e.code() == Code::Device && machine.gpu_memory.is_none();
+                let unasked = machine.gpu_memory.is_none() && cuda::is_absent();
                 if !quiet && !unasked {
                     eprintln!("on the CPU: {}: {}", e.what(), e.cause());
                 }

@@ -23,7 +23,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 pub use buffers::{Best, CudaActs, CudaDense, CudaLists, CudaRows, Mirror};
-pub use context::{Context, available};
+pub use context::{Context, available, is_absent};
 pub use kv::CudaKv;
 pub use lists::ListShape;
 pub use memory::{DeviceBuffer, Pin};
@@ -72,9 +72,9 @@ pub enum Gemm {
     CublasLt,
 }
 
-/// Whether there is a GPU, and kernels for such a model: what `--device auto` asks.
+/// Whether there is a first GPU new enough, and kernels for such a model: what `--device auto` asks.
 pub fn can_run(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
-    available()?;
+    context::check(0)?;
     check_model(half, head_size, vision_head_size)
 }
 

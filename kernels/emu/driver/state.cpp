@@ -101,7 +101,8 @@ const Settings& settings() {
 bool is_sticky(CUresult error) {
   return (error >= 700 && error <= 719 && error != CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED &&
           error != CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED && error != CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES) ||
-         error == CUDA_ERROR_ECC_UNCORRECTABLE || error == CUDA_ERROR_UNKNOWN;
+         error == CUDA_ERROR_ECC_UNCORRECTABLE || error == CUDA_ERROR_NVLINK_UNCORRECTABLE ||
+         error == CUDA_ERROR_CONTAINED || error == CUDA_ERROR_UNKNOWN;
 }
 void die(CUresult error) {
   CUresult none = CUDA_SUCCESS;

@@ -250,11 +250,15 @@ pub fn failure(failure: Failure, doing: &str) -> Error {
             "the driver rejects the kernels' PTX",
             "update the NVIDIA driver; if it is new, please report this with the driver's version",
         ),
+        36 => old_driver(format!(
+            "{} while {doing}",
+            cause("the driver lacks a function")
+        )),
         222 => old_driver(format!(
             "{} while {doing}",
             cause("the driver is older than the kernels' PTX (CUDA 12.2)")
         )),
-        214 | 700 | 702 | 709 | 714 | 715 | 716 | 717 | 718 | 719 => gpu(
+        214 | 220 | 226 | 700 | 702 | 709 | 714 | 715 | 716 | 717 | 718 | 719 => gpu(
             "a kernel or a copy went wrong on the GPU, and nothing it computed since can be trusted",
             "run the command again; if it happens twice, please report it (the kernel log, dmesg, may name an Xid error)",
         ),

@@ -337,6 +337,32 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     run(&format!("{}MiB", mib - 3)).fails();
 }
 
+/// On a card that others use too: what they hold is no memory of ours, whatever the card has in all.
+#[test]
+fn a_budget_beyond_what_others_leave_is_refused_before_packing() {
+    let Some(driver) = driver() else { return };
+    let (total, others) = (4u64 << 30, 3u64 << 30);
+    let run = |memory: &str| {
+        let run = Run::new(driver, "run", "gpu-qwen2-bf16").args(["--raw", "--prompt", "T"]);
+        run.args(["--max-tokens", "2", "--gpu-memory", memory])
+            .env("EMUCUDA_MEMORY", &total.to_string())
+            .env("EMUCUDA_OTHERS", &others.to_string())
+            .env("EMUCUDA_CONTEXT", "100000000")
+    };
+    let (folder, done) = run("3GiB").output_and_folder();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    // A gigabyte less the context's hundred million is free; of what is taken, a gigabyte at most is believed to be the context's.
+    assert!(said.contains("973.7 MB are free"), "{said}");
+    assert!(!folder.path().join("offload").exists(), "packed: {said}");
+    let words: Vec<&str> = said.split_whitespace().collect();
+    let at = words.iter().position(|w| *w == "--gpu-memory").unwrap();
+    run(words[at + 1]).json();
+    let mib: u64 = words[at + 1].trim_end_matches("MiB").parse().unwrap();
+    assert!(mib << 20 <= total - others + (1 << 30), "{said}");
+    run(&format!("{}MiB", mib + 1)).fails();
+}
+
 /// Before a weight is written: a large model packs for an hour.
 #[test]
 fn what_a_gpu_cannot_run_is_refused_before_packing() {

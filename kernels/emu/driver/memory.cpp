@@ -24,7 +24,7 @@ struct Block {
 struct Memory {
   std::mutex lock;
   std::map<uint64_t, Block> device, host;  // by first address; host: allocated (base set) or registered
-  size_t used = 0, pinned = 0;
+  size_t used = settings().others_bytes, pinned = 0;
 };
 Memory& memory() {
   static Memory* all = new Memory;

@@ -168,8 +168,9 @@ impl CudaDevice {
         // The slack is still free.
         let usual = (context.used() + free) / 10 * 9;
         let limit = options.memory.unwrap_or(usual);
-        if limit > context.total_bytes {
-            return Err(too_much(&context, limit));
+        let reach = context.used() + free;
+        if limit > reach {
+            return Err(too_much(&context, limit, reach, free));
         }
         context.charge(SLACK_BYTES);
         context.set_limit(limit);
@@ -301,18 +302,22 @@ impl Kernels {
     }
 }
 
-fn too_much(context: &Context, limit: u64) -> Error {
+/// `reach`: what this process has and what is free.
+fn too_much(context: &Context, limit: u64, reach: u64, free: u64) -> Error {
+    let total = context.total_bytes;
     Error::new(
         Code::Memory,
-        format!("the GPU does not have {}", human_bytes(limit)),
+        format!("the GPU does not have {} for this run", human_bytes(limit)),
         format!(
-            "the {} has {}",
+            "of the {}'s {}, {} are free beside {} for context and kernels; the rest is other programs'",
             context.name,
-            human_bytes(context.total_bytes)
+            human_bytes(total),
+            human_bytes(free),
+            human_bytes(reach - free),
         ),
         format!(
-            "give --gpu-memory {} or less, or leave it out",
-            flag_size((context.total_bytes >> 20) << 20)
+            "give --gpu-memory {} or less, leave it out, or end who holds the rest (nvidia-smi lists them)",
+            flag_size((reach >> 20) << 20)
         ),
     )
 }

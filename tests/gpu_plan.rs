@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use emulated::driver;
-use run::{Run, deep};
+use run::{Run, deep, layers_of};
 use serde_json::{Value, json};
 
 const MODEL: &str = "gpu-qwen2-bf16";
@@ -112,6 +112,25 @@ fn a_gpu_is_asked_once_and_what_it_gave_is_kept() {
     fs::write(&copies, copied.to_string()).unwrap();
     let now = plan(driver, kept, "cuda").json();
     assert_eq!(now["rates"]["h2d_gb_per_s"], 1e6);
+}
+
+/// Layers a little larger than a mebibyte take two each on the GPU: counted so, as many stay there as there is room for, and not one more.
+#[test]
+fn what_the_driver_rounds_up_to_is_counted() {
+    let Some(driver) = driver() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let model = layers_of(dir.path(), 120, 256, 608);
+    let memory = (192u64 << 20).to_string();
+    let run = Run::new(driver, "run", &model)
+        .args(["--raw", "--prompt", "T", "--max-tokens", "2"])
+        .args(["--gpu-memory", &memory])
+        .env("EMUCUDA_MEMORY", &memory);
+    // Without that count all 120 would be given 130 MB and take 250. What the slack, slots, keys and values leave holds at least 50.
+    let on_gpu = run.json()["resident_gpu_bytes"].as_u64().unwrap();
+    assert!(
+        on_gpu > 50 * (2 << 20) && on_gpu < 64 * (2 << 20),
+        "{on_gpu}"
+    );
 }
 
 #[test]

@@ -116,9 +116,14 @@ pub fn deep(dir: &Path) -> String {
 
 /// Many small layers, one like the other.
 pub fn layered(dir: &Path, layers: usize) -> String {
+    layers_of(dir, layers, 64, 64)
+}
+
+/// So many layers of a width.
+pub fn layers_of(dir: &Path, layers: usize, hidden: usize, intermediate: usize) -> String {
     let model = dir.join("deep");
     let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64,
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
         "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
         "tie_word_embeddings": true, "torch_dtype": "bfloat16"

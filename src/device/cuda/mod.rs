@@ -158,12 +158,16 @@ impl CudaDevice {
         let context = Context::new(options.ordinal)?;
         let mut modules = Modules::new(&context, options.half)?;
         let kernels = Kernels::load(&mut modules, &context, options)?;
-        let (free, _) = context.memory()?;
-        context.charge(context.free_bytes.saturating_sub(free));
+        let before = context.used();
         let cublaslt = match options.gemm {
             Gemm::Own => None,
             Gemm::CublasLt => Some(CublasLt::new(&context, options.half)?),
         };
+        // What modules and cublasLt's handle took; its workspace is counted already.
+        let counted = context.used() - before;
+        let (free, _) = context.memory()?;
+        let taken = context.free_bytes.saturating_sub(free);
+        context.charge(taken.saturating_sub(counted));
         let base = context.used() + SLACK_BYTES;
         // The slack is still free.
         let usual = (context.used() + free) / 10 * 9;

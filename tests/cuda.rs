@@ -454,7 +454,9 @@ fn what_is_missing_is_said_in_plain_words() {
     for (code, name) in [
         (209, "NO_BINARY_FOR_GPU"),
         (218, "INVALID_PTX"),
+        (221, "libnvidia-ptxjitcompiler.so.1"),
         (222, "UNSUPPORTED_PTX_VERSION"),
+        (223, "unset CUDA_DISABLE_PTX_JIT"),
     ] {
         said(
             run().env("EMUCUDA_FAIL", &format!("cuModuleLoadData:*:{code}")),

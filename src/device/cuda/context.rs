@@ -254,6 +254,14 @@ pub fn failure(failure: Failure, doing: &str) -> Error {
             "{} while {doing}",
             cause("the driver lacks a function")
         )),
+        221 => gpu(
+            "the driver's compiler is missing, which makes the kernels' code for this GPU (libnvidia-ptxjitcompiler.so.1)",
+            "install all of the driver's libraries (in a container, NVIDIA_DRIVER_CAPABILITIES must have `compute`), or run with --device cpu",
+        ),
+        223 => gpu(
+            "the driver was told not to compile kernels for this GPU, and the program has no code for it ready",
+            "unset CUDA_DISABLE_PTX_JIT and CUDA_DISABLE_JIT, build with nvcc on the machine, or run with --device cpu",
+        ),
         222 => old_driver(format!(
             "{} while {doing}",
             cause("the driver is older than the kernels' PTX (CUDA 12.2)")

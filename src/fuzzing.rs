@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -14,10 +15,12 @@ use serde_json::Value;
 use crate::checkpoint::{self, Checkpoint, OpenOptions};
 use crate::engine::jobs::{self, Looker, RowLimits, Rules, TextTools};
 use crate::media;
-use crate::paging::{Placement, Plan, SlotLayout};
+use crate::paging::{self, Placement, Plan, SlotLayout};
 use crate::spec::parse_config;
 use crate::store::{self, PackOptions, Store};
-use crate::text::{ChatTemplate, Message, RenderOptions, SamplingParams, Tokenizer};
+use crate::text::{
+    ChatTemplate, GenerationConfig, Message, RenderOptions, SamplingParams, Tokenizer,
+};
 use crate::units::Dtype;
 
 /// One parser.
@@ -28,7 +31,7 @@ pub struct Target {
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 12] = [
     Target {
         name: "safetensors_header",
         run: header,
@@ -68,6 +71,21 @@ pub const TARGETS: [Target; 9] = [
         name: "chat_template",
         run: chat_template,
         seeds: template_seeds,
+    },
+    Target {
+        name: "generation_config",
+        run: generation_config,
+        seeds: generation_seeds,
+    },
+    Target {
+        name: "tokenizer_config",
+        run: tokenizer_config,
+        seeds: tokenizer_config_seeds,
+    },
+    Target {
+        name: "kept_record",
+        run: |bytes| in_a_folder(|dir| paging::fuzz::kept_record(dir, bytes)),
+        seeds: paging::fuzz::kept_records,
     },
     Target {
         name: "image",
@@ -326,6 +344,90 @@ fn chat_template(bytes: &[u8]) -> bool {
 fn template_seeds() -> Vec<Vec<u8>> {
     let text = |c: &Value| c["template"].as_str().map(|t| t.as_bytes().to_vec());
     cases().iter().filter_map(text).take(8).collect()
+}
+
+/// A folder of this thread's own, for what is only read from files.
+fn in_a_folder<T>(run: impl FnOnce(&Path) -> T) -> T {
+    struct Folder(PathBuf);
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    thread_local!(static FOLDER: Folder = {
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("tensorpager-fuzz-{}-{number}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&dir).expect("a temporary folder");
+        Folder(dir)
+    });
+    FOLDER.with(|folder| run(&folder.0))
+}
+
+/// Both files that ids come from are the same stranger's. What is accepted has probabilities to sample by, or is refused as a request is.
+fn generation_config(bytes: &[u8]) -> bool {
+    in_a_folder(|dir| {
+        for name in ["generation_config.json", "config.json"] {
+            std::fs::write(dir.join(name), bytes).expect("a file of a temporary folder");
+        }
+        let Ok(config) = GenerationConfig::load(dir) else {
+            return false;
+        };
+        config.sampling().validate().is_ok()
+    })
+}
+
+fn generation_seeds() -> Vec<Vec<u8>> {
+    [
+        r#"{"eos_token_id":[151645,151643],"bos_token_id":1,"pad_token_id":null,"do_sample":true,"temperature":0.7,"top_k":20,"top_p":0.8,"min_p":0.0,"repetition_penalty":1.05,"max_new_tokens":2048,"transformers_version":"4.51.0"}"#,
+        r#"{"eos_token_id":2,"max_length":4096,"stop_strings":["\n\n","</s>"],"num_beams":4,"suppress_tokens":[1,2],"typical_p":0.9,"guidance_scale":1.5}"#,
+        r#"{"text_config":{"eos_token_id":[7],"bos_token_id":5},"model_type":"qwen2_5_vl"}"#,
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .to_vec()
+}
+
+/// The special tokens of a stranger's `tokenizer_config.json` beside a sound tokenizer, and its chat template.
+fn tokenizer_config(bytes: &[u8]) -> bool {
+    static SOUND: OnceLock<Vec<u8>> = OnceLock::new();
+    let sound = SOUND.get_or_init(|| fixture("vl-bf16/tokenizer.json"));
+    let Ok(config) = serde_json::from_slice::<Value>(bytes) else {
+        return false;
+    };
+    let template = in_a_folder(|dir| {
+        std::fs::write(dir.join("tokenizer_config.json"), bytes)
+            .expect("a file of a temporary folder");
+        ChatTemplate::load(dir)
+    });
+    let tokenizer = Tokenizer::from_json(sound, Some(&config), "the fuzzer's tokenizer");
+    let (Ok(template), Ok(tokenizer)) = (template, tokenizer) else {
+        return false;
+    };
+    if let Ok(ids) = tokenizer.encode("<|im_start|>user the sea<s>", true) {
+        let known = |id: &u32| (*id as usize) < tokenizer.id_limit();
+        assert!(ids.iter().all(known), "an id that has no token: {ids:?}");
+        let _ = tokenizer.decode(&ids, false);
+    }
+    let ids = [tokenizer.bos_id(), tokenizer.eos_id()];
+    assert!(
+        ids.iter()
+            .flatten()
+            .all(|id| tokenizer.id_to_token(*id).is_some())
+    );
+    if let Some(template) = template {
+        let _ = template.render(&[Message::new("user", "Hi")], &RenderOptions::default());
+    }
+    true
+}
+
+fn tokenizer_config_seeds() -> Vec<Vec<u8>> {
+    let named = r#"{"bos_token":{"content":"<s>","lstrip":false,"normalized":false,"rstrip":true,"single_word":false,"special":true},"eos_token":"</s>","add_bos_token":true,"additional_special_tokens":["<a>","<b>"],"added_tokens_decoder":{"3":{"content":"<x>","special":true}},"chat_template":[{"name":"default","template":"{% for m in messages %}{{ bos_token }}{{ m['content'] }}{% endfor %}"},{"name":"tool_use","template":"{{ tools }}"}]}"#;
+    vec![
+        fixture("vl-bf16/tokenizer_config.json"),
+        fixture("llama3-bf16/tokenizer_config.json"),
+        named.as_bytes().to_vec(),
+    ]
 }
 
 /// An accepted image has as many bytes as pixels.

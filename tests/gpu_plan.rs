@@ -10,9 +10,10 @@ mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use emulated::driver;
-use run::{Run, deep, layers_of};
+use run::{Run, deep, layered, synthetic};
 use serde_json::{Value, json};
 
 const MODEL: &str = "gpu-qwen2-bf16";
@@ -119,7 +120,11 @@ fn a_gpu_is_asked_once_and_what_it_gave_is_kept() {
 fn what_the_driver_rounds_up_to_is_counted() {
     let Some(driver) = driver() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let model = layers_of(dir.path(), 100, 256, 608);
+    let shape = json!({
+        "hidden_size": 256, "intermediate_size": 608, "num_hidden_layers": 100,
+        "num_attention_heads": 2, "vocab_size": 288, "tie_word_embeddings": true,
+    });
+    let model = synthetic(dir.path(), &shape);
     let memory = (192u64 << 20).to_string();
     let run = Run::new(driver, "run", &model)
         .args(["--raw", "--prompt", "T", "--max-tokens", "2"])
@@ -159,6 +164,41 @@ fn the_budgets_named_are_those_that_run() {
     run(smallest - (8 << 20)).fails();
 }
 
+/// The advice of a refusal, followed.
+#[test]
+fn a_gpu_that_is_too_small_is_told_a_context_that_fits() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    // Keys and values of so many layers are most of what a run takes.
+    let model = layered(kept.path(), 100);
+    let small = |run: Run| run.env("EMUCUDA_CONTEXT", "1000000");
+    let plan = Run::on("cuda", driver, "plan", &model).args(["--in-place", "--sequences", "1"]);
+    let plan = small(plan.args(["--disk-gb-per-s", "2"])).json();
+    let smallest = plan["smallest_gpu_memory"].as_u64().unwrap();
+    let run = |context: &str, memory: &str| {
+        Command::new(env!("CARGO_BIN_EXE_tensorpager"))
+            .args(["run", &model, "--device", "cuda", "--threads", "2", "--raw"])
+            .args(["--prompt", "T", "--max-tokens", "2", "--in-place"])
+            .args(["--context", context, "--gpu-memory", memory])
+            .env("LD_LIBRARY_PATH", driver)
+            .env("XDG_CACHE_HOME", kept.path())
+            .env("EMUCUDA_CONTEXT", "1000000")
+            .output()
+            .unwrap()
+    };
+    let refused = run("512", &(smallest - (8 << 20)).to_string());
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    let named = said.split("with --context 256 ").nth(1);
+    let named = named.unwrap_or_else(|| panic!("{said}"));
+    let named = named.split(' ').next().unwrap();
+    assert!(said.contains(&format!("{named} are enough")), "{said}");
+    let fits = run("256", named);
+    let told = String::from_utf8_lossy(&fits.stderr).into_owned();
+    assert_eq!(fits.status.code(), Some(0), "{said}{told}");
+    assert_eq!(run("512", named).status.code(), Some(1), "{said}");
+}
+
 #[test]
 fn what_is_not_here_is_asked_for() {
     let Some(driver) = driver() else { return };
@@ -193,14 +233,22 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     let Some(driver) = driver() else { return };
     let kept = tempfile::tempdir().unwrap();
     let model = deep(kept.path());
-    let with = |memory: &str| {
-        let by_hand = ["--gpu-memory", memory, "--h2d-gb-per-s", "0.1"];
+    let with_pinned = |memory: &str, pinned: &str| {
+        let by_hand = [
+            "--gpu-memory",
+            memory,
+            "--h2d-gb-per-s",
+            "0.1",
+            "--pinned-memory",
+            pinned,
+        ];
         let more = ["--gpu-gb-per-s", "500", "--gpu-gflops", "5e4"];
         let run = Run::on("auto", driver, "plan", &model).args(["--disk-gb-per-s", "2"]);
         let run = run.env("XDG_CACHE_HOME", kept.path().to_str().unwrap());
         let run = run.args(["--in-place", "--sequences", "1"]);
         run.args(by_hand).args(more).json()
     };
+    let with = |memory: &str| with_pinned(memory, "1GiB");
     let much = with("8GiB");
     assert_eq!(much["rows"][0]["kv_tier"], "gpu");
     assert_eq!(much["rows"][0]["copied_bytes_per_pass"], 0);
@@ -218,6 +266,21 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
     let units = little["units"].as_array().unwrap();
     let sizes = units.iter().filter(through_slots);
     let weights: u64 = sizes.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    // Keys and values in host memory are pinned, in any case and first; units of the pass that rest there while the bound has room.
+    let pinned = |plan: &Value| {
+        let frames = plan["ring_bytes"].as_u64().unwrap();
+        plan["pinned_bytes"].as_u64().unwrap()
+            - frames
+            - plan["rows"][0]["kv_bytes"].as_u64().unwrap()
+    };
+    let in_memory = units
+        .iter()
+        .filter(|u| u["tier"] == "cpu" && through_slots(u));
+    let in_memory: u64 = in_memory.map(|u| u["bytes"].as_u64().unwrap()).sum();
+    assert!(in_memory > 0 && pinned(&little) >= in_memory, "{little}");
+    let bound = row["kv_bytes"].to_string();
+    let bounded = with_pinned(&(least - (1 << 20)).to_string(), &bound);
+    assert_eq!(pinned(&bounded), 0, "{bounded}");
     // Half a context; a block.
     assert_eq!(count("copied_bytes_per_pass"), weights + 256 * token);
     assert_eq!(count("copied_back_bytes_per_pass"), 16 * token);
@@ -226,6 +289,75 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
         pass_s >= 0.999 * count("copied_bytes_per_pass") as f64 / 1e8,
         "{row}"
     );
+}
+
+/// Layers of nearly 8 parts, head blocks of 7 and of 3: a GPU with room for 10 takes both head blocks where the bus is slow; where the disk is,
+/// it takes a layer, and host memory the small block.
+fn three_sizes(dir: &Path) -> (String, u64) {
+    const HIDDEN: u64 = 8192;
+    let shape = json!({
+        "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 1,
+        "vocab_size": 64 * 10, "tie_word_embeddings": false,
+    });
+    (synthetic(dir, &shape), 64 * HIDDEN * 2)
+}
+
+#[test]
+fn kept_rates_place_units_for_plan_and_run_alike() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let kept = kept.path();
+    let (model, part) = three_sizes(kept);
+    let on = |command: &str, cpu: u64, gpu: u64| {
+        // A prompt of nearly the context: passes and their buffers are as large as those planned for.
+        let run = Run::within("16", "cuda", driver, command, &model);
+        let run = run.args(["--in-place", "--page-size", "64KiB", "--ring-size", "4"]);
+        let run = run.args(["--cpu-memory", &cpu.to_string()]);
+        let run = run.args(["--gpu-memory", &gpu.to_string()]);
+        run.env("XDG_CACHE_HOME", kept.to_str().unwrap())
+    };
+    let plan = |cpu, gpu| on("plan", cpu, gpu).args(["--sequences", "1"]);
+    let much = plan(1 << 30, 1000 << 20)
+        .args(["--disk-gb-per-s", "2"])
+        .json();
+    let least = |name: &str| much[name].as_u64().unwrap();
+    let cpu = least("smallest_cpu_memory") + 5 * part;
+    let known = read(&record(kept, "rates"));
+    let keep = |disk: f64, h2d: f64| {
+        let mut rates = known.clone();
+        rates["disk_gb_per_s"] = json!(disk);
+        rates["h2d"]["gb_per_s"] = json!(h2d);
+        fs::write(record(kept, "rates"), rates.to_string()).unwrap();
+    };
+    let placed = |of: &Value| {
+        ["resident_gpu_bytes", "resident_cpu_bytes"].map(|name| of[name].as_u64().unwrap())
+    };
+    let both = |gpu: u64| {
+        [(1.0, 1e3), (1e3, 1.0)].map(|(disk, h2d)| {
+            keep(disk, h2d);
+            placed(&plan(cpu, gpu).json())
+        })
+    };
+    // The budget named is to a MiB; the room that is looked for is a part wide.
+    let from = least("smallest_gpu_memory") + 9 * part - (1 << 20);
+    let mut rooms = (0..80).map(|step| from + step * part / 8);
+    let differ = |gpu: &u64| {
+        let [slow_disk, slow_bus] = both(*gpu);
+        slow_disk != slow_bus
+    };
+    let gpu = rooms.find(differ).expect("a room that rates decide") + part / 8;
+    let planned = both(gpu);
+    assert!(
+        planned[0][0] < planned[1][0] && planned[0][1] > planned[1][1],
+        "{planned:?}"
+    );
+    let ran = [(1.0, 1e3), (1e3, 1.0)].map(|(disk, h2d)| {
+        keep(disk, h2d);
+        let run = on("run", cpu, gpu).args(["--raw", "--prompt", "abcdefghijklmno"]);
+        run.args(["--max-tokens", "1", "--ignore-eos"]).json()
+    });
+    assert_eq!(ran.each_ref().map(|r| placed(&r["paging"])), planned);
+    assert_eq!(ran[0]["token_ids"], ran[1]["token_ids"]);
 }
 
 #[test]

@@ -230,20 +230,122 @@ fn what_memory_does_not_hold_is_refused_with_the_numbers() {
         1,
     );
     assert!(e.contains("104.9 MB") && e.contains("--max-pixels"), "{e}");
-    let e = refused(
-        &with(&[
-            "--image",
-            "image0.png",
-            "--min-pixels",
-            "12M",
-            "--max-pixels",
-            "13M",
-        ]),
-        1,
-    );
-    assert!(e.contains("pictures ") && e.contains("--max-pixels"), "{e}");
-    assert!(e.contains("give --cpu-memory"), "{e}");
     assert_eq!(pads(&answer(&with(&["--image", "image0.png"]))), (15, 0));
+}
+
+/// The word behind `before`.
+#[track_caller]
+fn word(text: &str, before: &str) -> String {
+    let rest = text.split(before).nth(1);
+    let rest = rest.unwrap_or_else(|| panic!("`{before}` is not in: {text}"));
+    let word = rest.split_whitespace().next().unwrap();
+    word.trim_end_matches([';', ',']).to_string()
+}
+
+/// What a message says of pixels and frames is what does.
+#[test]
+fn pictures_that_do_not_fit_do_under_the_limits_named() {
+    // 1,800 tokens: within the model's context, with a tower that takes more than anything else.
+    let large = [
+        "--min-pixels",
+        "1.4M",
+        "--max-pixels",
+        "1.42M",
+        "-p",
+        "What?",
+    ];
+    fn at<'a>(more: &[&'a str], memory: &'a str) -> Vec<&'a str> {
+        [&["--image", "image0.png", "--cpu-memory", memory], more].concat()
+    }
+    let e = refused(&at(&large, "1MiB"), 1);
+    assert!(e.contains("the picture image0.png does not fit"), "{e}");
+    let pixels = word(&e, "give --cpu-memory ");
+    // The pixels fit, the tower does not.
+    let e = refused(&at(&large, &pixels), 1);
+    assert!(
+        e.contains("pictures ") && !e.contains("pictures 0 B"),
+        "{e}"
+    );
+    let whole = word(&e, "give --cpu-memory ");
+    answer(&at(&large, &whole));
+    let mib = |text: &str| -> u64 { text.trim_end_matches("MiB").parse().unwrap() };
+    let less = format!("{}MiB", mib(&whole) - 10);
+    let e = refused(&at(&large, &less), 1);
+    let limit = word(&e, "with --min-pixels ");
+    assert!(
+        e.contains(&format!(
+            "--min-pixels {limit} --max-pixels {limit} it fits"
+        )),
+        "{e}"
+    );
+    let bounds = [
+        "--min-pixels",
+        &limit,
+        "--max-pixels",
+        &limit,
+        "-p",
+        "What?",
+    ];
+    let fits = answer(&at(&bounds, &less));
+    let (tokens, _) = pads(&fits);
+    assert!(
+        tokens * 784 * 10 > limit.parse::<usize>().unwrap() * 9,
+        "{tokens}"
+    );
+    // Twice as many pixels do not.
+    let twice = (2 * limit.parse::<u64>().unwrap()).to_string();
+    let bounds = [
+        "--min-pixels",
+        &twice,
+        "--max-pixels",
+        &twice,
+        "-p",
+        "What?",
+    ];
+    let e = refused(&at(&bounds, &less), 1);
+    assert!(e.contains("does not fit"), "{e}");
+}
+
+#[test]
+fn a_prompt_that_pictures_make_too_long_is_told_the_limit() {
+    let asked = [
+        "--image",
+        "image0.png",
+        "--context",
+        "60",
+        "-p",
+        "What is that?",
+    ];
+    let large = ["--min-pixels", "100k", "--max-pixels", "110k"];
+    let e = refused(&[&asked[..], &large].concat(), 2);
+    assert!(
+        e.contains("is too long") && e.contains("its pictures take "),
+        "{e}"
+    );
+    let limit = word(&e, "--max-pixels ");
+    let limits = ["--min-pixels", &limit, "--max-pixels", &limit];
+    let fits = answer(&[&asked[..], &limits].concat());
+    let taken = word(&e, "they take ");
+    assert_eq!(pads(&fits).0.to_string(), taken, "{e}");
+    let room = 60 - fits["prompt_token_ids"].as_array().unwrap().len();
+    assert!(room >= 4, "the whole answer has room: {room}");
+    assert_eq!(fits["token_ids"].as_array().unwrap().len(), 4);
+
+    // Of a video there may be fewer frames as well.
+    let dir = tempfile::tempdir().unwrap();
+    for i in 0..8 {
+        let to = dir.path().join(format!("{i}.png"));
+        fs::copy(model().join(format!("f{}.png", i % 5)), to).unwrap();
+    }
+    let frames = dir.path().to_str().unwrap();
+    let whole = answer(&["--video", frames, "-p", "What?"]);
+    let all = whole["prompt_token_ids"].as_array().unwrap().len();
+    let context = (all - 1).to_string();
+    let asked = ["--video", frames, "--context", &context, "-p", "What?"];
+    let e = refused(&asked, 2);
+    let fewer = word(&e, "--max-frames ");
+    let fits = answer(&[&asked[..], &["--max-frames", &fewer]].concat());
+    assert!(pads(&fits).1 < pads(&whole).1 && pads(&fits).1 > 0, "{e}");
 }
 
 #[test]

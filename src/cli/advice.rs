@@ -1,120 +1,255 @@
 //! Advice where it hurts: what to change and what that would bring, in this machine's numbers. The planner is asked again
 //! with something changed; nothing here is a rule of thumb.
 
-use std::path::Path;
+mod folders;
+mod pictures;
+mod slow;
+
+use std::path::{Path, PathBuf};
 
 use super::machine::Weights;
-use crate::device::Device;
-use crate::engine::{DeviceChoice, EngineOptions, EngineStats, Fitted, HostMemory, fit, kv_dtype};
+use crate::checkpoint::{Checkpoint, SourceKind};
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, DeviceChoice, EngineOptions, Fitted, GpuRoom, HostMemory, SLACK_BYTES,
+    fit_on, kv_dtype, open_device,
+};
 use crate::error::{Code, Error, Result};
-use crate::paging::{ComputeRates, KeptCompute, MachineRates, PassWork, UnitSize, predict};
-use crate::report::summary::PagingReport;
+use crate::paging::UnitSize;
 use crate::spec::ModelSpec;
-use crate::store::list_packs;
+use crate::store::{DtypeLabel, DtypePolicy, Outline, free_bytes, list_packs, outline};
 use crate::units::{Dtype, flag_size, human_bytes};
+use pictures::{Limit, Need};
+
+pub(super) use pictures::Looked;
+pub(super) use slow::{Queue, Ran, Work, told};
 
 /// Advice for less than this is noise.
 const LEAST_GAIN: f64 = 1.05;
-/// Waiting for less than this share of the time is not slow.
-const LEAST_WAIT: f64 = 0.2;
-/// Sequences that `batch` is asked about.
-const BATCH: usize = 8;
+/// What the process itself takes is not quite the same at each start: what is said to fit must at the next one.
+const STARTS_DIFFER: u64 = 4 << 20;
+/// A budget that is no budget.
+const ENDLESS: u64 = 1 << 46;
 
 /// A model under the options it was opened with, ready to be asked what else would do.
 pub(super) struct Advisor {
     spec: ModelSpec,
-    dtype: Dtype,
-    sizes: Vec<UnitSize>,
+    weights: Typed,
+    /// Weights of 32 bits as they would be in 16.
+    half: Option<Typed>,
     options: EngineOptions,
     /// As it was before the engine took anything.
     host: HostMemory,
+    /// Where a GPU computes.
+    gpu: Option<GpuRoom>,
+    pictures: Option<Looked>,
+    /// Where weights are read from, and whether they are the checkpoint's own.
+    dir: PathBuf,
+    in_place: bool,
+}
+
+/// Weights of one type.
+struct Typed {
+    dtype: Dtype,
+    sizes: Vec<UnitSize>,
+}
+
+impl Typed {
+    fn of(weights: &Weights<'_>, options: &EngineOptions) -> Typed {
+        let page = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+        Typed {
+            dtype: kv_dtype(weights.units),
+            sizes: weights.sizes(page, options.device != DeviceChoice::Cpu),
+        }
+    }
+}
+
+/// The model with one thing changed.
+struct Asked<'a> {
+    weights: &'a Typed,
+    options: EngineOptions,
+    /// What the process holds before the engine takes anything.
+    resident: u64,
+}
+
+/// Which memory is too little.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Short {
+    Host,
+    Gpu,
 }
 
 impl Advisor {
     pub(super) fn new(of: &Weights<'_>, options: &EngineOptions, host: HostMemory) -> Advisor {
-        let page = options
-            .page_bytes
-            .unwrap_or(crate::engine::DEFAULT_PAGE_BYTES);
         Advisor {
             spec: of.spec.clone(),
-            dtype: kv_dtype(of.units),
-            sizes: of.sizes(page, false),
+            weights: Typed::of(of, options),
+            half: None,
             options: options.clone(),
             host,
+            gpu: None,
+            pictures: None,
+            dir: of.dir.to_path_buf(),
+            in_place: of.in_place,
         }
+    }
+
+    /// `half`: what [`in_16_bits`] makes of the weights.
+    pub(super) fn with_half(mut self, half: Option<&Outline>) -> Advisor {
+        self.half = half.map(|outline| Typed::of(&outline.into(), &self.options));
+        self
+    }
+
+    pub(super) fn with_pictures(mut self, pictures: Option<&Looked>) -> Advisor {
+        self.pictures = pictures.cloned();
+        self
+    }
+
+    /// On a GPU that was opened for the model (or is one by hand).
+    pub(super) fn with_gpu(mut self, gpu: Option<GpuRoom>) -> Advisor {
+        self.gpu = gpu;
+        self
     }
 
     fn on_cpu(&self) -> bool {
         matches!(self.options.device, DeviceChoice::Cpu)
     }
 
+    /// Of host memory.
+    fn budget(&self) -> u64 {
+        let given = self.options.cpu_memory;
+        given.unwrap_or_else(|| self.host.default_budget())
+    }
+
     /// That the options' own budget is enough for an engine on a CPU.
     pub(super) fn expect_room(&self) -> Result<()> {
-        let budget = self.options.cpu_memory;
-        let budget = budget.unwrap_or_else(|| self.host.default_budget());
-        self.fitted(&self.options, budget)
+        self.fitted(&self.asked(), self.budget())
             .map(|_| ())
             .map_err(|e| self.too_little(e))
     }
 
-    fn fitted(&self, options: &EngineOptions, budget: u64) -> Result<Fitted> {
-        let options = EngineOptions {
-            cpu_memory: Some(budget),
-            ..options.clone()
-        };
-        fit(&self.spec, self.dtype, &self.sizes, &options, &self.host)
+    fn asked(&self) -> Asked<'_> {
+        self.with(self.options.clone())
     }
 
-    /// The smallest budget that `options` can be run in, to a MiB.
-    fn smallest(&self, options: &EngineOptions) -> Option<u64> {
-        let (mut low, mut high) = (0u64, 1u64 << 44);
-        self.fitted(options, high).ok()?;
+    fn with(&self, options: EngineOptions) -> Asked<'_> {
+        Asked {
+            weights: &self.weights,
+            options,
+            resident: self.host.resident,
+        }
+    }
+
+    fn fitted(&self, asked: &Asked<'_>, budget: u64) -> Result<Fitted> {
+        self.fitted_on(asked, budget, self.gpu)
+    }
+
+    fn fitted_on(&self, asked: &Asked<'_>, budget: u64, gpu: Option<GpuRoom>) -> Result<Fitted> {
+        let options = EngineOptions {
+            cpu_memory: Some(budget),
+            ..asked.options.clone()
+        };
+        let host = HostMemory {
+            resident: asked.resident,
+            ..self.host
+        };
+        let Typed { dtype, sizes } = asked.weights;
+        fit_on(&self.spec, *dtype, sizes, &options, &host, gpu)
+    }
+
+    /// Within the budgets that were given, and a little less of the host's.
+    fn fits(&self, asked: &Asked<'_>) -> bool {
+        let budget = self.budget().saturating_sub(STARTS_DIFFER);
+        self.fitted(asked, budget).is_ok()
+    }
+
+    /// The smallest budget that `asked` can be run in, to a MiB.
+    fn smallest(&self, asked: &Asked<'_>, short: Short) -> Option<u64> {
+        let enough = |bytes| match (short, self.gpu) {
+            (Short::Gpu, Some(gpu)) => {
+                let gpu = GpuRoom {
+                    limit: bytes,
+                    ..gpu
+                };
+                self.fitted_on(asked, ENDLESS, Some(gpu)).is_ok()
+            }
+            _ => self.fitted(asked, bytes).is_ok(),
+        };
+        let (mut low, mut high) = (0u64, ENDLESS);
+        if !enough(high) {
+            return None;
+        }
         while high - low > 1 << 20 {
             let middle = low + (high - low) / 2;
-            match self.fitted(options, middle) {
-                Ok(_) => high = middle,
-                Err(_) => low = middle,
+            match enough(middle) {
+                true => high = middle,
+                false => low = middle,
             }
         }
         Some(high)
     }
 
+    /// A GPU whose memory would be too little whatever the host had; else it is the host's.
+    fn short(&self) -> Short {
+        let endless = self.fitted(&self.asked(), ENDLESS);
+        match (self.gpu, endless) {
+            (Some(_), Err(_)) => Short::Gpu,
+            _ => Short::Host,
+        }
+    }
+
+    /// What the machine has of it.
+    fn free(&self, short: Short) -> (u64, &'static str) {
+        match short {
+            Short::Host => (self.host.default_budget(), "this machine"),
+            Short::Gpu => {
+                let gpu = self.gpu.map_or(0, |gpu| gpu.limit);
+                // Where no budget was given, the limit is what is free.
+                (gpu, "this GPU")
+            }
+        }
+    }
+
     /// Where memory was too little: the budget that would do, whether this machine has it, and what takes less.
     pub(super) fn too_little(&self, error: Error) -> Error {
-        // The GPU's memory is another budget, which its own errors speak of.
-        if error.code() != Code::Memory || !self.on_cpu() {
+        if error.code() != Code::Memory || (!self.on_cpu() && self.gpu.is_none()) {
             return error;
         }
-        let Some(needed) = self.smallest(&self.options) else {
+        let short = self.short();
+        let Some(needed) = self.smallest(&self.asked(), short) else {
             return error;
         };
-        let free = self.host.default_budget();
         // What the engine said stands: it knows to the page what it holds.
-        let mut fix = match needed <= free {
-            true => format!(
-                "{}; this machine has {} for it",
-                error.fix(),
-                human_bytes(free)
-            ),
-            false => format!(
-                "{}; this machine has {} for it: end other programs",
-                error.fix(),
-                human_bytes(free)
-            ),
-        };
-        for (what, options) in self.smaller() {
-            match self.smallest(&options) {
+        let mut fix = error.fix().to_string();
+        let (free, of) = self.free(short);
+        // A budget that was given for a GPU says nothing of what there is.
+        if short == Short::Host || self.options.gpu_memory.is_none() {
+            fix += &format!("; {of} has {} for it", human_bytes(free));
+            if needed > free {
+                fix += ": end other programs";
+            }
+        }
+        for (what, asked) in self.smaller() {
+            match self.smallest(&asked, short) {
                 Some(n) if (n as f64) * LEAST_GAIN < needed as f64 => {
-                    fix += &format!("; with {what} {} are enough", flag_size(n));
+                    fix += &format!("; with {what} {} are enough", named(n));
                 }
                 _ => {}
+            }
+        }
+        for (what, n) in self.smaller_pictures(short) {
+            match n {
+                None => fix += &format!("; with {what} it fits"),
+                Some(n) if (n as f64) * LEAST_GAIN < needed as f64 => {
+                    fix += &format!("; with {what} {} are enough", named(n));
+                }
+                Some(_) => {}
             }
         }
         error.with_fix(fix)
     }
 
     /// What a user can ask less of.
-    fn smaller(&self) -> Vec<(String, EngineOptions)> {
+    fn smaller(&self) -> Vec<(String, Asked<'_>)> {
         let o = &self.options;
         let mut less = Vec::new();
         let context = o.context.min(self.spec.max_positions);
@@ -125,7 +260,7 @@ impl Advisor {
                     kv_tokens: o.kv_tokens.map(|t| t / part),
                     ..o.clone()
                 };
-                less.push((format!("--context {}", context / part), options));
+                less.push((format!("--context {}", context / part), self.with(options)));
             }
         }
         if o.max_sequences > 1 {
@@ -136,160 +271,212 @@ impl Advisor {
                 kv_tokens: o.kv_tokens.map(|t| t / 2),
                 ..o.clone()
             };
-            less.push((format!("{half} sequences at once"), options));
+            less.push((format!("{half} sequences at once"), self.with(options)));
         }
-        if o.vision.is_some() {
+        if let Some(half) = &self.half {
+            let asked = Asked {
+                weights: half,
+                ..self.asked()
+            };
+            less.push((self.in_half(half), asked));
+        }
+        if o.vision.is_some_and(|room| room.patches > 0) {
             let options = EngineOptions {
                 vision: None,
                 ..o.clone()
             };
-            less.push(("no pictures".to_string(), options));
+            less.push(("no pictures".to_string(), self.with(options)));
         }
         less
     }
 
-    /// After a run that waited for the disk: what would be faster here, and by how much. `None` where nothing would, or
-    /// where it hardly waited.
-    pub(super) fn faster(
-        &self,
-        report: &PagingReport,
-        during: &EngineStats,
-        device: &Device,
-    ) -> Option<String> {
-        let pass_s = during.pass.as_secs_f64() / report.passes.max(1) as f64;
-        let compute_s = report.compute_s / report.passes.max(1) as f64;
-        let waited = report.stall_s / (during.pass.as_secs_f64()).max(1e-9);
-        let disk = report
-            .disk_gb_per_s
-            .max(report.probed_disk_gb_per_s.unwrap_or(0.0));
-        if !self.on_cpu()
-            || waited < LEAST_WAIT
-            || disk <= 0.0
-            || compute_s <= 0.0
-            || during.rows == 0
-        {
-            return None;
-        }
-        let budget = self
-            .options
-            .cpu_memory
-            .unwrap_or_else(|| self.host.default_budget());
-        let now = self.fitted(&self.options, budget).ok()?;
-        let weights: u64 = self.sizes.iter().map(|u| u.read_bytes).sum();
-        let rows = (during.rows as f64 / report.passes.max(1) as f64)
-            .round()
-            .max(1.0) as usize;
-        // This run's own rates.
-        let rates = MachineRates {
-            disk_gb_per_s: disk,
-            h2d_gb_per_s: None,
-            compute: ComputeRates {
-                memory_gb_per_s: weights as f64 / compute_s / 1e9,
-                gflops: f64::MAX,
-                element_bytes: self.dtype.bytes() as f64,
-                points: Vec::new(),
-            },
+    /// The option that casts the weights.
+    fn in_half(&self, half: &Typed) -> String {
+        let instead = match self.in_place {
+            true => " instead of --in-place",
+            false => "",
         };
-        let cost = |fitted: &Fitted, rates: &MachineRates, rows: usize| {
-            let work = PassWork {
-                rows,
-                wanted: rows,
-                element_bytes: self.dtype.bytes() as f64,
-                ..PassWork::default()
-            };
-            predict(&self.sizes, &fitted.plan, rates, &work)
+        format!(
+            "--dtype {}{instead} (weights rounded to 16 bits)",
+            half.dtype.name()
+        )
+    }
+
+    /// With pictures that take `need`.
+    fn with_need(&self, looked: &Looked, need: &Need) -> Asked<'_> {
+        let now = looked.need();
+        let fewer = now.tokens.saturating_sub(need.tokens);
+        let o = &self.options;
+        let mut options = EngineOptions {
+            vision: Some(need.room),
+            ..o.clone()
         };
-        let here = cost(&now, &rates, rows);
-        let today = rows as f64 / pass_s;
-        let mut said = Vec::new();
-        let free = self.host.default_budget();
-        if free > budget
-            && let Ok(more) = self.fitted(&self.options, free)
-        {
-            let there = cost(&more, &rates, rows);
-            let gain = here.pass_s / there.pass_s;
-            if gain >= LEAST_GAIN {
-                said.push(format!(
-                    "--cpu-memory {} (free now) would read {} a pass instead of {}: about {:.2} tokens/s ({:+.0} %)",
-                    flag_size(free),
-                    human_bytes(there.disk_bytes),
-                    human_bytes(here.disk_bytes),
-                    today * gain,
-                    100.0 * (gain - 1.0)
-                ));
-            }
+        if looked.context_follows {
+            options.context = o.context.saturating_sub(fewer).max(2);
+            options.pass_tokens = o.pass_tokens.min(options.context);
         }
-        // Many rows need arithmetic that this run did not show: only where it was measured before.
-        if rows < BATCH
-            && let Some(compute) = KeptCompute::of(device, self.dtype).known()
-        {
-            let options = EngineOptions {
-                max_sequences: BATCH,
-                logits_rows: BATCH,
-                ..self.options.clone()
-            };
-            let rates = MachineRates {
-                disk_gb_per_s: disk,
-                h2d_gb_per_s: None,
-                compute,
-            };
-            if let Ok(many) = self.fitted(&options, budget) {
-                let there = cost(&many, &rates, BATCH);
-                let tokens = BATCH as f64 / there.pass_s;
-                if tokens >= today * LEAST_GAIN {
-                    said.push(format!(
-                        "{BATCH} prompts at once (`batch`) would give about {tokens:.2} tokens/s in all"
-                    ));
-                }
-            }
+        let held = match looked.held {
+            true => now.pixel_bytes,
+            false => 0,
+        };
+        Asked {
+            weights: &self.weights,
+            options,
+            resident: self.host.resident.saturating_sub(held) + need.pixel_bytes,
         }
-        (!said.is_empty()).then(|| format!("faster: {}", said.join("; ")))
+    }
+
+    /// Limits on pixels and frames: those that are enough, or, where none is, what a few of them would need.
+    fn smaller_pictures(&self, short: Short) -> Vec<(String, Option<u64>)> {
+        let Some(looked) = &self.pictures else {
+            return Vec::new();
+        };
+        let enough = looked.loosest(&|need| self.pictures_fit(looked, need));
+        if !enough.is_empty() {
+            let told = enough.iter().map(|(limit, _)| (looked.told(*limit), None));
+            return told.collect();
+        }
+        let needed = |(limit, need): (Limit, Need)| {
+            let bytes = self.smallest(&self.with_need(looked, &need), short)?;
+            Some((looked.told(limit), Some(bytes)))
+        };
+        looked.steps().into_iter().filter_map(needed).collect()
+    }
+
+    fn pictures_fit(&self, looked: &Looked, need: &Need) -> bool {
+        let asked = self.with_need(looked, need);
+        // They are decoded before anything else is there.
+        let decoding = asked.resident + need.decode_bytes + SLACK_BYTES + STARTS_DIFFER;
+        let context = asked.options.context.min(self.spec.max_positions);
+        let shorter = looked.text_tokens + need.tokens < context;
+        shorter && decoding <= self.budget() && self.fits(&asked)
+    }
+
+    /// Limits under which the pictures fit, as the end of a sentence. `None` where there is none.
+    pub(super) fn fewer_pixels(&self) -> Option<String> {
+        let looked = self.pictures.as_ref()?;
+        let enough = looked.loosest(&|need| self.pictures_fit(looked, need));
+        let told = enough.iter().map(|(limit, _)| looked.told(*limit));
+        let told: Vec<String> = told.collect();
+        (!told.is_empty()).then(|| format!("{} fits", told.join(" or ")))
     }
 }
 
-/// Where the disk is too small for a pack: what cleaning would give back, and what needs no pack.
-pub(super) fn no_space(error: Error, offload_folder: &Path) -> Error {
-    // A limit of the user's own is not the disk's: its error says what to raise.
-    if error.code() != Code::Space || error.fix().contains("--offload-limit") {
-        return error;
-    }
-    let stale: u64 = list_packs(offload_folder)
-        .unwrap_or_default()
-        .iter()
-        .filter(|p| p.state.is_stale())
-        .map(|p| p.bytes)
-        .sum();
-    let clean = match stale {
-        0 => "nothing there is stale".to_string(),
-        n => format!("`tensorpager clean --stale` would free {}", human_bytes(n)),
+fn named(bytes: u64) -> String {
+    flag_size(bytes + STARTS_DIFFER)
+}
+
+/// A prompt that pictures make longer than the context: the limits under which it would not be. `text`: its other tokens; `answer`: those that
+/// are to follow.
+pub(super) fn too_long(looked: &Looked, text: usize, answer: usize, context: usize) -> Error {
+    let now = looked.need().tokens;
+    let leaving = |room: usize| looked.loosest(&|need| text + need.tokens + room <= context);
+    // The whole answer is worth some pixels; half the context is not.
+    let found = match leaving(answer.min(context / 2).max(1)) {
+        none if none.is_empty() => leaving(1),
+        found => found,
     };
-    error.with_fix(format!(
-        "{clean}; --in-place streams from the checkpoint and needs no space; or give an --offload-folder on another disk"
-    ))
+    let told = found
+        .iter()
+        .map(|(limit, need)| format!("with {} they take {}", looked.told(*limit), need.tokens));
+    let told: Vec<String> = told.collect();
+    let fewer = match told.is_empty() {
+        true => "give fewer pictures".to_string(),
+        false => told.join(", "),
+    };
+    Error::new(
+        Code::Usage,
+        format!("the prompt of {} tokens is too long", text + now),
+        format!(
+            "its pictures take {now} tokens, the context holds {context}, and one must be left for the answer"
+        ),
+        format!("{fewer}; or raise --context where the model goes further (it takes KV memory)"),
+    )
+}
+
+/// The GPU that the options ask for, as it is now. It was opened before; where that fails there is nothing to advise.
+pub(super) fn gpu_room(of: &Weights<'_>, options: &EngineOptions) -> Option<GpuRoom> {
+    match options.device {
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Cuda(_) => GpuRoom::of(&open_device(of.spec, of.units, options).ok()?),
+    }
+}
+
+/// What the pack would be in 16 bits, where the weights are float32 as they are run. bfloat16: it has float32's range, so no weight overflows.
+pub(super) fn in_16_bits(
+    ckpt: &Checkpoint,
+    dtype: DtypeLabel,
+    offload_folder: &Path,
+) -> Option<Outline> {
+    if dtype != DtypeLabel::Uniform(Dtype::F32) || ckpt.kind == SourceKind::Packed {
+        return None;
+    }
+    let policy = DtypePolicy::One(Dtype::BF16);
+    outline(ckpt, &policy, offload_folder, false).ok()
+}
+
+/// A pack that the disk has no room for.
+pub(super) struct NoSpace<'a> {
+    pub offload_folder: &'a Path,
+    /// Bytes of the pack.
+    pub needed: u64,
+    /// Of one in 16 bits.
+    pub half: Option<u64>,
+    /// Weights are cast, so the checkpoint's own files will not do.
+    pub casts: bool,
+}
+
+impl NoSpace<'_> {
+    /// Where the disk is too small for a pack: what cleaning would give back, what takes less, and what needs none.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        // A limit of the user's own is not the disk's: its error says what to raise.
+        if error.code() != Code::Space || error.fix().contains("--offload-limit") {
+            return error;
+        }
+        let stale: u64 = list_packs(self.offload_folder)
+            .unwrap_or_default()
+            .iter()
+            .filter(|p| p.state.is_stale())
+            .map(|p| p.bytes)
+            .sum();
+        let mut ways = vec![match stale {
+            0 => "nothing there is stale".to_string(),
+            n => format!("`tensorpager clean --stale` would free {}", human_bytes(n)),
+        }];
+        if !self.casts {
+            ways.push("--in-place streams from the checkpoint and needs no space".to_string());
+        }
+        ways.extend(self.less());
+        error.with_fix(ways.join("; "))
+    }
+
+    /// A smaller pack, and places with room.
+    pub(super) fn less(&self) -> Vec<String> {
+        let mut ways = Vec::new();
+        if let Some(half) = self.half {
+            let there = self.offload_folder.ancestors().find(|p| p.is_dir());
+            let free = there.and_then(|p| free_bytes(p).ok()).unwrap_or(0);
+            let fits = match half <= free {
+                true => ", which fits",
+                false => "",
+            };
+            ways.push(format!(
+                "--dtype bfloat16 needs {} instead of {}{fits} (weights rounded to 16 bits)",
+                human_bytes(half),
+                human_bytes(self.needed)
+            ));
+        }
+        let others = folders::others(self.offload_folder, self.needed);
+        match others.is_empty() {
+            true => ways.push(format!(
+                "no other local disk that may be written to has {} free",
+                human_bytes(self.needed)
+            )),
+            false => ways.extend(others.iter().map(folders::Folder::told)),
+        }
+        ways
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_space_says_what_cleaning_would_give_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let error = || Error::new(Code::Space, "not enough", "x", "y");
-        let none = no_space(error(), dir.path());
-        assert!(none.fix().contains("nothing there is stale"), "{none}");
-        // A pack whose manifest is cut off.
-        let cut = dir.path().join("model--bf16");
-        std::fs::create_dir(&cut).unwrap();
-        std::fs::write(cut.join("layer.000.dat"), vec![0; 20_000]).unwrap();
-        let manifest = r#"{"format": "tensorpager", "version": 1}"#;
-        std::fs::write(cut.join("manifest.json"), manifest).unwrap();
-        let some = no_space(error(), dir.path());
-        // How much is the file system's to say: it counts whole blocks.
-        assert!(some.fix().contains("clean --stale` would free 2"), "{some}");
-        let limit = Error::new(Code::Space, "a", "b", "raise --offload-limit to 2 GB");
-        assert_eq!(no_space(limit.clone(), dir.path()), limit);
-        let other = Error::new(Code::Io, "a", "b", "c");
-        assert_eq!(no_space(other.clone(), dir.path()), other);
-    }
-}
+mod tests;

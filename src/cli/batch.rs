@@ -5,29 +5,29 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
+use super::advice::{self, Advisor, Queue, Ran, Work};
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
+use super::batch_room::{KnownMachine, RoomOptions, budget, with_room};
 use super::found::Found;
 use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
+use super::machine::Weights;
 use super::media::LookOptions;
 use super::model::{Model, OpenFor, stop_tokens};
-use super::options::{MachineOptions, SamplingOptions, SourceOptions, size};
+use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::signals::{self, TwoStage};
 use crate::engine::jobs::{
     BatchJob, JobSpec, Looker, MaxErrors, Order, Paths, RowLimits, RowSample, Rules, Shard, Sizing,
     SizingInput, Source, TextTools, check_paths, default_errors, fingerprint,
 };
-use crate::engine::{Engine, HostMemory, KvPlace, SLACK_BYTES};
+use crate::engine::{Engine, EngineStats, HostMemory, SLACK_BYTES};
 use crate::error::{Code, Error, Result};
 use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
 use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
-
-/// KV gets at least one part in so many of the budget before the budget is called too small.
-const LEAST_KV_SHARE: u64 = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OrderArg {
@@ -114,18 +114,8 @@ pub struct BatchArgs {
     /// Of the answers, once all are there
     #[arg(long, value_enum, default_value = "input", help_heading = "Job")]
     order: OrderArg,
-    /// Sequences that run at once [default: up to 256]
-    #[arg(
-        long,
-        alias = "max-num-seqs",
-        value_name = "N",
-        env = "TENSORPAGER_MAX_SEQUENCES",
-        help_heading = "Job"
-    )]
-    max_sequences: Option<usize>,
-    /// Memory for keys and values: of a GPU, or of the host where that has no room for so much [default: what rows want, at most half of where it lies]
-    #[arg(long, value_name = "SIZE", value_parser = size, env = "TENSORPAGER_KV_MEMORY", help_heading = "Job")]
-    kv_memory: Option<u64>,
+    #[command(flatten)]
+    room: RoomOptions,
     #[command(flatten)]
     bench: BenchOptions,
     #[command(flatten)]
@@ -222,14 +212,7 @@ impl InputOptions {
 pub fn run(args: BatchArgs) -> Result<u8> {
     let started = Instant::now();
     let signals = signals::two_stage()?;
-    if args.max_sequences == Some(0) {
-        return Err(Error::new(
-            Code::Usage,
-            "--max-sequences 0 makes no sense",
-            "nothing would ever run",
-            "give 1 or more",
-        ));
-    }
+    args.room.check()?;
     let max_errors = args.max_errors.as_deref().map(MaxErrors::parse);
     let max_errors = max_errors.transpose()?;
     let shard = args.input.shard()?;
@@ -265,8 +248,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         let how = batch_bench::Setup {
             options: &args.bench,
             machine: &args.machine,
-            sequences: args.max_sequences,
-            kv_bytes: args.kv_memory,
+            room: args.room,
             json: args.json,
             quiet,
         };
@@ -286,7 +268,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
     let mut view = JobView::new(kind(args.progress, args.quiet));
     let summary = match &mut opened {
         None => job.settled()?,
-        Some((engine, sizing)) => {
+        Some(Opened { engine, sizing, .. }) => {
             let ran = job.run(engine, texts.tools(), sizing, &signals.stop, &mut |p| {
                 view.update(p);
             });
@@ -305,17 +287,27 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         ..Timings::default()
     };
     let during = &summary.progress.stats;
-    let paging = opened.as_ref().map(|(engine, _)| {
+    let paging = opened.as_ref().map(|Opened { engine, .. }| {
         let settings = model.read_settings(&args.machine, during, engine);
         PagingReport::new(engine, during, &settings)
     });
-    if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
-        model.write_records(&args.machine, engine, &timings, paging)?;
+    let mut advice = Vec::new();
+    if let (Some(opened), Some(paging)) = (&opened, &paging) {
+        model.write_records(&args.machine, &opened.engine, &timings, paging)?;
+        advice = opened.faster(
+            paging,
+            during,
+            timings.output_tokens_per_s,
+            args.room.kv_memory,
+        );
     }
     if !quiet {
         eprintln!("{}", batch_report::last_words(&job, &summary));
-        if let (Some((engine, _)), Some(paging)) = (&opened, &paging) {
+        if let (Some(Opened { engine, .. }), Some(paging)) = (&opened, &paging) {
             eprintln!("{}", paging_line(paging, during, engine));
+        }
+        if let Some(advice) = advice::told(&advice) {
+            eprintln!("{advice}");
         }
     }
     if args.json {
@@ -326,6 +318,7 @@ pub fn run(args: BatchArgs) -> Result<u8> {
             opened.as_ref(),
             paging.unwrap_or_default(),
             timings,
+            &advice,
         )?;
     }
     Ok(match (summary.remaining, summary.failed) {
@@ -333,6 +326,37 @@ pub fn run(args: BatchArgs) -> Result<u8> {
         (0, _) => 3,
         _ => 130,
     })
+}
+
+/// An engine sized for a job.
+pub(super) struct Opened {
+    pub engine: Engine,
+    pub sizing: Sizing,
+    advisor: Advisor,
+    /// Sequences that the rows stand for.
+    sequences: u64,
+}
+
+impl Opened {
+    /// What would be faster; `tokens_per_s`: as the job went, `kv_bytes`: `--kv-memory`.
+    pub fn faster(
+        &self,
+        paging: &PagingReport,
+        during: &EngineStats,
+        tokens_per_s: f64,
+        kv_bytes: Option<u64>,
+    ) -> Vec<String> {
+        self.advisor.faster(&Ran {
+            report: paging,
+            during,
+            device: self.engine.device(),
+            work: Work::Queue(Queue {
+                rows: self.sequences,
+                kv_bytes,
+                tokens_per_s,
+            }),
+        })
+    }
 }
 
 /// How large a row may be. To be asked once tokenizer and template are there.
@@ -434,32 +458,20 @@ fn open_engine(
     job: &BatchJob,
     signals: &TwoStage,
     quiet: bool,
-) -> Result<Option<(Engine, Sizing)>> {
+) -> Result<Option<Opened>> {
     if job.remaining() == 0 {
         return Ok(None);
     }
     let sample = job.sample(&texts.tools())?;
     crate::io::give_back();
-    let input = SizingInput {
-        sequences: args.max_sequences,
-        kv_bytes: args.kv_memory,
-        kv_share: 1,
-        context: args.machine.context,
-        budget: budget(&args.machine)?,
-        gpu: gpu_bytes(&args.machine, &model.store)?,
-        element_bytes: model.element_bytes(),
-        rows: job.remaining(),
-    };
+    let gpu = gpu_bytes(&args.machine, &model.store)?;
+    let input = args
+        .room
+        .input(&args.machine, gpu, model.element_bytes(), job.remaining())?;
     open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
 }
 
-/// Host memory that a job may take.
-pub(super) fn budget(machine: &MachineOptions) -> Result<u64> {
-    let given = machine.cpu_budget()?;
-    Ok(given.unwrap_or_else(|| HostMemory::read().default_budget()))
-}
-
-/// An engine with as much KV room as the rows want, up to half of the memory that KV lies in; less where the model would not fit beside it.
+/// An engine with the room that [`with_room`] finds.
 pub(super) fn open_sized(
     model: &Model,
     texts: &Texts,
@@ -468,50 +480,26 @@ pub(super) fn open_sized(
     input: SizingInput,
     signals: &TwoStage,
     quiet: bool,
-) -> Result<(Engine, Sizing)> {
-    let mut kv_share = 2;
-    loop {
-        let input = SizingInput { kv_share, ..input };
-        let sizing = Sizing::choose(&model.store.spec, sample, &input);
-        let place = match input.kv_bytes {
-            // Asked for: where the GPU has no room for so much, host memory may.
-            Some(_) => KvPlace::GpuOrHost,
-            None => KvPlace::Gpu,
+) -> Result<Opened> {
+    let sequences = (input.rows as f64 * sample.choices) as u64;
+    let weights = Weights::from(&model.store);
+    let known = KnownMachine::on_record(&weights, machine)?;
+    let open = &mut |_: &Sizing, want: &OpenFor| {
+        let want = OpenFor {
+            sample_limit: Some(texts.tokenizer.id_limit()),
+            ..want.clone()
         };
-        match engine_for(model, texts, machine, &sizing, place, signals, quiet) {
-            Err(e)
-                if e.code() == Code::Memory
-                    && input.kv_bytes.is_none()
-                    && kv_share < LEAST_KV_SHARE =>
-            {
-                kv_share *= 2;
-            }
-            opened => return opened.map(|engine| (engine, sizing)),
-        }
-    }
-}
-
-fn engine_for(
-    model: &Model,
-    texts: &Texts,
-    machine: &MachineOptions,
-    sizing: &Sizing,
-    kv_place: KvPlace,
-    signals: &TwoStage,
-    quiet: bool,
-) -> Result<Engine> {
-    let want = OpenFor {
-        context: sizing.context,
-        logits_rows: sizing.sequences,
-        max_sequences: sizing.sequences,
-        kv_tokens: Some(sizing.kv_tokens),
-        kv_place,
-        sample_limit: Some(texts.tokenizer.id_limit()),
-        vision: sizing.vision,
-        reserve_bytes: sizing.reading_bytes,
-        ..OpenFor::default()
+        let advisor = model.advisor(machine, &want)?;
+        let engine = model.engine(machine, &want, &signals.cancel, quiet)?;
+        Ok((engine, advisor))
     };
-    model.engine(machine, &want, &signals.cancel, quiet)
+    let ((engine, advisor), sizing) = with_room(&weights, machine, sample, input, known, open)?;
+    Ok(Opened {
+        engine,
+        sizing,
+        advisor,
+        sequences,
+    })
 }
 
 fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {

@@ -5,7 +5,9 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::batch::{Texts, budget, open_sized};
+use super::advice;
+use super::batch::{Texts, open_sized};
+use super::batch_room::RoomOptions;
 use super::gpu::gpu_bytes;
 use super::model::Model;
 use super::options::MachineOptions;
@@ -33,8 +35,7 @@ pub struct BenchOptions {
 pub struct Setup<'a> {
     pub options: &'a BenchOptions,
     pub machine: &'a MachineOptions,
-    pub sequences: Option<usize>,
-    pub kv_bytes: Option<u64>,
+    pub room: RoomOptions,
     pub json: bool,
     pub quiet: bool,
 }
@@ -83,18 +84,16 @@ pub fn run(
         choices: 1.0,
         ..RowSample::default()
     };
+    let gpu = gpu_bytes(how.machine, &model.store)?;
+    let input = how
+        .room
+        .input(how.machine, gpu, model.element_bytes(), rows as u64)?;
     let input = SizingInput {
-        sequences: how.sequences,
-        kv_bytes: how.kv_bytes,
-        kv_share: 1,
         context: Some(how.machine.context.unwrap_or(row)),
-        budget: budget(how.machine)?,
-        gpu: gpu_bytes(how.machine, &model.store)?,
-        element_bytes: model.element_bytes(),
-        rows: rows as u64,
+        ..input
     };
     let load = Instant::now();
-    let (mut engine, sizing) = open_sized(
+    let mut opened = open_sized(
         model,
         texts,
         how.machine,
@@ -104,8 +103,9 @@ pub fn run(
         how.quiet,
     )?;
     let load_s = load.elapsed().as_secs_f64();
-    let m = measure(&mut engine, texts, o, rows)?;
-    let settings = model.read_settings(how.machine, &m.during, &engine);
+    let m = measure(&mut opened.engine, texts, o, rows)?;
+    let (engine, sizing) = (&opened.engine, &opened.sizing);
+    let settings = model.read_settings(how.machine, &m.during, engine);
     let report = BenchReport {
         model: &model.label,
         device: engine.device().name(),
@@ -127,9 +127,16 @@ pub fn run(
             output_tokens_per_s: m.tokens as f64 / m.seconds,
             total_s: started.elapsed().as_secs_f64(),
         },
-        paging: PagingReport::new(&engine, &m.during, &settings),
+        paging: PagingReport::new(engine, &m.during, &settings),
     };
-    model.write_records(how.machine, &engine, &report.timings, &report.paging)?;
+    model.write_records(how.machine, engine, &report.timings, &report.paging)?;
+    let rate = report.timings.output_tokens_per_s;
+    let advice = opened.faster(&report.paging, &m.during, rate, how.room.kv_memory);
+    if !how.quiet
+        && let Some(advice) = advice::told(&advice)
+    {
+        eprintln!("{advice}");
+    }
     if how.json {
         let text = serde_json::to_string(&report)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

@@ -1,46 +1,53 @@
-//! `batch-check`: a job looked over before it runs. No weight is read but to measure the disk.
+//! `batch-check`: a job looked over before it runs, and how long it will take by the same plan that a run makes. No weight is read but to
+//! measure the disk.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
 
+use super::advice::Advisor;
 use super::batch::{InputOptions, Texts, row_limits};
-use super::model::open_checkpoint;
+use super::batch_room::{KnownMachine, RoomOptions, with_room};
+use super::machine::Weights;
+use super::model::{open_checkpoint, pack_options};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
+use super::rates::{Computer, RateArgs, pass_work};
 use super::run::print;
 use super::signals;
-use crate::checkpoint::Checkpoint;
-use crate::device::{Device, Into, WeightView};
-use crate::engine::jobs::{CheckReport, check};
+use crate::engine::jobs::{CheckReport, JobPasses, PassLoad, Sizing, check, foresee};
+use crate::engine::schedule::Limits;
+use crate::engine::{
+    DEFAULT_PAGE_BYTES, Fitted, GpuRoom, HostMemory, SLACK_BYTES, fit_on, kv_dtype, tower_flops,
+};
 use crate::error::{Error, Result};
 use crate::media::Look;
-use crate::paging::DiskRates;
-use crate::spec::{ModelSpec, UnitKind, canonical_name, parse_config};
+use crate::paging::{MachineRates, PassCost, UnitSize, is_vision, predict};
+use crate::store::{Outline, outline};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 use crate::units::{Dtype, counted, human_bytes};
 
 /// Bad rows shown; the rest are counted.
 const SHOWN: u64 = 20;
-/// Sequences at once that the prediction assumes.
-const SEQUENCES: usize = 256;
-/// Memory the disk may be measured with.
-const PROBE_BYTES: u64 = 64 << 20;
+/// Prices of passes kept, so that passes alike are predicted once.
+const PRICES: usize = 1 << 16;
 
 #[derive(Args)]
 #[command(after_help = "Example:
-  tensorpager batch-check ./Qwen2.5-7B-Instruct -i prompts.jsonl")]
+  tensorpager batch-check ./Qwen2.5-7B-Instruct -i prompts.jsonl
+  tensorpager batch-check ./Qwen2.5-7B-Instruct -i prompts.jsonl --cpu-memory 8GiB --disk-gb-per-s 3
+
+The options that say how a job runs mean what they mean to `batch`: with the same ones it is predicted as it would run.")]
 pub struct BatchCheckArgs {
     #[command(flatten)]
     source: SourceOptions,
     #[command(flatten)]
     input: InputOptions,
-    /// Sequences that would run at once
-    #[arg(long, alias = "max-num-seqs", value_name = "N", default_value_t = SEQUENCES)]
-    max_sequences: usize,
-    /// The disk's rate, instead of measuring it
-    #[arg(long, value_name = "X")]
-    disk_gb_per_s: Option<f64>,
+    #[command(flatten)]
+    room: RoomOptions,
+    #[command(flatten)]
+    rates: RateArgs,
     #[command(flatten)]
     sampling: SamplingOptions,
     #[command(flatten)]
@@ -53,18 +60,34 @@ pub struct BatchCheckArgs {
     quiet: bool,
 }
 
-/// What the job will take, at most: answers that end early take less.
+/// What the job will take with every answer as long as it may be: those that end early take less.
 #[derive(Serialize)]
 struct Prediction {
+    device: String,
+    cpu_memory: u64,
+    /// Sequences in a pass, at most.
+    at_once: usize,
+    /// Of keys and values there is room for.
+    kv_tokens: usize,
+    /// Sequences set back because that is too little.
+    preemptions: u64,
     /// Traversals of the layers.
     passes: u64,
+    /// Tokens through them, on average.
+    tokens_per_pass: f64,
     /// Of the weights on disk; none where they fit into memory.
     bytes_per_pass: u64,
+    /// Of all passes, embedding rows included.
+    disk_bytes: u64,
     disk_gb_per_s: Option<f64>,
     compute_gflops: f64,
+    /// The disk's part of the passes.
     stream_s: f64,
+    /// That of computing, which goes on beside it.
     compute_s: f64,
-    /// The longer of the two.
+    /// Looking at pictures, before the passes they are part of.
+    pictures_s: f64,
+    /// As far as answers go: what is predicted is no bound on what the machine does.
     at_most_s: f64,
 }
 
@@ -82,19 +105,31 @@ struct Output<'a> {
     pictures: u64,
     picture_tokens: u64,
     context: usize,
-    prediction: Prediction,
+    /// None where no row can run.
+    prediction: Option<Prediction>,
 }
 
 pub fn run(args: BatchCheckArgs) -> Result<u8> {
-    let ckpt = open_checkpoint(&args.source, &signals::cancel_flag()?, args.quiet)?;
-    let spec = parse_config(&ckpt.config)?;
-    args.machine.note_context(&spec, args.quiet);
+    args.room.check()?;
+    args.rates.check()?;
+    args.machine.refuse_records("batch-check")?;
+    args.machine.check()?;
+    let cancel = signals::cancel_flag()?;
+    let ckpt = open_checkpoint(&args.source, &cancel, args.quiet)?;
+    let model = outline(
+        &ckpt,
+        &pack_options(&args.source, &cancel)?.dtype,
+        &args.source.offload_folder,
+        args.source.in_place,
+    )?;
+    let spec = &model.spec;
+    args.machine.note_context(spec, args.quiet);
     let texts = Texts {
         tokenizer: Tokenizer::load(&ckpt.config_dir)?,
         template: ChatTemplate::load(&ckpt.config_dir)?,
         generation: GenerationConfig::load(&ckpt.config_dir)?,
-        looker: args.input.looker(&ckpt.config_dir, &spec, Look::Whole),
-        limits: row_limits(&spec, &args.machine)?,
+        looker: args.input.looker(&ckpt.config_dir, spec, Look::Whole),
+        limits: row_limits(spec, &args.machine)?,
     };
     let source = args.input.source(texts.template.is_some())?;
     let shard = args.input.shard()?;
@@ -134,7 +169,13 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
     if let Some(e) = failed {
         return Err(e);
     }
-    let prediction = predict(&args, &ckpt, &spec, &report)?;
+    if !args.json {
+        print(&lines(&report))?;
+    }
+    let prediction = match report.sequences {
+        0 => None,
+        _ => Some(prediction(&args, &model, &report)?),
+    };
     if args.json {
         let output = Output {
             model: label,
@@ -153,8 +194,8 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
         let text = serde_json::to_string(&output)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
         print(&format!("{text}\n"))?;
-    } else {
-        print(&lines(&report, &prediction))?;
+    } else if let Some(p) = &prediction {
+        print(&foretold(p))?;
     }
     Ok(match report.bad {
         0 => 0,
@@ -162,7 +203,7 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
     })
 }
 
-fn lines(r: &CheckReport, p: &Prediction) -> String {
+fn lines(r: &CheckReport) -> String {
     let mut text = String::new();
     if r.bad > SHOWN {
         text += &format!("… and {} more bad rows\n", r.bad - SHOWN);
@@ -183,106 +224,212 @@ fn lines(r: &CheckReport, p: &Prediction) -> String {
             r.picture_tokens
         );
     }
-    let disk = match p.disk_gb_per_s {
+    text
+}
+
+fn foretold(p: &Prediction) -> String {
+    let share = |seconds: f64| 100.0 * seconds / p.at_most_s.max(1e-9);
+    let weights = match p.disk_gb_per_s {
         _ if p.bytes_per_pass == 0 => "all weights in memory".to_string(),
         Some(rate) => format!(
             "{} from disk a pass at {rate:.2} GB/s",
             human_bytes(p.bytes_per_pass)
         ),
-        None => "a disk of unknown rate".to_string(),
+        None => format!(
+            "{} a pass from a disk of unknown rate, which is left out (--disk-gb-per-s gives it)",
+            human_bytes(p.bytes_per_pass)
+        ),
     };
-    text + &format!(
-        "at most {:.0} s: {} passes with {disk} take {:.0} s, computing at {:.0} GFLOP/s takes {:.0} s\n",
-        p.at_most_s, p.passes, p.stream_s, p.compute_gflops, p.compute_s
-    )
+    let mut text = format!(
+        "about {:.0} s, less where answers end early: {} passes of up to {} ({:.0} tokens on average), {weights}\n",
+        p.at_most_s,
+        p.passes,
+        counted(p.at_once as u64, "sequence"),
+        p.tokens_per_pass
+    );
+    text += &format!(
+        "of it the disk is busy for {:.0} s ({:.0} %), computing for {:.0} s ({:.0} %)",
+        p.stream_s,
+        share(p.stream_s),
+        p.compute_s,
+        share(p.compute_s)
+    );
+    if p.pictures_s > 0.0 {
+        text += &format!(
+            ", looking at pictures takes {:.0} s ({:.0} %)",
+            p.pictures_s,
+            share(p.pictures_s)
+        );
+    }
+    text + "\n"
 }
 
-/// The formula of a pass, max(bytes / disk rate, 2 · parameters · tokens / compute rate), over the whole job.
-fn predict(
-    args: &BatchCheckArgs,
-    ckpt: &Checkpoint,
-    spec: &ModelSpec,
-    r: &CheckReport,
-) -> Result<Prediction> {
-    let dtype_of = |name: &str| ckpt.tensors.get(name).map_or(Dtype::BF16, |t| t.dtype);
-    let units = spec.units(&|name: &str| dtype_of(&canonical_name(name)));
-    let size = |wanted: fn(UnitKind) -> bool| {
-        let tensors = units.iter().filter(|u| wanted(u.kind));
-        tensors
-            .flat_map(|u| &u.tensors)
-            .fold((0, 0), |(bytes, parameters), t| {
-                let cols: usize = t.shape.iter().skip(1).product();
-                let elements = (t.rows.len() * cols.max(1)) as u64;
-                let own = elements * dtype_of(&t.name).bytes() as u64;
-                (bytes + own, parameters + elements)
-            })
+/// The job planned as `batch` would run it, and its passes priced one by one.
+fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result<Prediction> {
+    // What reading the rows left in the allocator is not the process's for good.
+    crate::io::give_back();
+    let computer = Computer::of(&args.rates, &args.machine, model, args.quiet || args.json)?;
+    let machine = computer.machine(&args.machine);
+    let gpu = computer.gpu_room(&machine)?;
+    let dtype = kv_dtype(&model.units);
+    // Whether there is anything to read decides what is measured, and that how many sequences are best.
+    let first = Planned::new(args, model, r, &machine, gpu, dtype, None)?;
+    let fitted = &first.fitted;
+    // Measuring is to stay within the budget that the job was planned with.
+    let taken = HostMemory::read().resident + SLACK_BYTES;
+    let room = fitted.budget.saturating_sub(taken);
+    let reads = fitted.plan.streamed_bytes + fitted.plan.gather_bytes > 0 || r.pictures > 0;
+    let disk = match reads {
+        true => args.rates.disk(model, room)?,
+        false => None,
     };
-    let (bytes, parameters) = size(|k| matches!(k, UnitKind::Layer(_) | UnitKind::Head(_)));
-    // Every patch goes through the blocks of the tower; what attention and the merger add is a few percent.
-    let (_, tower) = size(|k| matches!(k, UnitKind::VisionBlock(_)));
-    let budget = super::batch::budget(&args.machine)?;
-    // As `--device-map auto` would: what is beyond four fifths of the budget comes from disk.
-    let bytes_per_pass = match args.machine.device_map.as_str() {
-        "cpu" => 0,
-        "disk" => bytes,
-        _ => bytes.saturating_sub(budget / 5 * 4),
-    };
-    let disk_gb_per_s = match args.disk_gb_per_s {
-        Some(rate) if rate > 0.0 => Some(rate),
-        _ if bytes_per_pass == 0 => None,
-        _ => {
-            let files: Vec<_> = ckpt.files.iter().map(|f| f.path.clone()).collect();
-            DiskRates::of(&ckpt.dir, false).best_or_probe(&files, PROBE_BYTES)?
-        }
-    };
-    let at_once = (args.max_sequences.max(1) as u64).min(r.sequences.max(1));
-    let longest_answer = r.output_tokens.div_ceil(r.sequences.max(1));
-    let passes = match r.sequences {
-        0 => 0,
-        _ => r.output_tokens.div_ceil(at_once).max(longest_answer) + 1,
-    };
-    let stream_s = disk_gb_per_s.map_or(0.0, |rate| {
-        passes as f64 * bytes_per_pass as f64 / (rate * 1e9)
-    });
-    let flops = compute_rate(
-        args.machine.threads,
-        spec,
-        dtype_of("model.layers.0.mlp.down_proj.weight"),
+    let rates = args.rates.with_disk(
+        disk.unwrap_or(f64::INFINITY),
+        &computer,
+        &machine,
+        model,
+        dtype,
+        room,
     )?;
-    let tokens = (r.prompt_tokens + r.output_tokens) as f64;
-    let work = parameters as f64 * tokens + tower as f64 * r.patches as f64;
-    let compute_s = 2.0 * work / flops;
+    let planned = match disk {
+        None => first,
+        Some(_) => Planned::new(args, model, r, &machine, gpu, dtype, Some(&rates))?,
+    };
+    let fitted = &planned.fitted;
+    let job = planned.passes(model, r, &rates, dtype);
+    let pictures_s = planned.pictures_s(model, r, &rates);
     Ok(Prediction {
-        passes,
-        bytes_per_pass,
-        disk_gb_per_s,
-        compute_gflops: flops / 1e9,
-        stream_s,
-        compute_s,
-        at_most_s: stream_s.max(compute_s),
+        device: computer.name(),
+        cpu_memory: fitted.budget,
+        at_once: job.at_once,
+        kv_tokens: planned.sizing.kv_tokens,
+        preemptions: job.preemptions,
+        passes: job.passes,
+        tokens_per_pass: job.rows as f64 / job.passes.max(1) as f64,
+        bytes_per_pass: fitted.plan.streamed_bytes,
+        disk_bytes: job.disk_bytes,
+        disk_gb_per_s: disk,
+        compute_gflops: rates.compute.gflops,
+        stream_s: job.disk_s,
+        compute_s: job.compute_s,
+        pictures_s,
+        at_most_s: job.pass_s + pictures_s,
     })
 }
 
-/// Operations a second of a product with the model's width, measured for a few tenths of a second.
-fn compute_rate(threads: Option<usize>, spec: &ModelSpec, dtype: Dtype) -> Result<f64> {
-    const ROWS: usize = 128;
-    let device = Device::cpu(threads, None)?;
-    let (cols, outs) = (spec.hidden, spec.intermediate.clamp(64, 4096));
-    // 0x3C3C is a small number in either 16-bit type.
-    let bytes = vec![0x3Cu8; cols * outs * dtype.bytes()];
-    let w = WeightView::packed(dtype, outs, cols, &bytes);
-    let mut a = device.acts(ROWS, cols, dtype)?;
-    a.round_to(dtype);
-    let zeros = device.rows(ROWS, cols)?;
-    device.swiglu(&zeros, &zeros, ROWS, cols, &mut a)?;
-    let mut out = device.rows(ROWS, outs)?;
-    device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store)?;
-    let started = Instant::now();
-    let mut products = 0u32;
-    while started.elapsed().as_secs_f64() < 0.3 {
-        device.linear(&a, ROWS, &w, None, &mut out, 0, Into::Store)?;
-        products += 1;
+/// The engine that `batch` would open for the rows.
+struct Planned {
+    sizes: Vec<UnitSize>,
+    fitted: Fitted,
+    sizing: Sizing,
+}
+
+impl Planned {
+    fn new(
+        args: &BatchCheckArgs,
+        model: &Outline,
+        r: &CheckReport,
+        machine: &MachineOptions,
+        gpu: Option<GpuRoom>,
+        dtype: Dtype,
+        rates: Option<&MachineRates>,
+    ) -> Result<Planned> {
+        let mut host = HostMemory::read();
+        host.resident += model.opening_bytes();
+        let weights = Weights::from(model);
+        let on_gpu = gpu.map(|g| g.limit.saturating_sub(g.base));
+        let input = args.room.input(machine, on_gpu, dtype.bytes(), r.rows)?;
+        let known = rates.map(|rates| KnownMachine {
+            rates: rates.clone(),
+            host,
+            gpu,
+        });
+        let ((sizes, fitted), sizing) = with_room(
+            &weights,
+            machine,
+            &r.sample,
+            input,
+            known,
+            &mut |_, want| {
+                let mut options = weights.engine_options(machine, want, true)?;
+                options.cpu_memory = Some(input.budget);
+                let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+                let sizes = weights.sizes(page_bytes, gpu.is_some());
+                match fit_on(&model.spec, dtype, &sizes, &options, &host, gpu) {
+                    Ok(fitted) => Ok((sizes, fitted)),
+                    Err(e) => Err(Advisor::new(&weights, &options, host).too_little(e)),
+                }
+            },
+        )?;
+        Ok(Planned {
+            sizes,
+            fitted,
+            sizing,
+        })
     }
-    let each = 2.0 * (ROWS * cols * outs) as f64;
-    Ok(each * f64::from(products) / started.elapsed().as_secs_f64())
+
+    fn passes(
+        &self,
+        model: &Outline,
+        r: &CheckReport,
+        rates: &MachineRates,
+        dtype: Dtype,
+    ) -> JobPasses {
+        let fitted = &self.fitted;
+        let limits = Limits {
+            context: fitted.context,
+            sequences: self.sizing.sequences,
+            rows: fitted.pass_tokens,
+            wanted: self.sizing.sequences,
+            kv_blocks: fitted.kv_blocks,
+        };
+        let mut prices: HashMap<PassLoad, PassCost> = HashMap::new();
+        let mut price = |load: PassLoad| {
+            let load = PassLoad {
+                kv_tokens: coarse(load.kv_tokens),
+                ..load
+            };
+            if prices.len() >= PRICES {
+                prices.clear();
+            }
+            *prices.entry(load).or_insert_with(|| {
+                let PassLoad {
+                    rows,
+                    wanted,
+                    kv_tokens,
+                } = load;
+                let work = pass_work(&model.spec, dtype, fitted, rows, wanted, kv_tokens);
+                predict(&self.sizes, &fitted.plan, rates, &work)
+            })
+        };
+        foresee(
+            &r.shapes,
+            &limits,
+            fitted.plan.streamed_bytes > 0,
+            &mut price,
+        )
+    }
+
+    /// The tower is streamed once for each wave of pictures, and computes beside that.
+    fn pictures_s(&self, model: &Outline, r: &CheckReport, rates: &MachineRates) -> f64 {
+        let (Some(vision), Some(room)) = (&model.spec.vision, &self.sizing.vision) else {
+            return 0.0;
+        };
+        let waves = r.picture_tokens.div_ceil(room.tokens.max(1) as u64);
+        let tower = self.sizes.iter().filter(|u| is_vision(u.kind));
+        let bytes: u64 = tower.map(|u| u.read_bytes).sum();
+        let slice = r.patch_pairs / r.patches.max(1);
+        let flops = tower_flops(&model.spec, vision, r.patches as usize, slice as usize);
+        let stream_s = (waves * bytes) as f64 / (rates.disk_gb_per_s * 1e9);
+        stream_s.max(flops / (rates.compute.gflops * 1e9))
+    }
+}
+
+/// To three per cent: keys and values are a small part of what a pass takes, and passes alike are to have one price.
+fn coarse(tokens: u64) -> u64 {
+    let step = (tokens >> 5).next_power_of_two();
+    match tokens {
+        0..64 => tokens,
+        _ => (tokens + step / 2) / step * step,
+    }
 }

@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
+use super::batch::Opened;
 use super::model::Model;
 use super::run::print;
-use crate::engine::Engine;
 use crate::engine::jobs::{BatchJob, JobSummary, Sizing};
 use crate::error::{Error, Result};
 use crate::report::job::Figures;
@@ -34,21 +34,25 @@ struct BatchReport<'a> {
     paging: PagingReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     vision: Option<VisionReport>,
+    /// What would be faster on this machine.
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    advice: &'a [String],
 }
 
 pub fn print_json(
     model: &Model,
     job: &BatchJob,
     summary: &JobSummary,
-    opened: Option<&(Engine, Sizing)>,
+    opened: Option<&Opened>,
     paging: PagingReport,
     timings: Timings,
+    advice: &[String],
 ) -> Result<()> {
     let p = &summary.progress;
-    let sizing = opened.map_or_else(Sizing::default, |(_, sizing)| *sizing);
+    let sizing = opened.map_or_else(Sizing::default, |o| o.sizing);
     let report = BatchReport {
         model: &job.rules().model,
-        device: opened.map_or("cpu", |(e, _)| e.device().name()),
+        device: opened.map_or("cpu", |o| o.engine.device().name()),
         dtype: &model.dtype(),
         output: job.paths().output.display().to_string(),
         errors: job.paths().errors.display().to_string(),
@@ -61,10 +65,11 @@ pub fn print_json(
         output_tokens: p.output_tokens,
         sequences: sizing.sequences,
         kv_tokens: sizing.kv_tokens,
-        context: opened.map_or(0, |(e, _)| e.context()),
+        context: opened.map_or(0, |o| o.engine.context()),
         timings,
         paging,
         vision: VisionReport::new(&p.vision),
+        advice,
     };
     let text = serde_json::to_string(&report)
         .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;

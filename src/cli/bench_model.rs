@@ -11,6 +11,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::advice::{self, Ran, Work};
 use super::found::Found;
 use super::model::{Model, OpenFor};
 use super::options::{MachineOptions, SourceOptions};
@@ -257,7 +258,9 @@ fn measure(
     cancel: &Arc<AtomicBool>,
 ) -> Result<Row> {
     let started = Instant::now();
-    let mut engine = model.engine(machine, &test.open_for(machine), cancel, true)?;
+    let want = test.open_for(machine);
+    let advisor = model.advisor(machine, &want)?;
+    let mut engine = model.engine(machine, &want, cancel, true)?;
     let load_s = started.elapsed().as_secs_f64();
     repetition(&mut engine, test, 0)?;
     let mut samples_s = Vec::new();
@@ -287,6 +290,17 @@ fn measure(
         ..Timings::default()
     };
     model.write_records(machine, &engine, &timings, &paging)?;
+    let advice = advisor.faster(&Ran {
+        report: &paging,
+        during: &during,
+        device: engine.device(),
+        work: Work::Full,
+    });
+    if args.output == Format::Md
+        && let Some(advice) = advice::told(&advice)
+    {
+        eprintln!("{}: {advice}", test.name());
+    }
     Ok(Row {
         model: model.label.clone(),
         size_bytes: model.store.units.iter().map(|u| u.bytes).sum(),

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::advice::Advisor;
+use super::advice::{Advisor, gpu_room, in_16_bits};
 use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::Checkpoint;
-use crate::engine::{DeviceChoice, HostMemory, refuse_for_gpu};
+use crate::engine::{DeviceChoice, EngineOptions, HostMemory, refuse_for_gpu};
 use crate::error::Result;
 use crate::spec::ModelSpec;
 use crate::store::{DtypePolicy, Outline, outline};
@@ -19,6 +19,8 @@ use crate::text::Tokenizer;
 pub struct Found {
     ckpt: Checkpoint,
     outline: Outline,
+    /// The same in 16 bits, where it has 32.
+    half: Option<Outline>,
 }
 
 impl Found {
@@ -42,7 +44,12 @@ impl Found {
     fn of(ckpt: Checkpoint, source: &SourceOptions) -> Result<Found> {
         let dtype = DtypePolicy::parse(&source.dtype)?;
         let outline = outline(&ckpt, &dtype, &source.offload_folder, source.in_place)?;
-        Ok(Found { ckpt, outline })
+        let half = in_16_bits(&ckpt, outline.dtype, &source.offload_folder);
+        Ok(Found {
+            ckpt,
+            outline,
+            half,
+        })
     }
 
     pub fn spec(&self) -> &ModelSpec {
@@ -58,20 +65,9 @@ impl Found {
     /// will, then only what fails in any case is found.
     pub fn expect_room(&self, machine: &MachineOptions, want: &OpenFor, quiet: bool) -> Result<()> {
         machine.note_context(self.spec(), quiet);
-        let weights = Weights::from(&self.outline);
-        let machine = &MachineOptions {
-            // What only a run takes or tells.
-            trace: None,
-            report: None,
-            gemm: GemmArg::Own,
-            ..machine.clone()
-        };
-        let options = |want| weights.engine_options(machine, want, true);
-        let least = options(want)?;
+        let least = self.options(machine, want)?;
         if least.device == DeviceChoice::Cpu {
-            let mut host = HostMemory::read();
-            host.resident += self.outline.opening_bytes();
-            return Advisor::new(&weights, &least, host).expect_room();
+            return self.advisor(&least, want).expect_room();
         }
         if self.outline.ready {
             // Opening it comes next, and says the same.
@@ -83,7 +79,38 @@ impl Found {
             kv_tokens: None,
             ..want.clone()
         };
-        refuse_for_gpu(&self.outline, &least, &options(&usual)?)
+        let usual_options = self.options(machine, &usual)?;
+        refuse_for_gpu(&self.outline, &least, &usual_options).map_err(|e| {
+            let room = gpu_room(&Weights::from(&self.outline), &usual_options);
+            let advisor = self.advisor(&usual_options, &usual);
+            advisor.with_gpu(room).too_little(e)
+        })
+    }
+
+    fn options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
+        let machine = &MachineOptions {
+            // What only a run takes or tells.
+            trace: None,
+            report: None,
+            gemm: GemmArg::Own,
+            ..machine.clone()
+        };
+        Weights::from(&self.outline).engine_options(machine, want, true)
+    }
+
+    fn advisor(&self, options: &EngineOptions, want: &OpenFor) -> Advisor {
+        let mut host = HostMemory::read();
+        host.resident += self.outline.opening_bytes();
+        Advisor::new(&Weights::from(&self.outline), options, host)
+            .with_half(self.half.as_ref())
+            .with_pictures(want.looked.as_ref())
+    }
+
+    /// Limits on pixels and frames under which the pictures of `want` fit, as the end of a sentence, on a CPU.
+    pub fn fewer_pixels(&self, machine: &MachineOptions, want: &OpenFor) -> Option<String> {
+        let options = self.options(machine, want).ok()?;
+        let on_cpu = options.device == DeviceChoice::Cpu;
+        on_cpu.then(|| self.advisor(&options, want).fewer_pixels())?
     }
 
     /// Packs it on first use, within `budget` bytes of memory.

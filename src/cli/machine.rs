@@ -11,8 +11,8 @@ use crate::engine::{DEFAULT_PAGE_BYTES, DEFAULT_PREFETCH_DEPTH, DeviceChoice, En
 use crate::error::{Code, Error, Result};
 use crate::io::{MAX_QUEUE_DEPTH, ReaderKind};
 use crate::paging::{
-    KeptSetting, PagerOptions, Placement, Setting, SlotLayout, TRACE_EVENTS, Tier, Trace, UnitSize,
-    VerifyWhen, parse_device_map,
+    DiskRates, KeptSetting, PagerOptions, Placement, Setting, SlotLayout, TRACE_EVENTS, Tier,
+    Trace, UnitSize, VerifyWhen, parse_device_map,
 };
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Outline, Store, UnitLayout};
@@ -26,9 +26,11 @@ pub(super) struct Weights<'a> {
     /// By `FileId`.
     pub file_bytes: Vec<u64>,
     /// Where they lie.
-    dir: &'a Path,
+    pub dir: &'a Path,
     /// `dir` is a pack.
-    ours: bool,
+    pub ours: bool,
+    /// They are the checkpoint's own files.
+    pub in_place: bool,
 }
 
 impl<'a> From<&'a Store> for Weights<'a> {
@@ -39,6 +41,7 @@ impl<'a> From<&'a Store> for Weights<'a> {
             file_bytes: store.files.iter().map(|f| f.bytes).collect(),
             dir: &store.dir,
             ours: !store.in_place,
+            in_place: store.in_place,
         }
     }
 }
@@ -51,6 +54,7 @@ impl<'a> From<&'a Outline> for Weights<'a> {
             file_bytes: outline.file_bytes.clone(),
             dir: &outline.dir,
             ours: outline.ready && !outline.in_place,
+            in_place: outline.in_place,
         }
     }
 }
@@ -59,6 +63,11 @@ impl Weights<'_> {
     /// How they are read: as the user says, else as `tune` found on this machine, else the defaults.
     pub fn reading(&self, machine: &MachineOptions, on_gpu: bool) -> Setting {
         reading(machine, self.dir, self.ours, on_gpu)
+    }
+
+    /// Where what is known of the disk and of copies is kept.
+    pub fn rates(&self) -> DiskRates {
+        DiskRates::of(self.dir, self.ours)
     }
 
     /// What each unit takes in pages of `page_bytes`, where it is computed with.
@@ -93,6 +102,7 @@ impl Weights<'_> {
             cpu_memory: machine.cpu_budget()?,
             reserve_bytes: want.reserve_bytes,
             placement: placement(&machine.device_map, &kinds)?,
+            rates: self.rates().known(),
             device,
             gpu_memory: machine.gpu_budget()?,
             pinned_memory: machine.pinned_memory,

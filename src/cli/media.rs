@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use super::advice::Looked;
 use super::prompt::{Prompt, PromptOptions, render};
 use crate::engine::{HostMemory, SLACK_BYTES, expand_pictures};
 use crate::error::{Code, Error, Result};
@@ -125,7 +126,12 @@ impl LookOptions {
 pub struct Rendered {
     pub ids: Vec<u32>,
     pub media: Vec<Arc<Visual>>,
+    /// The pictures as they were measured, where there are any.
+    pub looked: Option<Looked>,
 }
+
+/// Says, of pictures that do not fit in a prompt of so many tokens, under which limits they would.
+pub type Advise<'a> = dyn Fn(Looked, usize) -> Option<String> + 'a;
 
 /// Turns prompts and messages of one model into ids and pictures. The preprocessor's configuration is read when the first picture comes.
 pub struct Renderer<'m> {
@@ -141,6 +147,7 @@ pub struct Renderer<'m> {
     tools: VideoTools,
     /// Memory this process may take in all.
     budget: u64,
+    advise: Option<&'m Advise<'m>>,
 }
 
 impl<'m> Renderer<'m> {
@@ -161,7 +168,13 @@ impl<'m> Renderer<'m> {
             processor: None,
             tools: VideoTools::default(),
             budget: budget.unwrap_or_else(|| HostMemory::read().default_budget()),
+            advise: None,
         }
+    }
+
+    pub fn with_advice(mut self, advise: &'m Advise<'m>) -> Renderer<'m> {
+        self.advise = Some(advise);
+        self
     }
 
     /// What the user typed, with the pictures named beside it. Without a chat template (or with --raw) the text must hold the placeholders.
@@ -252,31 +265,58 @@ impl<'m> Renderer<'m> {
         wanted: &[MediaRequest],
         base: &Path,
     ) -> Result<Rendered> {
-        let spec = self.tower;
-        let mut media = Vec::with_capacity(wanted.len());
+        let spec = match (self.tower, wanted) {
+            (tower, []) => {
+                return Ok(Rendered {
+                    ids: match tower {
+                        Some(_) => expand_pictures(&ids, &[], tower)?,
+                        None => ids,
+                    },
+                    ..Rendered::default()
+                });
+            }
+            (None, _) => return Err(no_tower()),
+            (Some(spec), _) => spec,
+        };
+        let processor = match &mut self.processor {
+            Some(p) => p,
+            none => none.insert(Processor::load(self.dir, spec)?),
+        };
+        let mut looked = Looked::new(processor, self.look.options());
+        let mut measures = Vec::with_capacity(wanted.len());
         for request in wanted {
-            let Some(spec) = spec else {
-                return Err(no_tower());
-            };
-            let processor = match &mut self.processor {
-                Some(p) => p,
-                none => none.insert(Processor::load(self.dir, spec)?),
-            };
             let measure = processor.measure(request, base, &self.tools, Look::Header)?;
-            fits(request, &measure, self.budget)?;
+            looked.add(measure, *request.options());
+            measures.push(measure);
+        }
+        let mut media = Vec::with_capacity(wanted.len());
+        for (request, measure) in wanted.iter().zip(&measures) {
+            let less = || {
+                // A placeholder a picture becomes its tokens.
+                let tokens = ids.len() + looked.need().tokens - wanted.len().min(ids.len());
+                self.advise?(looked.clone(), tokens)
+            };
+            fits(request, measure, self.budget, &less)?;
             let visual = processor.load_request(request, base, &self.tools)?;
             media.push(Arc::new(visual));
         }
-        let ids = match spec {
-            Some(_) => expand_pictures(&ids, &media, spec)?,
-            None => ids,
-        };
-        Ok(Rendered { ids, media })
+        looked.held = true;
+        Ok(Rendered {
+            ids: expand_pictures(&ids, &media, Some(spec))?,
+            media,
+            looked: Some(looked),
+        })
     }
 }
 
-/// Refuses a picture whose pixels would not fit, before they are made. What the tower takes for it the engine knows.
-fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
+/// Refuses a picture whose pixels would not fit, before they are made. What the tower takes for it the engine knows. `less`: limits under which
+/// all pictures of the prompt would fit.
+fn fits(
+    request: &MediaRequest,
+    m: &Measure,
+    budget: u64,
+    less: &dyn Fn() -> Option<String>,
+) -> Result<()> {
     let taken = HostMemory::read().resident + SLACK_BYTES;
     let needed = taken + m.pixel_bytes + m.decode_bytes;
     if needed <= budget {
@@ -295,20 +335,27 @@ fn fits(request: &MediaRequest, m: &Measure, budget: u64) -> Result<()> {
             human_bytes(m.decode_bytes),
             human_bytes(taken)
         ),
-        smaller_picture(request, m, needed, budget.saturating_sub(taken)),
+        match less() {
+            Some(less) => format!("{}; {less}", enough_memory(needed)),
+            None => smaller_picture(request, m, needed, budget.saturating_sub(taken)),
+        },
     ))
 }
 
 /// What the process itself takes is not quite the same at each start: a budget that is named must do at the next one.
 const STARTS_DIFFER: u64 = 4 << 20;
 
+fn enough_memory(needed: u64) -> String {
+    format!(
+        "give --cpu-memory {} or more",
+        flag_size(needed + STARTS_DIFFER)
+    )
+}
+
 /// What helps: fewer pixels and frames do where those kept are what takes the memory, and decoding the file leaves room for some.
 /// `room`: what the process itself leaves of the budget.
 fn smaller_picture(request: &MediaRequest, m: &Measure, needed: u64, room: u64) -> String {
-    let more = format!(
-        "give --cpu-memory {} or more",
-        flag_size(needed + STARTS_DIFFER)
-    );
+    let more = enough_memory(needed);
     let is_video = !matches!(request, MediaRequest::Image { .. });
     match (room.saturating_sub(m.decode_bytes), is_video) {
         // Less than a sixteenth of the pixels is another picture.

@@ -5,21 +5,24 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::advice::{self, Advisor};
+use super::advice::{Advisor, Looked, NoSpace, gpu_room, in_16_bits};
 use super::machine::{Weights, verify_when};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom, kv_dtype,
+    DeviceChoice, Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom,
+    kv_dtype,
 };
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::paging::{
     DiskRates, KeptCompute, KeptSetting, PagingStats, Placement, Setting, unit_name,
 };
 use crate::report::html::Page;
 use crate::report::progress::ByteProgress;
 use crate::report::summary::{PagingReport, ReadSettings, Timings};
-use crate::store::{DtypePolicy, InPlace, PackOptions, PackProgress, Prepared, Store};
+use crate::store::{
+    DtypePolicy, InPlace, Outline, PackOptions, PackProgress, Prepared, Store, outline,
+};
 use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
 
 /// Bytes from which on a run's own rates mean something.
@@ -30,6 +33,8 @@ pub struct Model {
     pub label: String,
     pub store: Store,
     pub pack_s: f64,
+    /// What its pack would be in 16 bits, where it has 32.
+    half: Option<Outline>,
 }
 
 /// What a command wants of the engine, besides what the machine options say.
@@ -45,6 +50,8 @@ pub struct OpenFor {
     pub keep_logits: bool,
     pub sample_limit: Option<usize>,
     pub vision: Option<VisionRoom>,
+    /// The pictures of the one prompt, where they are to be advised about.
+    pub looked: Option<Looked>,
     /// What the command itself takes at its peak.
     pub reserve_bytes: u64,
 }
@@ -61,6 +68,7 @@ impl Default for OpenFor {
             keep_logits: true,
             sample_limit: None,
             vision: None,
+            looked: None,
             reserve_bytes: 0,
         }
     }
@@ -118,6 +126,7 @@ impl Model {
                 Some(_) => started.elapsed().as_secs_f64(),
                 None => 0.0,
             },
+            half: in_16_bits(ckpt, prepared.store.dtype, &source.offload_folder),
             store: prepared.store,
         })
     }
@@ -154,7 +163,7 @@ impl Model {
     }
 
     fn rates(&self) -> DiskRates {
-        DiskRates::of(&self.store.dir, !self.store.in_place)
+        Weights::from(&self.store).rates()
     }
 
     pub fn record_disk_rate(&self, gb_per_s: f64) {
@@ -180,6 +189,8 @@ impl Model {
         let room = budget.saturating_sub(host.resident + SLACK_BYTES);
         let weights = self.weight_bytes();
         let streams = match options.placement {
+            // Beside a GPU not all of the room is for weights, and they are placed by the rate.
+            Placement::Auto if options.device != DeviceChoice::Cpu => weights > room / 2,
             Placement::Auto => weights > room,
             Placement::Cpu => false,
             _ => true,
@@ -198,8 +209,9 @@ impl Model {
         cancel: &Arc<AtomicBool>,
         quiet: bool,
     ) -> Result<Engine> {
-        let options = self.engine_options(machine, want, quiet)?;
+        let mut options = self.engine_options(machine, want, quiet)?;
         self.probe_before(&options)?;
+        options.rates = self.rates().known();
         log::debug!(
             "engine: {options:?}, best disk rate {:?} GB/s",
             self.rates().best()
@@ -215,7 +227,26 @@ impl Model {
         {
             self.rates().raise_h2d(&engine.device().describe(), rate);
         }
-        engine.map_err(|e| Advisor::new(&Weights::from(&self.store), &options, host).too_little(e))
+        engine.map_err(|e| {
+            let room = match e.code() {
+                Code::Memory => gpu_room(&Weights::from(&self.store), &options),
+                _ => None,
+            };
+            let advisor = self.advisor_at(&options, want, host);
+            advisor.with_gpu(room).too_little(e)
+        })
+    }
+
+    /// To be asked after a run; `host` is read now, before the engine takes anything.
+    pub(super) fn advisor(&self, machine: &MachineOptions, want: &OpenFor) -> Result<Advisor> {
+        let options = self.engine_options(machine, want, true)?;
+        Ok(self.advisor_at(&options, want, HostMemory::read()))
+    }
+
+    fn advisor_at(&self, options: &EngineOptions, want: &OpenFor, host: HostMemory) -> Advisor {
+        Advisor::new(&Weights::from(&self.store), options, host)
+            .with_half(self.half.as_ref())
+            .with_pictures(want.looked.as_ref())
     }
 
     pub fn reading(&self, machine: &MachineOptions, on_gpu: bool) -> Setting {
@@ -389,10 +420,17 @@ pub(super) fn prepare(
         PackProgress::Finishing => {}
     });
     bar.finish();
-    let prepared = prepared.map_err(|e| advice::no_space(e, &options.offload_folder))?;
+    let fell_back = |p: &Prepared| p.store.in_place && options.in_place == InPlace::WhenShort;
+    let prepared =
+        prepared.map_err(|e| no_space(ckpt, options).map_or(e.clone(), |n| n.explain(e)))?;
     if !quiet {
         for note in &prepared.notes {
             eprintln!("{note}");
+        }
+        if fell_back(&prepared)
+            && let Some(short) = no_space(ckpt, options)
+        {
+            eprintln!("for a pack: {}", short.less().join("; "));
         }
         if let Some(report) = &prepared.packed {
             eprintln!("packed {}: {}", prepared.store.label, report.summary());
@@ -405,6 +443,19 @@ pub(super) fn prepare(
         }
     }
     Ok(prepared)
+}
+
+/// What is known of the pack that `options` ask for.
+fn no_space<'a>(ckpt: &Checkpoint, options: &'a PackOptions) -> Option<NoSpace<'a>> {
+    let folder = options.offload_folder.as_path();
+    let whole = outline(ckpt, &options.dtype, folder, false).ok()?;
+    let plain = outline(ckpt, &DtypePolicy::Auto, folder, false).ok()?;
+    Some(NoSpace {
+        offload_folder: folder,
+        needed: whole.pack_bytes,
+        half: in_16_bits(ckpt, whole.dtype, folder).map(|half| half.pack_bytes),
+        casts: plain.dtype != whole.dtype,
+    })
 }
 
 impl SourceOptions {

@@ -1,6 +1,5 @@
 //! `plan`: what goes where under a budget, and how fast that will be, without loading anything.
 
-mod rates;
 mod report;
 
 use clap::Args;
@@ -9,20 +8,20 @@ use super::gpu::check_device;
 use super::machine::Weights;
 use super::model::{OpenFor, open_checkpoint, pack_options};
 use super::options::{MachineOptions, SourceOptions};
+use super::rates::{Computer, RateArgs, pass_work, usage};
 use crate::engine::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, KvPlace,
     PictureCost, fit_on, kv_dtype, picture_costs,
 };
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{
-    MachineRates, PassCost, PassWork, Tier, UnitSize, best_concurrency, is_streamed, is_vision,
-    predict, rows_that_hide_the_disk, unit_name,
+    MachineRates, PassCost, Tier, UnitSize, best_concurrency, is_streamed, is_vision, predict,
+    rows_that_hide_the_disk, unit_name,
 };
 use crate::store::{Outline, free_for_pack, outline};
 use crate::text::Tokenizer;
 use crate::units::Dtype;
-use rates::{Computer, RateArgs};
 use report::{Gain, Pictures, Report, Row, UnitRow, table};
 
 #[derive(Args)]
@@ -95,15 +94,6 @@ pub fn run(args: PlanArgs) -> Result<u8> {
     Ok(0)
 }
 
-fn usage(flag: &str, value: f64, why: &str) -> Error {
-    Error::new(
-        Code::Usage,
-        format!("{flag} {value} makes no sense"),
-        why,
-        format!("give {flag} a value in that range"),
-    )
-}
-
 impl Planned {
     fn new(args: &PlanArgs) -> Result<Planned> {
         args.machine.refuse_records("plan")?;
@@ -135,9 +125,14 @@ impl Planned {
         // The default is fixed now: measuring must not shrink it.
         let cpu = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let dtype = kv_dtype(&outline.units);
+        let rates = args.rates.rates(&computer, &machine, &outline, dtype)?;
+        let options = EngineOptions {
+            rates: computer.known(&rates),
+            ..options
+        };
         Ok(Planned {
             sizes: weights.sizes(page_bytes, gpu.is_some()),
-            rates: args.rates.rates(&computer, &machine, &outline, dtype)?,
+            rates,
             memory: Memory { cpu, gpu },
             computer: computer.name(),
             outline,
@@ -174,20 +169,8 @@ impl Planned {
     fn cost(&self, n: usize, fitted: &Fitted) -> PassCost {
         let spec = &self.outline.spec;
         // A sequence that is on average half its context long is read whole by every token.
-        let kv_token = self.kv_block() / BLOCK_TOKENS as u64;
-        let kv_bytes = kv_token * (n * fitted.context.min(spec.max_positions) / 2) as u64;
-        let (kv_to_gpu_bytes, kv_from_gpu_bytes) = match fitted.kv_in_host {
-            true => (kv_bytes, n as u64 * self.kv_block()),
-            false => (0, 0),
-        };
-        let work = PassWork {
-            rows: n,
-            wanted: n,
-            kv_bytes,
-            kv_to_gpu_bytes,
-            kv_from_gpu_bytes,
-            element_bytes: self.dtype.bytes() as f64,
-        };
+        let kv_tokens = n * fitted.context.min(spec.max_positions) / 2;
+        let work = pass_work(spec, self.dtype, fitted, n, n, kv_tokens as u64);
         predict(&self.sizes, &fitted.plan, &self.rates, &work)
     }
 
@@ -304,7 +287,7 @@ impl Planned {
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,
             ring_bytes: one.plan.ring().bytes(),
-            pinned_bytes: one.plan.pinned_bytes(&self.sizes),
+            pinned_bytes: one.pinned_bytes(&self.sizes),
             resident_cpu_bytes: one.plan.resident_bytes,
             resident_gpu_bytes: one.plan.gpu.map_or(0, |g| g.resident_bytes),
             disk_bytes_per_pass: one.plan.streamed_bytes,

@@ -8,21 +8,21 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::advice::Advisor;
+use super::advice::{self, Looked, Ran, Work};
 use super::found::Found;
 use super::generate::{Answer, AnswerLength, generate, warn_of_unheeded};
-use super::machine::Weights;
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
 use super::prompt::{Prompt, PromptOptions};
 use super::{repl, signals};
-use crate::engine::{Engine, HostMemory, Job, VisionRoom};
+use crate::engine::{Engine, Job};
 use crate::error::{Code, Error, Result};
 use crate::report::progress::PrefillProgress;
 use crate::report::summary::{
     PagingReport, Timings, VisionReport, closing_lines, paging_line, tokens_per_s,
 };
+use crate::spec::ModelSpec;
 use crate::text::{ChatTemplate, GenerationConfig, StopStrings, Tokenizer};
 
 #[derive(Args)]
@@ -66,6 +66,9 @@ struct RunReport<'a> {
     paging: PagingReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     vision: Option<VisionReport>,
+    /// What would be faster on this machine.
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    advice: &'a [String],
 }
 
 pub fn run(args: RunArgs) -> Result<u8> {
@@ -94,16 +97,22 @@ pub fn run(args: RunArgs) -> Result<u8> {
         ChatTemplate::load(found.text_dir())?
     };
     let budget = args.machine.cpu_budget()?;
-    let (dir, tower) = (found.text_dir(), found.spec().vision.as_ref());
-    let rendered = Renderer::new(dir, tower, &tokenizer, template.as_ref(), args.look, budget)
-        .prompt(&prompt, &args.prompt, &args.pictures)?;
     let generation = GenerationConfig::load(found.text_dir())?;
     warn_of_unheeded(&generation, args.quiet);
+    let length = AnswerLength::new(args.sampling.max_tokens, &generation);
+    let advise = |looked: Looked, tokens: usize| {
+        let max_tokens = length.after(tokens).ok()?;
+        let want = for_prompt(&args, tokens, max_tokens, Some(looked));
+        found.fewer_pixels(&args.machine, &want)
+    };
+    let (dir, tower) = (found.text_dir(), found.spec().vision.as_ref());
+    let rendered = Renderer::new(dir, tower, &tokenizer, template.as_ref(), args.look, budget)
+        .with_advice(&advise)
+        .prompt(&prompt, &args.prompt, &args.pictures)?;
     let stops = StopStrings::new(match args.sampling.stop.is_empty() {
         true => &generation.stop_strings,
         false => &args.sampling.stop,
     })?;
-    let length = AnswerLength::new(args.sampling.max_tokens, &generation);
     let max_tokens = match prompt {
         // Each turn asks for itself.
         Prompt::Chat => 1,
@@ -122,30 +131,18 @@ pub fn run(args: RunArgs) -> Result<u8> {
         media: rendered.media,
         ..Job::default()
     };
-    let context = match (args.machine.context, &prompt) {
-        (Some(context), _) => context,
-        (None, Prompt::Chat) => repl::DEFAULT_CONTEXT,
-        (None, _) => job.prompt.len().saturating_add(max_tokens),
-    };
     let open_for = OpenFor {
-        context,
-        prompt_tokens: match prompt {
-            // Every turn brings the conversation so far.
-            Prompt::Chat => context,
-            _ => job.prompt.len(),
-        },
         sample_limit: Some(tokenizer.id_limit()),
-        vision: Some(VisionRoom::for_all(job.media.iter().map(|v| &**v))),
-        ..OpenFor::default()
+        ..match prompt {
+            Prompt::Chat => for_chat(args.machine.context),
+            _ => for_prompt(&args, job.prompt.len(), max_tokens, rendered.looked),
+        }
     };
+    expect_context(&open_for, job.prompt.len(), max_tokens, found.spec())?;
     found.expect_room(&args.machine, &open_for, args.quiet)?;
     let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
     let load = Instant::now();
-    let advisor = Advisor::new(
-        &Weights::from(&model.store),
-        &model.engine_options(&args.machine, &open_for, true)?,
-        HostMemory::read(),
-    );
+    let advisor = model.advisor(&args.machine, &open_for)?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let load_s = load.elapsed().as_secs_f64();
     if matches!(prompt, Prompt::Chat) {
@@ -180,6 +177,12 @@ pub fn run(args: RunArgs) -> Result<u8> {
         total_s: started.elapsed().as_secs_f64(),
     };
     model.write_records(&args.machine, &engine, &timings, &paging)?;
+    let advice = advisor.faster(&Ran {
+        report: &paging,
+        during: &answer.during_decode,
+        device: engine.device(),
+        work: Work::Answer,
+    });
     if args.json {
         let report = RunReport {
             model: &model.label,
@@ -193,6 +196,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
             timings,
             paging,
             vision: VisionReport::new(&engine.vision_stats()),
+            advice: &advice,
         };
         let text = serde_json::to_string(&report)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
@@ -213,11 +217,57 @@ pub fn run(args: RunArgs) -> Result<u8> {
                 &engine
             )
         );
-        if let Some(advice) = advisor.faster(&paging, &answer.during_decode, engine.device()) {
+        if let Some(advice) = advice::told(&advice) {
             eprintln!("{advice}");
         }
     }
     Ok(0)
+}
+
+fn for_chat(context: Option<usize>) -> OpenFor {
+    let context = context.unwrap_or(repl::DEFAULT_CONTEXT);
+    OpenFor {
+        context,
+        // Every turn brings the conversation so far.
+        prompt_tokens: context,
+        ..OpenFor::default()
+    }
+}
+
+/// For one prompt of `tokens` and its answer.
+fn for_prompt(args: &RunArgs, tokens: usize, max_tokens: usize, looked: Option<Looked>) -> OpenFor {
+    let given = args.machine.context;
+    let looked = looked.map(|mut looked| {
+        looked.context_follows = given.is_none();
+        looked.text_tokens = tokens.saturating_sub(looked.need().tokens);
+        looked
+    });
+    OpenFor {
+        context: given.unwrap_or(tokens.saturating_add(max_tokens)),
+        prompt_tokens: tokens,
+        vision: looked.as_ref().map(|looked| looked.need().room),
+        looked,
+        ..OpenFor::default()
+    }
+}
+
+/// Refuses a prompt that its pictures make too long, before anything is packed. Without pictures the engine says it.
+fn expect_context(
+    want: &OpenFor,
+    prompt: usize,
+    max_tokens: usize,
+    spec: &ModelSpec,
+) -> Result<()> {
+    let context = want.context.min(spec.max_positions);
+    match &want.looked {
+        Some(looked) if prompt >= context => Err(advice::too_long(
+            looked,
+            looked.text_tokens,
+            max_tokens,
+            context,
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Streams the answer to stdout (unless it is to be JSON), with prefill progress on stderr before the first token.

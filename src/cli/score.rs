@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::advice::{self, Ran, Work};
 use super::found::Found;
 use super::media::{LookOptions, Renderer};
 use super::model::OpenFor;
@@ -15,6 +16,7 @@ use super::options::{MachineOptions, SourceOptions};
 use super::signals;
 use crate::engine::{ScoreBlock, ScoreInput, VisionRoom};
 use crate::error::{Code, Error, Result};
+use crate::report::summary::PagingReport;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::units::human_bytes;
 
@@ -101,6 +103,7 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
     }
     let budget = args.machine.cpu_budget()?;
     let model = found.prepare(budget, &args.source, &cancel, args.quiet)?;
+    let advisor = model.advisor(&args.machine, &open_for)?;
     let mut engine = model.engine(&args.machine, &open_for, &cancel, args.quiet)?;
     let vocab = engine.spec().vocab;
     let file = match &args.output {
@@ -130,6 +133,19 @@ pub fn run(args: ScoreArgs) -> Result<u8> {
         file.finish()?;
     }
     debug_assert_eq!(printed, inputs.len());
+    if !args.quiet {
+        let during = engine.stats();
+        let settings = model.read_settings(&args.machine, &during, &engine);
+        let advice = advisor.faster(&Ran {
+            report: &PagingReport::new(&engine, &during, &settings),
+            during: &during,
+            device: engine.device(),
+            work: Work::Full,
+        });
+        if let Some(advice) = advice::told(&advice) {
+            eprintln!("{advice}");
+        }
+    }
     Ok(0)
 }
 
@@ -202,6 +218,7 @@ fn read_inputs(
             )
         };
         let parsed: Line = serde_json::from_str(&line).map_err(|e| bad(e.to_string()))?;
+        let mut looked = None;
         let input = match (parsed.input_ids, parsed.messages) {
             (Some(tokens), None) => ScoreInput {
                 tokens,
@@ -221,6 +238,7 @@ fn read_inputs(
                 let rendered = renderer
                     .messages(&messages, Path::new(""))
                     .map_err(|e| in_line(&e, number))?;
+                looked = rendered.looked;
                 ScoreInput {
                     tokens: rendered.ids,
                     media: rendered.media,
@@ -239,6 +257,11 @@ fn read_inputs(
             )));
         }
         if ids.len() > spec.max_positions {
+            if let Some(looked) = &looked {
+                let text = ids.len().saturating_sub(looked.need().tokens);
+                let e = advice::too_long(looked, text, 0, spec.max_positions);
+                return Err(in_line(&e, number));
+            }
             return Err(bad(format!(
                 "it has {} tokens, the model takes {}",
                 ids.len(),

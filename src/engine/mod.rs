@@ -31,7 +31,7 @@ pub use pictures::expand_pictures;
 pub use score::{ScoreBlock, ScoreInput};
 pub use sequence::{Event, FinishReason, Job, JobId, Logprobs};
 pub use vision::{VisionNeed, VisionRoom, VisionStats};
-pub use vision_cost::{PictureCost, picture_costs};
+pub use vision_cost::{PictureCost, picture_costs, tower_flops};
 
 use crate::device::{Device, DeviceKind, Kv};
 use crate::error::{Code, Error, Result};

@@ -17,7 +17,8 @@ use crate::error::{Code, Error, Result};
 use crate::model::forward::{Forward, PassLimits};
 use crate::model::kv::KvPool;
 use crate::paging::{
-    Budget, Frames, Origin, Pager, PagerOptions, Placement, Plan, RING_BYTES, SlotLayout, UnitSize,
+    Budget, Frames, KnownRates, Origin, Pager, PagerOptions, Placement, Plan, RING_BYTES,
+    SlotLayout, UnitSize,
 };
 use crate::spec::{ModelSpec, UnitKind};
 use crate::store::{Store, UnitLayout};
@@ -54,6 +55,9 @@ pub struct EngineOptions {
     /// Of it, what the caller itself takes at its peak beside what the process holds when the engine is opened.
     pub reserve_bytes: u64,
     pub placement: Placement,
+    /// By which [`Placement::Auto`] weighs bytes read against bytes copied to a GPU; copies to it are measured where their rate is not known.
+    /// What is computed does not depend on where weights lie.
+    pub rates: KnownRates,
     pub prefetch_depth: Option<usize>,
     pub page_bytes: Option<u64>,
     /// Pinned frames of a page each, where a GPU computes; by default as many as 256 MiB hold.
@@ -95,6 +99,7 @@ impl Default for EngineOptions {
             cpu_memory: None,
             reserve_bytes: 0,
             placement: Placement::Auto,
+            rates: KnownRates::default(),
             prefetch_depth: None,
             page_bytes: None,
             ring_frames: None,
@@ -156,6 +161,10 @@ impl Engine {
         let h2d_gb_per_s = match device.as_cuda() {
             Some(gpu) => gpu.measure_copies()?,
             None => None,
+        };
+        let options = &EngineOptions {
+            rates: options.rates.on(&device.describe(), h2d_gb_per_s),
+            ..options.clone()
         };
         let size = match gpu {
             None => UnitSize::of,
@@ -260,6 +269,22 @@ pub struct Fitted {
     pub vision: Option<VisionNeed>,
 }
 
+impl Fitted {
+    /// What is pinned of host memory for a GPU: frames, keys and values that lie there, the tower's frames, and units copied as they lie.
+    /// The first three are pinned in any case; units only while the bound has room for them too.
+    pub fn pinned_bytes(&self, units: &[UnitSize]) -> u64 {
+        if self.plan.gpu.is_none() {
+            return 0;
+        }
+        self.plan.pinned_bytes(units) + pinned_besides(self.charges.kv, self.vision.as_ref())
+    }
+}
+
+/// What is pinned beside the pager's own: a GPU's keys and values in host memory, and the ring of a tower that looks at pictures.
+fn pinned_besides(kv_in_host: u64, vision: Option<&VisionNeed>) -> u64 {
+    kv_in_host + vision.map_or(0, |v| v.plan.ring().bytes())
+}
+
 /// [`fit_on`] a CPU.
 pub fn fit(
     spec: &ModelSpec,
@@ -355,14 +380,15 @@ fn fit_kv(
             Plan::of_sizes(units, left, depth, &options.placement, spec.tied_head)
         })?,
         Some(gpu) => {
-            let frames = options.frames();
+            let (frames, rates) = (options.frames(), options.rates.tiers());
             let plan = |cpu_bytes, gpu_bytes| {
                 let budget = Budget {
                     cpu_bytes,
                     gpu_bytes: Some(gpu_bytes),
                 };
                 let placement = &options.placement;
-                Plan::on_gpu(units, budget, depth, placement, spec.tied_head, frames)
+                let tied = spec.tied_head;
+                Plan::on_gpu(units, budget, depth, placement, tied, frames, rates)
             };
             let tokens = gpu_pass(options, gpu.limit, wanted, &device_charges, &|left| {
                 plan(1 << 46, left)
@@ -375,9 +401,8 @@ fn fit_kv(
             let bound = options
                 .pinned_memory
                 .unwrap_or_else(|| default_pinned(budget));
-            // A tower that looks at pictures has a ring of its own.
-            let tower = vision.as_ref().map_or(0, |v| v.plan.ring().bytes());
-            plan.pin_within(units, bound.saturating_sub(kv.host + tower));
+            let besides = pinned_besides(kv.host, vision.as_ref());
+            plan.pin_within(units, bound.saturating_sub(besides));
             (tokens, plan)
         }
     };

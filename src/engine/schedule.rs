@@ -11,7 +11,7 @@ use crate::model::kv::{BLOCK_TOKENS, BlockCopy, KvPool};
 use crate::model::pass::Pass;
 
 /// Prompt rows a pass takes even where decoding alone fills the budget, so that a waiting prompt moves.
-const PROMPT_TRICKLE: usize = 16;
+pub(super) const PROMPT_TRICKLE: usize = 16;
 
 /// What a pass and the engine can hold.
 #[derive(Clone, Copy, Debug)]

@@ -56,8 +56,9 @@ pub fn picture_costs(spec: &ModelSpec, element_bytes: usize) -> Option<[PictureC
 
 const EMPTY: Limits = Limits { wave: 0, slice: 0 };
 
-/// Products of the weights, and attention: in windows, or over the whole `slice` in the full blocks.
-fn tower_flops(spec: &ModelSpec, v: &VisionSpec, patches: usize, slice: usize) -> f64 {
+/// Floating point operations of the tower for `patches`, each in an image or frame pair of `slice`: products of the weights, and attention: in
+/// windows, or over the whole `slice` in the full blocks.
+pub fn tower_flops(spec: &ModelSpec, v: &VisionSpec, patches: usize, slice: usize) -> f64 {
     let units = spec.units(&|_| crate::units::Dtype::BF16);
     let weights = |wanted: fn(UnitKind) -> bool| -> f64 {
         let tensors = units.iter().filter(|u| wanted(u.kind));

@@ -15,6 +15,10 @@ const FRAME_BYTES_PER_PIXEL: u64 = 12;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measure {
     pub kind: Kind,
+    /// Height and width of what the file holds.
+    pub from: (usize, usize),
+    /// Frames that are looked at; 1 of an image.
+    pub frames: usize,
     pub grid: Grid,
     /// Tokens it becomes in the prompt.
     pub tokens: usize,
@@ -22,6 +26,18 @@ pub struct Measure {
     pub pixel_bytes: u64,
     /// Host memory that making them takes for a moment besides, the largest file's own bytes included.
     pub decode_bytes: u64,
+}
+
+impl Measure {
+    /// Of each frame, resized.
+    pub fn pixels(&self) -> u64 {
+        self.pixel_bytes / 3 / self.frames as u64
+    }
+
+    /// Pixels of a frame that become one token.
+    pub fn cell_pixels(&self) -> u64 {
+        self.pixels() * self.grid.t as u64 / self.tokens as u64
+    }
 }
 
 /// How closely files are looked at.
@@ -46,7 +62,8 @@ impl Processor {
             MediaRequest::Image { at, options } => {
                 let from = image_head(at, base, look)?;
                 let to = self.image_target((from.height, from.width), &at_name(at), options)?;
-                Ok(self.measured(Kind::Image, 1, from.decode_bytes, to))
+                let from_size = (from.height, from.width);
+                Ok(self.measured(Kind::Image, 1, from.decode_bytes, from_size, to))
             }
             MediaRequest::Frames { at, options } => {
                 let mut head = |i: usize| image_head(&at[i], base, look);
@@ -68,6 +85,7 @@ impl Processor {
                     self.video_kind(chosen.fps, options)?,
                     chosen.indices.len(),
                     (from.0 * from.1) as u64 * FRAME_BYTES_PER_PIXEL,
+                    from,
                     to,
                 ))
             }
@@ -93,16 +111,35 @@ impl Processor {
             self.video_kind(chosen.fps, options)?,
             chosen.indices.len(),
             decode_bytes,
+            from,
             to,
         ))
     }
 
-    /// Brought to `height` × `width`.
+    /// What `seen` would be under other bounds on its pixels, or fewer frames; no file is looked at again. Its place in time stays.
+    pub fn remeasure(&self, seen: &Measure, options: &Options) -> Result<Measure> {
+        let together = self.shape.temporal;
+        let (count, to) = match seen.kind {
+            Kind::Image => (1, self.image_target(seen.from, "", options)?),
+            Kind::Video { .. } => {
+                let most = options.max_frames.unwrap_or(usize::MAX);
+                let count = match seen.frames > most {
+                    true => (most / together * together).max(together).min(seen.frames),
+                    false => seen.frames,
+                };
+                (count, self.frame_target(seen.from, count, options)?)
+            }
+        };
+        Ok(self.measured(seen.kind, count, seen.decode_bytes, seen.from, to))
+    }
+
+    /// `from` what the file holds, brought to `height` × `width`.
     fn measured(
         &self,
         kind: Kind,
         count: usize,
         decode_bytes: u64,
+        from: (usize, usize),
         (height, width): (usize, usize),
     ) -> Measure {
         let s = self.shape;
@@ -113,6 +150,8 @@ impl Processor {
         };
         Measure {
             kind,
+            from,
+            frames: count,
             grid,
             tokens: grid.patches() / (s.merge * s.merge),
             pixel_bytes: (count * height * width * 3) as u64,
@@ -208,8 +247,64 @@ mod tests {
             for look in [Look::Header, Look::Whole] {
                 let measure = p.measure(request, dir.path(), &tools, look).unwrap();
                 agree(&measure, &visual);
+                assert_eq!(measure.pixels() * 3 * measure.frames as u64, visual.bytes());
+                assert_eq!(measure.cell_pixels(), 784);
             }
         }
+    }
+
+    #[test]
+    fn measured_again_under_other_options_is_what_comes_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let (p, tools) = (processor(), VideoTools::default());
+        for i in 0..7 {
+            write(&dir.path().join(format!("{i}.png")), 400, 300);
+        }
+        let image = |options| MediaRequest::Image {
+            at: "0.png".into(),
+            options,
+        };
+        let frames = |options| MediaRequest::Frames {
+            at: (0..7).map(|i| format!("{i}.png")).collect(),
+            options,
+        };
+        let plain = Options::default();
+        let fewer = |max_pixels, max_frames| Options {
+            max_pixels,
+            max_frames,
+            ..plain
+        };
+        let mut changed = 0;
+        for options in [
+            fewer(Some(50_000), None),
+            fewer(None, Some(5)),
+            fewer(None, Some(1)),
+            fewer(Some(120_000), Some(2)),
+        ] {
+            for (was, is) in [
+                (image(plain), image(options)),
+                (frames(plain), frames(options)),
+            ] {
+                let was = p.measure(&was, dir.path(), &tools, Look::Header).unwrap();
+                let is = p.measure(&is, dir.path(), &tools, Look::Header).unwrap();
+                let again = p.remeasure(&was, &options).unwrap();
+                assert_eq!(
+                    Measure {
+                        kind: is.kind,
+                        ..again
+                    },
+                    is,
+                    "{options:?}"
+                );
+                changed += usize::from(is.grid != was.grid);
+            }
+        }
+        assert!(changed >= 4, "{changed}");
+        let small = fewer(Some(100), None);
+        let was = p
+            .measure(&image(plain), dir.path(), &tools, Look::Header)
+            .unwrap();
+        assert!(p.remeasure(&was, &small).is_err(), "below the least");
     }
 
     #[test]

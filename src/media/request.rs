@@ -76,6 +76,14 @@ impl MediaRequest {
         hash.finish_128()
     }
 
+    pub fn options(&self) -> &Options {
+        match self {
+            MediaRequest::Image { options, .. }
+            | MediaRequest::Video { options, .. }
+            | MediaRequest::Frames { options, .. } => options,
+        }
+    }
+
     /// Whether all its files are there; relative paths are taken from `base`. A `data:` URL always is.
     pub fn is_there(&self, base: &Path) -> bool {
         let there = |at: &String| match locate(inline_left_out(at), base) {

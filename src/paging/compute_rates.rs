@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::predict::ComputeRates;
-use super::rates::{cache_dir, machine_name};
+use super::rates::{cache_dir, machine_name, sane_rate};
 use crate::device::cuda::{Copier, CudaDevice, Piece, Slot, Ticks};
 use crate::device::{Acts, Device, Into, Rows, WeightView};
 use crate::error::{Code, Error, Result};
@@ -20,6 +20,8 @@ const WEIGHT_BYTES: usize = 160 << 20;
 /// With less there is nothing to measure.
 const LEAST_BYTES: usize = 1 << 20;
 const COLS: usize = 3584;
+/// What a product of the most rows takes besides its weights.
+const PRODUCT_BYTES: usize = 16 << 20;
 /// The matrix is walked in pieces like a layer's tensors are.
 const PIECES: usize = 4;
 const TIME_EACH: Duration = Duration::from_millis(250);
@@ -67,6 +69,16 @@ impl KeptCompute {
         }
     }
 
+    /// The record of that name in `dir`, of a device that is called so too.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn named(name: &str, dir: &std::path::Path) -> KeptCompute {
+        KeptCompute {
+            path: dir.join(name),
+            device: name.to_string(),
+            dtype: Dtype::BF16,
+        }
+    }
+
     fn record(&self) -> Option<Record> {
         let record: Record = serde_json::from_str(&record::read(&self.path)?).ok()?;
         let ours = record.machine == machine_name()
@@ -93,11 +105,9 @@ impl KeptCompute {
     /// What was measured before on this machine with these threads, or with this GPU.
     pub fn known(&self) -> Option<ComputeRates> {
         let record = self.record()?;
-        let rates = record
-            .rates
-            .filter(|r| r.memory_gb_per_s > 0.0 && r.gflops > 0.0)?;
+        let rates = record.rates.filter(ComputeRates::makes_sense)?;
         Some(match record.ran_ns_per_byte {
-            Some(ran) if ran > 0.0 => rates.with_one_row(ran),
+            Some(ran) if sane_rate(1.0 / ran) => rates.with_one_row(ran),
             _ => rates,
         })
     }
@@ -120,13 +130,21 @@ impl KeptCompute {
         }
     }
 
-    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long.
+    /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long. A CPU is measured within
+    /// about `room` bytes, though never with less than a few megabytes; fewer weights than usual may lie in a cache, and what they are
+    /// multiplied at is not kept.
     ///
     /// # Errors
     /// `Memory`: a GPU without room for anything to measure; those of the device.
-    pub fn known_or_measured(&self, device: &Device) -> Result<ComputeRates> {
+    pub fn known_or_measured(&self, device: &Device, room: u64) -> Result<ComputeRates> {
         if let Some(rates) = self.known() {
             return Ok(rates);
+        }
+        let on_host = device.as_cuda().is_none();
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        if on_host && room < WEIGHT_BYTES + PRODUCT_BYTES {
+            let bytes = room.saturating_sub(PRODUCT_BYTES).max(LEAST_BYTES);
+            return measure(device, self.dtype, bytes, TIME_EACH);
         }
         let measured = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
         self.keep(|r| r.rates = Some(measured.clone()));

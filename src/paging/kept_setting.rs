@@ -105,6 +105,7 @@ impl KeptSetting {
     pub fn curve(&self) -> Vec<Score> {
         let record = self.record();
         let rows = record.iter().flat_map(|r| &r.curve);
+        let rows = rows.filter(|r| r.ratio.is_finite() && r.ratio > 0.0);
         rows.filter_map(|r| {
             Some(Score {
                 setting: r.setting.setting()?,

@@ -267,6 +267,7 @@ impl Plan {
         placement: &Placement,
         tied_head: bool,
         frames: Frames,
+        rates: TierRates,
     ) -> Result<Plan> {
         let streamed: Vec<UnitSize> = units
             .iter()
@@ -283,7 +284,7 @@ impl Plan {
             },
             depth,
             tied_head,
-            rates: TierRates::default(),
+            rates,
         };
         let mut tiers = match placement {
             Placement::Auto => Planner.place(&problem)?,
@@ -355,6 +356,7 @@ impl Plan {
             },
             depth,
             tied_head,
+            // Nothing is copied: the fewest bytes read are the shortest pass at any rate.
             rates: TierRates::default(),
         };
         let mut tiers = match placement {

@@ -9,6 +9,7 @@ mod walk;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, Tier, is_streamed};
+use super::rates::sane_rate;
 use super::strategy::UnitSize;
 use crate::spec::UnitKind;
 use crate::units::{BLOCK_BYTES, UnitId};
@@ -50,6 +51,16 @@ impl ComputeRates {
             None => last.1 * rows as f64 / last.0 as f64,
         };
         bytes * ns_per_byte * 1e-9
+    }
+
+    /// A machine may have these: rows ascend, and every rate is one.
+    pub(super) fn makes_sense(&self) -> bool {
+        let rows = self.points.iter().map(|p| p.0);
+        let ascending = rows.clone().zip(rows.skip(1)).all(|(a, b)| a < b);
+        let timed = |(rows, ns): &(usize, f64)| (1..=1 << 20).contains(rows) && sane_rate(1.0 / ns);
+        let rates = [self.memory_gb_per_s, self.gflops];
+        let elements = (0.0..=16.0).contains(&self.element_bytes) && self.element_bytes > 0.0;
+        elements && ascending && self.points.iter().all(timed) && rates.into_iter().all(sane_rate)
     }
 
     /// The same with what the layers of one row were seen to take, nanoseconds per byte of weights; more rows never take less. What memory
@@ -250,10 +261,9 @@ pub fn best_concurrency<T>(
             return;
         };
         let rate = n as f64 / cost.pass_s.max(1e-12);
-        if best
-            .as_ref()
-            .is_none_or(|(m, b, _)| rate > *m as f64 / b.pass_s.max(1e-12))
-        {
+        // Equal but for rounding: the fewer, which leave weights the room.
+        let beats = |m: usize, b: &PassCost| rate > m as f64 / b.pass_s.max(1e-12) * (1.0 + 1e-9);
+        if best.as_ref().is_none_or(|(m, b, _)| beats(*m, b)) {
             *best = Some((n, cost, plan));
         }
     };

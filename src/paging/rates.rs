@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::strategy::TierRates;
 use crate::error::Result;
 use crate::io::{ReaderKind, Sweep, sweep};
 use crate::store::record;
@@ -25,14 +26,53 @@ struct Record {
     #[serde(default)]
     streamed_gb_per_s: Option<f64>,
     #[serde(default)]
-    h2d: Option<CopyRecord>,
+    h2d: Option<CopyRate>,
 }
 
 /// From pinned memory to a GPU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct CopyRecord {
-    gpu: String,
-    gb_per_s: f64,
+pub struct CopyRate {
+    /// As the device describes itself.
+    pub gpu: String,
+    pub gb_per_s: f64,
+}
+
+/// What is known of a machine by which units are placed, 10⁹ bytes a second.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KnownRates {
+    pub disk_gb_per_s: Option<f64>,
+    pub h2d: Option<CopyRate>,
+}
+
+impl KnownRates {
+    /// The same for the GPU that describes itself so: a rate of another's copies is none, what was `measured` now stands in for one.
+    pub fn on(&self, gpu: &str, measured: Option<f64>) -> KnownRates {
+        let measured = || {
+            measured.map(|gb_per_s| CopyRate {
+                gpu: gpu.to_string(),
+                gb_per_s,
+            })
+        };
+        KnownRates {
+            h2d: self.h2d.clone().filter(|h| h.gpu == gpu).or_else(measured),
+            ..*self
+        }
+    }
+
+    /// As the planner weighs them; a usual machine's where nothing is known.
+    pub fn tiers(&self) -> TierRates {
+        let usual = TierRates::default();
+        let h2d = self.h2d.as_ref().map(|h| h.gb_per_s);
+        TierRates {
+            disk_gb_per_s: self.disk_gb_per_s.unwrap_or(usual.disk_gb_per_s),
+            h2d_gb_per_s: h2d.unwrap_or(usual.h2d_gb_per_s),
+        }
+    }
+}
+
+/// 10⁹ bytes or operations a second that a machine may have: a record in a pack may come from anybody, and a pass is predicted from it.
+pub(super) fn sane_rate(rate: f64) -> bool {
+    (1e-9..=1e9).contains(&rate)
 }
 
 /// Where the record of one model's files lies.
@@ -62,12 +102,12 @@ impl DiskRates {
 
     /// The best rate on record for this machine, 10⁹ bytes a second.
     pub fn best(&self) -> Option<f64> {
-        Some(self.record()?.disk_gb_per_s).filter(|r| *r > 0.0)
+        Some(self.record()?.disk_gb_per_s).filter(|r| sane_rate(*r))
     }
 
     /// What the engine itself last read at, with computing and verifying beside it: what a pass is predicted from.
     pub fn streamed(&self) -> Option<f64> {
-        self.record()?.streamed_gb_per_s.filter(|r| *r > 0.0)
+        self.record()?.streamed_gb_per_s.filter(|r| sane_rate(*r))
     }
 
     /// Keeps `rate` if it beats what is known. A record that cannot be written is only a figure less, never an error.
@@ -81,7 +121,8 @@ impl DiskRates {
     pub fn ran_at(&self, rate: f64) {
         if rate.is_finite() && rate > 0.0 {
             self.keep(|r| {
-                r.disk_gb_per_s = r.disk_gb_per_s.max(rate);
+                let best = Some(r.disk_gb_per_s).filter(|r| sane_rate(*r));
+                r.disk_gb_per_s = best.map_or(rate, |best| best.max(rate));
                 r.streamed_gb_per_s = Some(rate);
             });
         }
@@ -89,20 +130,31 @@ impl DiskRates {
 
     /// The best rate from pinned memory to the GPU of this machine last opened, 10⁹ bytes a second.
     pub fn h2d(&self) -> Option<f64> {
-        Some(self.record()?.h2d?.gb_per_s).filter(|r| *r > 0.0)
+        Some(self.record()?.h2d?.gb_per_s).filter(|r| sane_rate(*r))
     }
 
     /// As [`DiskRates::h2d`], to this GPU.
     pub fn h2d_to(&self, gpu: &str) -> Option<f64> {
         let record = self.record()?.h2d.filter(|h| h.gpu == gpu)?;
-        Some(record.gb_per_s).filter(|r| *r > 0.0)
+        Some(record.gb_per_s).filter(|r| sane_rate(*r))
+    }
+
+    /// What units are placed by, for `plan` and for runs alike. What runs read at comes before the best.
+    pub fn known(&self) -> KnownRates {
+        KnownRates {
+            disk_gb_per_s: self.streamed().or_else(|| self.best()),
+            h2d: self
+                .record()
+                .and_then(|r| r.h2d)
+                .filter(|h| sane_rate(h.gb_per_s)),
+        }
     }
 
     /// Keeps the rate of copies to `gpu` if it beats what is known of that one.
     pub fn raise_h2d(&self, gpu: &str, rate: f64) {
         if rate.is_finite() && rate > self.h2d_to(gpu).unwrap_or(0.0) {
             self.keep(|r| {
-                r.h2d = Some(CopyRecord {
+                r.h2d = Some(CopyRate {
                     gpu: gpu.to_string(),
                     gb_per_s: rate,
                 });
@@ -251,5 +303,15 @@ mod tests {
         assert_eq!((rates.h2d(), rates.best()), (Some(12.0), Some(4.0)));
         assert_eq!(rates.h2d_to("another"), Some(12.0));
         assert_eq!(rates.h2d_to("a GPU"), None);
+        let known = rates.known();
+        let tiers = |k: &KnownRates| {
+            let t = k.tiers();
+            (t.disk_gb_per_s, t.h2d_gb_per_s)
+        };
+        // What runs read at, and the copies of the GPU that is there; measured ones only where none are known.
+        assert_eq!(tiers(&known.on("another", Some(30.0))), (3.5, 12.0));
+        assert_eq!(tiers(&known.on("a GPU", Some(30.0))), (3.5, 30.0));
+        let usual = TierRates::default().h2d_gb_per_s;
+        assert_eq!(tiers(&known.on("a GPU", None)), (3.5, usual));
     }
 }

@@ -53,7 +53,9 @@ pub struct Budget {
     pub gpu_bytes: Option<u64>,
 }
 
-/// Rates that decide between tiers, 10⁹ bytes a second.
+/// Rates that decide between tiers where a GPU computes, 10⁹ bytes a second: a unit that fits on the GPU instead of two smaller ones may leave
+/// host memory room for one of these, and then fewer bytes are read but more are copied. Computing takes the same wherever weights lie, and a CPU
+/// copies nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TierRates {
     pub disk_gb_per_s: f64,

@@ -1,5 +1,6 @@
 //! Jobs: what a row says never depends on how it was run, and nothing that was finished is ever lost or done twice.
 
+mod check;
 mod engine;
 mod fields;
 mod shared;

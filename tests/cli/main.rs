@@ -1,5 +1,6 @@
 //! The promise: the command line as DESIGN and README name it. Every test spawns the binary.
 
+mod advice;
 mod chat;
 mod demo;
 mod doctor;

@@ -21,11 +21,15 @@ impl Run {
     }
 
     pub fn on(device: &str, driver: &Path, command: &str, model: &str) -> Run {
+        Run::within("512", device, driver, command, model)
+    }
+
+    pub fn within(context: &str, device: &str, driver: &Path, command: &str, model: &str) -> Run {
         let folder = tempfile::tempdir().unwrap();
         let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
         run.arg(command)
             .arg(fixtures().join(model))
-            .args(["--device", device, "--threads", "2", "--context", "512"])
+            .args(["--device", device, "--threads", "2", "--context", context])
             .arg("--offload-folder")
             .arg(folder.path().join("offload"))
             .env("LD_LIBRARY_PATH", driver)
@@ -116,18 +120,24 @@ pub fn deep(dir: &Path) -> String {
 
 /// Many small layers, one like the other.
 pub fn layered(dir: &Path, layers: usize) -> String {
-    layers_of(dir, layers, 64, 64)
+    synthetic(
+        dir,
+        &json!({
+            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers,
+            "num_attention_heads": 2, "vocab_size": 288, "tie_word_embeddings": true,
+        }),
+    )
 }
 
-/// So many layers of a width.
-pub fn layers_of(dir: &Path, layers: usize, hidden: usize, intermediate: usize) -> String {
+/// A llama of one KV head, shaped as `shape` says.
+pub fn synthetic(dir: &Path, shape: &Value) -> String {
     let model = dir.join("deep");
-    let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 288,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-        "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    let mut config = json!({
+        "model_type": "llama", "hidden_act": "silu", "num_key_value_heads": 1, "head_dim": 64,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "torch_dtype": "bfloat16"
     });
+    let shape = shape.as_object().unwrap().clone();
+    config.as_object_mut().unwrap().extend(shape);
     write_synthetic(&model, &config, &mut |_, _| Ok(())).unwrap();
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(

@@ -59,7 +59,7 @@ pub(super) struct Report {
     pub slot_bytes: u64,
     /// Pinned host memory between disk and GPU.
     pub ring_bytes: u64,
-    /// Of host memory, the ring included.
+    /// Of host memory for one sequence: the ring, keys and values that lie there, and units copied as they lie.
     pub pinned_bytes: u64,
     pub resident_cpu_bytes: u64,
     pub resident_gpu_bytes: u64,

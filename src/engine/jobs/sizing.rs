@@ -11,8 +11,11 @@ use crate::engine::VisionRoom;
 use crate::error::Result;
 use crate::media::Measure;
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
+use crate::paging::{PassCost, best_concurrency};
 use crate::spec::{ModelSpec, VisionSpec};
 
+/// Keys and values get one part in so many of the memory they lie in, the first of these that leaves room for the model.
+pub const KV_SHARES: [u64; 5] = [2, 4, 8, 16, 32];
 /// Rows looked at, spread evenly over the input, and as many of the longest.
 const SAMPLED_ROWS: usize = 128;
 /// Sequences at once where nobody says otherwise.
@@ -54,7 +57,7 @@ pub struct PictureSample {
 }
 
 impl PictureSample {
-    fn add(&mut self, row: &[Measure]) {
+    pub(super) fn add(&mut self, row: &[Measure]) {
         if row.is_empty() {
             return;
         }
@@ -268,6 +271,50 @@ impl Sizing {
             }
             _ => sizing,
         }
+    }
+
+    /// As [`Sizing::choose`], with as many sequences as give the most tokens a second, and how many these are: memory that holds keys and
+    /// values holds no weights, and whether that costs more than the sequences bring is a matter of the disk's rate and of computing. `pass`
+    /// divides the memory for a sizing and predicts passes of so many sequences; `None` where they do not fit. The fixed rule's answer is one
+    /// of those compared. `None`: nothing fits.
+    pub fn fastest(
+        spec: &ModelSpec,
+        sample: &RowSample,
+        i: &SizingInput,
+        pass: &mut dyn FnMut(&Sizing, usize) -> Option<PassCost>,
+    ) -> Option<(Sizing, f64)> {
+        let rate = |rows: usize, cost: &PassCost| rows as f64 / cost.pass_s.max(1e-12);
+        let mut shares = KV_SHARES.iter().map(|kv_share| SizingInput {
+            kv_share: *kv_share,
+            ..*i
+        });
+        let fixed = shares.find_map(|input| {
+            let sizing = Sizing::choose(spec, sample, &input);
+            let rows = sizing.running(sample);
+            Some((sizing, rate(rows, &pass(&sizing, rows)?)))
+        });
+        let most = Sizing::choose(spec, sample, i).sequences;
+        let mut at = |n: usize| {
+            let input = SizingInput {
+                sequences: Some(n),
+                kv_share: 1,
+                ..*i
+            };
+            let sizing = Sizing::choose(spec, sample, &input);
+            Some((pass(&sizing, sizing.running(sample))?, sizing))
+        };
+        let best = best_concurrency(most, &mut at);
+        let best = best.map(|(_, cost, s)| (s, rate(s.running(sample), &cost)));
+        match (fixed, best) {
+            (Some(fixed), Some(best)) if fixed.1 > best.1 => Some(fixed),
+            (fixed, best) => best.or(fixed),
+        }
+    }
+
+    /// Sequences that the KV room holds at once.
+    pub fn running(&self, sample: &RowSample) -> usize {
+        let held = self.kv_tokens as f64 / sample.mean_tokens.max(1.0);
+        self.sequences.min(held as usize).max(1)
     }
 
     /// Room for the largest row's pictures, and for as many more as make a wave worth its while.

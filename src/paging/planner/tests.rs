@@ -238,6 +238,34 @@ fn a_gpu_is_filled_before_host_memory_and_both_before_the_disk() {
     );
 }
 
+/// Two head blocks on the GPU leave host memory without a unit that fits it; one layer there instead leaves it a head block: fewer bytes
+/// read, more copied. So the rates decide, and no rule that leaves them out is the best.
+#[test]
+fn the_rates_decide_where_sizes_do_not_divide() {
+    let units = model(&[10; 3], &[6; 2]);
+    // 1 MiB for the norm, two slots of 10, and room for 6 + 6 or 10 but not 16.
+    let mut p = problem(&units, 8 + 4, Some(1 + 20 + 14), 1, false);
+    let mut at = |disk, h2d| {
+        p.rates = TierRates {
+            disk_gb_per_s: disk,
+            h2d_gb_per_s: h2d,
+        };
+        let needs = p.needs(&place(&p));
+        assert_eq!(Some(p.transfer_seconds(&needs)), exhaustive(&p));
+        (needs.streamed_bytes / MIB, needs.copied_bytes / MIB)
+    };
+    assert_eq!(
+        at(1.0, 20.0),
+        (26, 32),
+        "a slow disk: the fewest bytes read"
+    );
+    assert_eq!(
+        at(20.0, 1.0),
+        (30, 30),
+        "a slow bus: the fewest bytes copied"
+    );
+}
+
 #[test]
 fn a_model_whose_layers_all_differ_is_planned_at_once() {
     let mut units = model(&[300; 80], &[200; 16]);

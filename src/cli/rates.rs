@@ -2,13 +2,17 @@
 
 use clap::Args;
 
-use crate::cli::gpu::device_choice;
-use crate::cli::options::{GemmArg, MachineOptions};
+use super::gpu::device_choice;
+use super::options::{GemmArg, MachineOptions};
 use crate::device::Device;
 use crate::device::cuda;
-use crate::engine::{DeviceChoice, EngineOptions, GpuRoom, open_device};
+use crate::engine::{DeviceChoice, EngineOptions, Fitted, GpuRoom, open_device};
 use crate::error::{Code, Error, Result};
-use crate::paging::{ComputeRates, DiskRates, KeptCompute, MachineRates};
+use crate::model::kv::{BLOCK_TOKENS, block_bytes};
+use crate::paging::{
+    ComputeRates, CopyRate, DiskRates, KeptCompute, KnownRates, MachineRates, PassWork,
+};
+use crate::spec::ModelSpec;
 use crate::store::Outline;
 use crate::units::Dtype;
 
@@ -60,7 +64,7 @@ impl RateArgs {
             ("--gpu-gflops", self.gpu_gflops),
         ] {
             if let Some(v) = value.filter(|v| !(*v > 0.0 && *v < 1e9)) {
-                return Err(super::usage(flag, v, "a rate is above 0"));
+                return Err(usage(flag, v, "a rate is above 0"));
             }
         }
         Ok(())
@@ -82,28 +86,57 @@ impl RateArgs {
         outline: &Outline,
         dtype: Dtype,
     ) -> Result<MachineRates> {
-        let disk = DiskRates::of(&outline.dir, outline.ready && !outline.in_place);
-        let disk_gb_per_s = match self.disk_gb_per_s {
-            Some(rate) => rate,
-            None => known_disk_rate(&disk, outline)?,
-        };
+        let disk_gb_per_s = self.disk(outline, u64::MAX)?.ok_or_else(|| {
+            Error::new(
+                Code::Unsupported,
+                "the disk's rate cannot be measured",
+                "its file system does not read past the page cache",
+                "give --disk-gb-per-s",
+            )
+        })?;
+        self.with_disk(disk_gb_per_s, computer, machine, outline, dtype, u64::MAX)
+    }
+
+    /// What runs of this model read at, else the best the disk is known to give, else that measured now with at most `room` bytes of memory.
+    /// `None` where it cannot be measured.
+    pub fn disk(&self, outline: &Outline, room: u64) -> Result<Option<f64>> {
+        if let Some(rate) = self.disk_gb_per_s {
+            return Ok(Some(rate));
+        }
+        let kept = kept_rates(outline);
+        match kept.streamed() {
+            Some(rate) => Ok(Some(rate)),
+            None => kept.best_or_probe(&outline.files, room),
+        }
+    }
+
+    /// [`RateArgs::rates`] beside a known disk; what is measured takes at most about `room` bytes of memory.
+    pub fn with_disk(
+        &self,
+        disk_gb_per_s: f64,
+        computer: &Computer,
+        machine: &MachineOptions,
+        outline: &Outline,
+        dtype: Dtype,
+        room: u64,
+    ) -> Result<MachineRates> {
         let (h2d_gb_per_s, compute) = match computer {
             Computer::Host => {
                 let device = Device::cpu(machine.threads, None)?;
                 let given = (self.memory_gb_per_s, self.cpu_gflops);
-                (None, compute_rates(given, Some(&device), dtype)?)
+                (None, compute_rates(given, Some(&device), dtype, room)?)
             }
             Computer::Gpu(device) => {
                 let h2d = match self.h2d_gb_per_s {
                     Some(rate) => rate,
-                    None => known_copy_rate(&disk, device)?,
+                    None => known_copy_rate(&kept_rates(outline), device)?,
                 };
                 let given = (self.gpu_gb_per_s, self.gpu_gflops);
-                (Some(h2d), compute_rates(given, Some(device), dtype)?)
+                (Some(h2d), compute_rates(given, Some(device), dtype, room)?)
             }
             Computer::GpuElsewhere => {
                 let given = (self.gpu_gb_per_s, self.gpu_gflops);
-                (self.h2d_gb_per_s, compute_rates(given, None, dtype)?)
+                (self.h2d_gb_per_s, compute_rates(given, None, dtype, room)?)
             }
         };
         Ok(MachineRates {
@@ -177,6 +210,21 @@ impl Computer {
         })
     }
 
+    /// What units are placed by under these rates, as a run's engine is told.
+    pub fn known(&self, rates: &MachineRates) -> KnownRates {
+        let copies = |gb_per_s| CopyRate {
+            gpu: match self {
+                Computer::Gpu(device) => device.describe(),
+                Computer::Host | Computer::GpuElsewhere => self.name(),
+            },
+            gb_per_s,
+        };
+        KnownRates {
+            disk_gb_per_s: Some(rates.disk_gb_per_s),
+            h2d: rates.h2d_gb_per_s.map(copies),
+        }
+    }
+
     /// As a run with this computer would be started.
     pub fn machine(&self, asked: &MachineOptions) -> MachineOptions {
         MachineOptions {
@@ -197,6 +245,42 @@ impl Computer {
             Computer::Gpu(device) => device.name().into(),
             Computer::GpuElsewhere => "a GPU as given".into(),
         }
+    }
+}
+
+pub(super) fn usage(flag: &str, value: f64, why: &str) -> Error {
+    Error::new(
+        Code::Usage,
+        format!("{flag} {value} makes no sense"),
+        why,
+        format!("give {flag} a value in that range"),
+    )
+}
+
+/// What a pass of so many rows has to do, `wanted` of which give logits, with `kv_tokens` in the cache of the sequences it carries.
+pub(super) fn pass_work(
+    spec: &ModelSpec,
+    dtype: Dtype,
+    fitted: &Fitted,
+    rows: usize,
+    wanted: usize,
+    kv_tokens: u64,
+) -> PassWork {
+    let kv_block = block_bytes(spec.layers, spec.kv_heads, spec.head_size, dtype.bytes());
+    let kv_bytes = kv_block / BLOCK_TOKENS as u64 * kv_tokens;
+    // A token that is decoded takes its whole block back with it, and so does each block of a prompt.
+    let written = wanted + rows.saturating_sub(wanted).div_ceil(BLOCK_TOKENS);
+    let (kv_to_gpu_bytes, kv_from_gpu_bytes) = match fitted.kv_in_host {
+        true => (kv_bytes, written as u64 * kv_block),
+        false => (0, 0),
+    };
+    PassWork {
+        rows,
+        wanted,
+        kv_bytes,
+        kv_to_gpu_bytes,
+        kv_from_gpu_bytes,
+        element_bytes: dtype.bytes() as f64,
     }
 }
 
@@ -221,20 +305,8 @@ fn not_of_a_cpu() -> Error {
     )
 }
 
-/// What runs of this model read at, else the best the disk is known to give, else that measured now.
-fn known_disk_rate(kept: &DiskRates, outline: &Outline) -> Result<f64> {
-    let known = match kept.streamed() {
-        Some(rate) => Some(rate),
-        None => kept.best_or_probe(&outline.files, u64::MAX)?,
-    };
-    known.ok_or_else(|| {
-        Error::new(
-            Code::Unsupported,
-            "the disk's rate cannot be measured",
-            "its file system does not read past the page cache",
-            "give --disk-gb-per-s",
-        )
-    })
+fn kept_rates(outline: &Outline) -> DiskRates {
+    DiskRates::of(&outline.dir, outline.ready && !outline.in_place)
 }
 
 /// The best that copies to this GPU are known to reach, else that measured now.
@@ -259,11 +331,12 @@ fn known_copy_rate(kept: &DiskRates, device: &Device) -> Result<f64> {
     Ok(rate)
 }
 
-/// `given`: 10⁹ bytes and operations a second. `device`: to be asked for what is not.
+/// `given`: 10⁹ bytes and operations a second. `device`: to be asked for what is not, with `room` bytes of host memory.
 fn compute_rates(
     given: (Option<f64>, Option<f64>),
     device: Option<&Device>,
     dtype: Dtype,
+    room: u64,
 ) -> Result<ComputeRates> {
     let by_hand = |memory_gb_per_s, gflops| ComputeRates {
         memory_gb_per_s,
@@ -271,7 +344,7 @@ fn compute_rates(
         element_bytes: dtype.bytes() as f64,
         points: Vec::new(),
     };
-    let measured = |device: &Device| KeptCompute::of(device, dtype).known_or_measured(device);
+    let measured = |device: &Device| KeptCompute::of(device, dtype).known_or_measured(device, room);
     Ok(match (given, device) {
         ((Some(memory), Some(gflops)), _) => by_hand(memory, gflops),
         ((None, None), Some(device)) => measured(device)?,

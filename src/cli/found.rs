@@ -9,6 +9,7 @@ use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::Checkpoint;
+use crate::device::cuda::Gemm;
 use crate::engine::{DeviceChoice, EngineOptions, HostMemory, refuse_for_gpu};
 use crate::error::Result;
 use crate::spec::ModelSpec;
@@ -88,6 +89,10 @@ impl Found {
     }
 
     fn options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
+        let gemm = match machine.gemm {
+            GemmArg::Own => Gemm::Own,
+            GemmArg::CublasLt => Gemm::CublasLt,
+        };
         let machine = &MachineOptions {
             // What only a run takes or tells.
             trace: None,
@@ -95,7 +100,9 @@ impl Found {
             gemm: GemmArg::Own,
             ..machine.clone()
         };
-        Weights::from(&self.outline).engine_options(machine, want, true)
+        let options = Weights::from(&self.outline).engine_options(machine, want, true)?;
+        // Its library takes GPU memory too.
+        Ok(EngineOptions { gemm, ..options })
     }
 
     fn advisor(&self, options: &EngineOptions, want: &OpenFor) -> Advisor {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::advice::{Advisor, gpu_room, in_16_bits};
+use super::gpu::products;
 use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::Checkpoint;
-use crate::device::cuda::Gemm;
 use crate::engine::{DeviceChoice, EngineOptions, HostMemory, refuse_for_gpu};
 use crate::error::Result;
 use crate::spec::ModelSpec;
@@ -89,10 +89,7 @@ impl Found {
     }
 
     fn options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
-        let gemm = match machine.gemm {
-            GemmArg::Own => Gemm::Own,
-            GemmArg::CublasLt => Gemm::CublasLt,
-        };
+        let gemm = products(machine.gemm);
         let machine = &MachineOptions {
             // What only a run takes or tells.
             trace: None,

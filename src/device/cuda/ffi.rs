@@ -25,7 +25,7 @@ macro_rules! call {
 /// lacks, and an enum with such a value is undefined behaviour.
 macro_rules! driver {
     ($(fn $name:ident($($argument:ident: $type:ty),*);)*) => {$(
-        #[allow(non_snake_case)]
+        #[allow(non_snake_case, clippy::too_many_arguments)]
         unsafe fn $name($($argument: $type),*) -> u32 {
             type Function = unsafe extern "C" fn($($type),*) -> u32;
             static FOUND: OnceLock<Option<Function>> = OnceLock::new();

@@ -337,6 +337,32 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     run(&format!("{}MiB", mib - 3)).fails();
 }
 
+/// On a card that others use too: what they hold is no memory of ours, whatever the card has in all.
+#[test]
+fn a_budget_beyond_what_others_leave_is_refused_before_packing() {
+    let Some(driver) = driver() else { return };
+    let (total, others) = (4u64 << 30, 3u64 << 30);
+    let run = |memory: &str| {
+        let run = Run::new(driver, "run", "gpu-qwen2-bf16").args(["--raw", "--prompt", "T"]);
+        run.args(["--max-tokens", "2", "--gpu-memory", memory])
+            .env("EMUCUDA_MEMORY", &total.to_string())
+            .env("EMUCUDA_OTHERS", &others.to_string())
+            .env("EMUCUDA_CONTEXT", "100000000")
+    };
+    let (folder, done) = run("3GiB").output_and_folder();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    // A gigabyte less the context's hundred million is free; of what is taken, a gigabyte at most is believed to be the context's.
+    assert!(said.contains("973.7 MB are free"), "{said}");
+    assert!(!folder.path().join("offload").exists(), "packed: {said}");
+    let words: Vec<&str> = said.split_whitespace().collect();
+    let at = words.iter().position(|w| *w == "--gpu-memory").unwrap();
+    run(words[at + 1]).json();
+    let mib: u64 = words[at + 1].trim_end_matches("MiB").parse().unwrap();
+    assert!(mib << 20 <= total - others + (1 << 30), "{said}");
+    run(&format!("{}MiB", mib + 1)).fails();
+}
+
 /// Before a weight is written: a large model packs for an hour.
 #[test]
 fn what_a_gpu_cannot_run_is_refused_before_packing() {
@@ -428,7 +454,9 @@ fn what_is_missing_is_said_in_plain_words() {
     for (code, name) in [
         (209, "NO_BINARY_FOR_GPU"),
         (218, "INVALID_PTX"),
+        (221, "libnvidia-ptxjitcompiler.so.1"),
         (222, "UNSUPPORTED_PTX_VERSION"),
+        (223, "unset CUDA_DISABLE_PTX_JIT"),
     ] {
         said(
             run().env("EMUCUDA_FAIL", &format!("cuModuleLoadData:*:{code}")),
@@ -461,6 +489,41 @@ fn what_is_missing_is_said_in_plain_words() {
         run.env("EMUCUDA_DEVICES", devices).json()["device"].clone()
     };
     assert_eq!((auto("1"), auto("0")), ("cuda:0".into(), "cpu".into()));
+}
+
+/// A GPU that is there and cannot be used is no reason to fail where nobody asked for it: the CPU computes, and one line says why.
+#[test]
+fn auto_runs_on_the_cpu_where_the_gpu_is_too_old() {
+    let Some(driver) = driver() else { return };
+    let auto = |name: &str, value: &str| {
+        let run = Run::on("auto", driver, "run", "gpu-mistral-bf16");
+        let run = run.args(["--raw", "--prompt", "T", "--max-tokens", "1", "--json"]);
+        let done = run.env(name, value).output();
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{said}");
+        let out = String::from_utf8_lossy(&done.stdout).into_owned();
+        assert!(
+            out.replace(": ", ":").contains("\"device\":\"cpu\""),
+            "{out}"
+        );
+        said.lines()
+            .filter(|l| l.starts_with("on the CPU: "))
+            .map(String::from)
+            .collect::<Vec<_>>()
+    };
+    for (name, value, why) in [
+        ("EMUCUDA_CAPABILITY", "75", "compute capability 7.5"),
+        ("EMUCUDA_VERSION", "12010", "the driver knows CUDA 12.1"),
+        (
+            "EMUCUDA_FAIL",
+            "cuInit:*:803",
+            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)",
+        ),
+    ] {
+        let said = auto(name, value);
+        assert!(said.len() == 1 && said[0].contains(why), "{name}: {said:?}");
+    }
+    assert!(auto("EMUCUDA_DEVICES", "0").is_empty());
 }
 
 /// What makes the tests above able to fail: without the waits between the streams the driver notices.

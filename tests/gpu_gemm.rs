@@ -117,6 +117,21 @@ fn its_products_agree_with_ours_and_it_says_what_it_does_not_promise() {
     assert!(!said(&done).contains("--gemm"), "{}", said(&done));
 }
 
+/// What its handle takes of the GPU is part of the budget, as its workspace is.
+#[test]
+fn its_memory_is_counted() {
+    let Some(driver) = driver() else { return };
+    let smallest = |handle: &str| -> u64 {
+        let run = with_library(driver, "run", "gpu-qwen2-bf16").args(PROMPT);
+        let run = run.args(["--gpu-memory", "32MiB", "--max-tokens", "1"]);
+        let text = run.env("EMUCUBLASLT_HANDLE", handle).fails();
+        let mut words = text.split_whitespace().skip_while(|w| *w != "--gpu-memory");
+        let mib = words.nth(1).unwrap_or_else(|| panic!("{text}"));
+        mib.trim_end_matches("MiB").parse().unwrap()
+    };
+    assert_eq!(smallest("50331648"), smallest("2097152") + 46);
+}
+
 #[test]
 fn what_the_library_answers_is_said() {
     let Some(driver) = driver() else { return };

@@ -115,6 +115,29 @@ fn a_gpu_is_asked_once_and_what_it_gave_is_kept() {
     assert_eq!(now["rates"]["h2d_gb_per_s"], 1e6);
 }
 
+/// Layers a little larger than a mebibyte take two each on the GPU: counted so, as many stay there as there is room for, and not one more.
+#[test]
+fn what_the_driver_rounds_up_to_is_counted() {
+    let Some(driver) = driver() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let shape = json!({
+        "hidden_size": 256, "intermediate_size": 608, "num_hidden_layers": 100,
+        "num_attention_heads": 2, "vocab_size": 288, "tie_word_embeddings": true,
+    });
+    let model = synthetic(dir.path(), &shape);
+    let memory = (192u64 << 20).to_string();
+    let run = Run::new(driver, "run", &model)
+        .args(["--raw", "--prompt", "T", "--max-tokens", "2"])
+        .args(["--gpu-memory", &memory])
+        .env("EMUCUDA_MEMORY", &memory);
+    // Without that count all 100 would be given 110 MB and take 210. What the slack, slots, keys and values leave holds at least 50.
+    let on_gpu = run.json()["paging"]["resident_gpu_bytes"].as_u64().unwrap();
+    assert!(
+        on_gpu > 50 * (2 << 20) && on_gpu < 64 * (2 << 20),
+        "{on_gpu}"
+    );
+}
+
 #[test]
 fn the_budgets_named_are_those_that_run() {
     let Some(driver) = driver() else { return };

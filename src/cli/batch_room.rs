@@ -3,6 +3,7 @@
 
 use clap::Args;
 
+use super::gpu::products;
 use super::machine::Weights;
 use super::model::OpenFor;
 use super::options::{GemmArg, MachineOptions, size};
@@ -88,7 +89,10 @@ impl KnownMachine {
         let Some(disk_gb_per_s) = known.disk_gb_per_s else {
             return Ok(None);
         };
-        let options = weights.engine_options(&untold(machine), &OpenFor::default(), true)?;
+        let options = EngineOptions {
+            gemm: products(machine.gemm),
+            ..weights.engine_options(&untold(machine), &OpenFor::default(), true)?
+        };
         let device = open_device(weights.spec, weights.units, &options)?;
         let gpu = GpuRoom::of(&device);
         let compute = KeptCompute::of(&device, kv_dtype(weights.units)).known();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::advice::{Advisor, gpu_room, in_16_bits};
+use super::gpu::products;
 use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
@@ -88,6 +89,7 @@ impl Found {
     }
 
     fn options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
+        let gemm = products(machine.gemm);
         let machine = &MachineOptions {
             // What only a run takes or tells.
             trace: None,
@@ -95,7 +97,9 @@ impl Found {
             gemm: GemmArg::Own,
             ..machine.clone()
         };
-        Weights::from(&self.outline).engine_options(machine, want, true)
+        let options = Weights::from(&self.outline).engine_options(machine, want, true)?;
+        // Its library takes GPU memory too.
+        Ok(EngineOptions { gemm, ..options })
     }
 
     fn advisor(&self, options: &EngineOptions, want: &OpenFor) -> Advisor {

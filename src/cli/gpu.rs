@@ -7,15 +7,23 @@ use crate::error::{Code, Error, Result};
 use crate::spec::ModelSpec;
 use crate::store::{Store, UnitLayout};
 
+/// Whose products are asked for.
+pub(super) fn products(arg: GemmArg) -> cuda::Gemm {
+    match arg {
+        GemmArg::Own => cuda::Gemm::Own,
+        GemmArg::CublasLt => cuda::Gemm::CublasLt,
+    }
+}
+
 /// Whose products; says what the other one does not promise.
 pub(super) fn gemm(arg: GemmArg, device: DeviceChoice) -> Result<cuda::Gemm> {
     match (arg, device) {
-        (GemmArg::Own, _) => Ok(cuda::Gemm::Own),
+        (GemmArg::Own, _) => Ok(products(arg)),
         (GemmArg::CublasLt, DeviceChoice::Cuda(_)) => {
             eprintln!(
                 "--gemm cublaslt: a token's result depends on what else is in the pass; only --gemm own promises the same bits"
             );
-            Ok(cuda::Gemm::CublasLt)
+            Ok(products(arg))
         }
         (GemmArg::CublasLt, DeviceChoice::Cpu) => Err(Error::new(
             Code::Usage,
@@ -62,7 +70,7 @@ pub(super) fn device_choice(
             Ok(()) => DeviceChoice::Cuda(0),
             Err(e) => {
                 // Without a GPU there is nothing to say, unless its memory was spoken of.
-                let unasked = e.code() == Code::Device && machine.gpu_memory.is_none();
+                let unasked = machine.gpu_memory.is_none() && cuda::is_absent();
                 if !quiet && !unasked {
                     eprintln!("on the CPU: {}: {}", e.what(), e.cause());
                 }
@@ -82,6 +90,7 @@ pub(super) fn gpu_bytes(machine: &MachineOptions, store: &Store) -> Result<Optio
     let options = EngineOptions {
         device,
         gpu_memory: machine.gpu_budget()?,
+        gemm: products(machine.gemm),
         ..EngineOptions::default()
     };
     if device == DeviceChoice::Cpu {

@@ -93,6 +93,11 @@ impl Copies {
         })
     }
 
+    /// Memory is pinned in such pieces.
+    pub fn cut_at(&mut self, bytes: usize) {
+        self.copier.cut_at(bytes);
+    }
+
     /// To be called on the thread that copies.
     pub fn bind(&self) -> Result<()> {
         self.copier.bind()

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::copies::Copies;
+use super::pager::PagerOptions;
 use super::plan::Plan;
 use super::stats::PagingStats;
 use super::trace::{Happening, Trace, TraceEvent};
@@ -83,6 +84,8 @@ pub(super) struct GpuSide {
     /// For the reading thread, until it takes them.
     pub copies: Option<Copies>,
     pins: Vec<Pin>,
+    /// Of one piece of a pin.
+    pin_bytes: usize,
     /// Why some copies go through memory that is not pinned.
     pub unpinned: Option<String>,
     trace: Option<GpuTrace>,
@@ -95,8 +98,9 @@ impl GpuSide {
         plan: &Plan,
         arena: &Arena,
         units: usize,
-        trace: Option<&Arc<Trace>>,
+        options: &PagerOptions,
     ) -> Result<GpuSide> {
+        let trace = options.trace.as_ref();
         let ring = plan.ring();
         let exhausted = || Error::internal("the arena is smaller than its plan");
         let region = arena.take(ring.bytes()).ok_or_else(exhausted)?;
@@ -107,6 +111,7 @@ impl GpuSide {
             walked: Vec::with_capacity(units),
             copies: None,
             pins: Vec::new(),
+            pin_bytes: options.pin_bytes,
             unpinned: None,
             trace: trace.map(|t| GpuTrace::new(t, &compute)).transpose()?,
             compute,
@@ -118,7 +123,9 @@ impl GpuSide {
             .map(|_| region.lend(ring.frame_bytes as usize))
             .collect();
         let shared = side.trace.as_ref().map(GpuTrace::shared);
-        side.copies = Some(Copies::new(&context, frames, units, shared)?);
+        let mut copies = Copies::new(&context, frames, units, shared)?;
+        copies.cut_at(options.pin_bytes);
+        side.copies = Some(copies);
         Ok(side)
     }
 
@@ -129,7 +136,8 @@ impl GpuSide {
             return false;
         }
         let context = self.compute.context();
-        match Pin::new(context, region.bytes(), Box::new(arena.clone())) {
+        let owner = Box::new(arena.clone());
+        match Pin::new(context, region.bytes(), self.pin_bytes, owner) {
             Ok(pin) => {
                 self.pins.push(pin);
                 true

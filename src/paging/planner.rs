@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 
 use super::plan::{Tier, is_streamed};
 use super::strategy::{Problem, Strategy};
+use crate::device::cuda::Slot;
 use crate::error::Result;
 use crate::spec::UnitKind;
 use crate::units::BLOCK_BYTES;
@@ -320,7 +321,7 @@ impl GpuSearch<'_> {
     fn visit(&self, at: usize, used: u64, counts: &mut [usize], best: &mut Option<Best>) {
         if let Some(class) = self.classes.get(at) {
             for k in 0..=class.members.len() {
-                let used = used + k as u64 * class.room;
+                let used = used + k as u64 * Slot::device_bytes(class.room);
                 if used > self.room {
                     break;
                 }
@@ -336,7 +337,7 @@ impl GpuSearch<'_> {
             .map(|i| self.classes[i].room)
             .max()
             .unwrap_or(0);
-        if used + self.slots * slot > self.room {
+        if used + self.slots * Slot::device_bytes(slot) > self.room {
             return;
         }
         let available: Vec<usize> = (0..counts.len()).map(outside).collect();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::device_layout::DeviceLayout;
 use super::plan::{GATHER_BLOCKS, Tier, is_streamed};
 use super::slot::SlotLayout;
+use crate::device::cuda::Slot;
 use crate::error::Result;
 use crate::spec::UnitKind;
 use crate::units::{ALIGN_BYTES, BLOCK_BYTES, align_up};
@@ -36,6 +37,11 @@ impl UnitSize {
             room_bytes: here.room_bytes.max(there),
             ..here
         }
+    }
+
+    /// What it takes of the GPU to stay there.
+    pub fn device_bytes(&self) -> u64 {
+        Slot::device_bytes(self.room_bytes)
     }
 }
 
@@ -147,7 +153,7 @@ impl Problem<'_> {
                 n.pass_bytes += unit.read_bytes;
             }
             match tier {
-                Tier::Gpu => n.gpu_resident_bytes += unit.room_bytes,
+                Tier::Gpu => n.gpu_resident_bytes += unit.device_bytes(),
                 Tier::Cpu => n.cpu_resident_bytes += unit.room_bytes,
                 Tier::Disk if streamed => n.streamed_bytes += unit.read_bytes,
                 Tier::Disk => {}
@@ -165,12 +171,11 @@ impl Problem<'_> {
             true => GATHER_BLOCKS as u64 * BLOCK_BYTES,
             false => 0,
         };
-        let slots = n.slots as u64 * n.slot_bytes;
         n.cpu_bytes = n.cpu_resident_bytes + n.gather_bytes;
         n.gpu_bytes = n.gpu_resident_bytes;
         match on_gpu {
-            true => n.gpu_bytes += slots,
-            false => n.cpu_bytes += slots,
+            true => n.gpu_bytes += n.slots as u64 * Slot::device_bytes(n.slot_bytes),
+            false => n.cpu_bytes += n.slots as u64 * n.slot_bytes,
         }
         n
     }

@@ -72,6 +72,25 @@ fn passing_faults() {
     }
 }
 
+/// In small pieces, whose borders frames and units lie across; a piece that is refused leaves nothing pinned behind.
+#[test]
+#[ignore = "started by main.rs, on a driver"]
+fn pinned_in_pieces() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = packed(MODEL, dir.path());
+    let clean = clean(&store);
+    for placement in [Placement::Disk, Placement::Cpu] {
+        for pin_bytes in [4096, 5 * 4096, 65_536 + 4096] {
+            let mut options = faulty(None);
+            options.placement = placement.clone();
+            options.pager.pin_bytes = pin_bytes;
+            let mut engine = open(&store, &options).unwrap();
+            let got = score(&mut engine, &prompts()).unwrap();
+            assert!(same_bits(&got, &clean), "{placement:?}, {pin_bytes}");
+        }
+    }
+}
+
 #[test]
 #[ignore = "started by main.rs, on a driver"]
 fn flipped_bits() {

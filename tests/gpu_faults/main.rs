@@ -29,6 +29,18 @@ fn passing_faults_change_no_bit() {
     }
 }
 
+#[test]
+fn memory_pinned_in_pieces_changes_no_bit() {
+    let trace = tempfile::NamedTempFile::new().unwrap();
+    let path = trace.path().to_str().unwrap();
+    inside("inside::pinned_in_pieces", &[("EMUCUDA_TRACE", path)]);
+    if emulated::driver().is_some() {
+        let calls = std::fs::read_to_string(path).unwrap();
+        let pieces = calls.matches("cuMemHostRegister").count();
+        assert!(pieces > 100, "{pieces}");
+    }
+}
+
 // hazard: bit-rot: on the way to a GPU: read once more, no bit changes; again and again: one error
 #[test]
 fn a_flipped_bit_is_read_once_more_and_then_named() {

@@ -11,6 +11,7 @@
 extern "C" {
 struct EmuModule;
 struct EmuFunction;
+int cuMemAlloc_v2(unsigned long long* out, size_t bytes);
 int cuModuleLoadData(EmuModule** module, const void* image);
 int cuModuleGetFunction(EmuFunction** function, EmuModule* module, const char* name);
 int cuLaunchKernel(EmuFunction* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
@@ -19,7 +20,7 @@ int cuLaunchKernel(EmuFunction* f, unsigned gx, unsigned gy, unsigned gz, unsign
 
 namespace {
 
-enum Status { SUCCESS = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
+enum Status { SUCCESS = 0, NOT_INITIALIZED = 1, ALLOC_FAILED = 3, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 enum Type { F32 = 0, F16 = 2, BF16 = 14 };
 constexpr int COMPUTE_32F = 68, DESC_TRANSA = 3, PREF_MAX_WORKSPACE = 1;
 
@@ -78,6 +79,10 @@ EmuFunction* kernel(int type) {
 EXPORT Status cublasLtCreate(void** handle) {
   static int one;
   *handle = &one;
+  // The handle's own memory, never given back.
+  static unsigned long long taken = 0;
+  const char* bytes = getenv("EMUCUBLASLT_HANDLE");
+  if (bytes && !taken && cuMemAlloc_v2(&taken, strtoull(bytes, nullptr, 10))) return ALLOC_FAILED;
   return told("cublasLtCreate");
 }
 EXPORT Status cublasLtDestroy(void* handle) { return handle ? SUCCESS : NOT_INITIALIZED; }

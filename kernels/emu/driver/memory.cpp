@@ -16,6 +16,8 @@ namespace {
 
 constexpr size_t PAGE = 4096;
 constexpr unsigned char CANARY = 0xC5;
+// As drivers have been seen to: blocks of a mebibyte and more have pages of 2 MiB to themselves, smaller ones are cut out of such pages.
+constexpr size_t DEVICE_PAGE = 2 << 20, LARGE = 1 << 20;
 
 struct Block {
   size_t bytes, mapped;
@@ -24,7 +26,10 @@ struct Block {
 struct Memory {
   std::mutex lock;
   std::map<uint64_t, Block> device, host;  // by first address; host: allocated (base set) or registered
-  size_t used = 0, pinned = 0;
+  size_t pages = settings().others_bytes, small = 0, pinned = 0;
+  size_t used(size_t more_pages = 0, size_t more_small = 0) const {
+    return pages + more_pages + (small + more_small + DEVICE_PAGE - 1) / DEVICE_PAGE * DEVICE_PAGE;
+  }
 };
 Memory& memory() {
   static Memory* all = new Memory;
@@ -62,7 +67,8 @@ void check_canary(uint64_t first, const Block& b) {
 CUresult device_alloc(CUdeviceptr* out, size_t bytes) {
   if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard<std::mutex> guard(memory().lock);
-  if (memory().used + round_up(bytes, 512) > settings().memory) return CUDA_ERROR_OUT_OF_MEMORY;
+  const bool large = round_up(bytes, 512) >= LARGE;
+  if (memory().used(large ? round_up(bytes, DEVICE_PAGE) : 0, large ? 0 : round_up(bytes, 512)) > settings().memory) return CUDA_ERROR_OUT_OF_MEMORY;
   uint64_t first = 0;
   const Block b = map_block(bytes, &first);
   if (!b.base) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -70,7 +76,7 @@ CUresult device_alloc(CUdeviceptr* out, size_t bytes) {
   memset((char*)first + bytes, CANARY, round_up(bytes, 512) - bytes);
   // Under AddressSanitizer reading there is noticed too.
   __asan_poison_memory_region((void*)(first + bytes), round_up(bytes, 512) - bytes);
-  memory().used += round_up(bytes, 512);
+  (large ? memory().pages : memory().small) += large ? round_up(bytes, DEVICE_PAGE) : round_up(bytes, 512);
   memory().device[first] = b;
   *out = first;
   return CUDA_SUCCESS;
@@ -84,7 +90,8 @@ CUresult device_free(CUdeviceptr p) {
     b = found->second;
     check_canary(p, b);
     memory().device.erase(found);
-    memory().used -= round_up(b.bytes, 512);
+    const bool large = round_up(b.bytes, 512) >= LARGE;
+    (large ? memory().pages : memory().small) -= large ? round_up(b.bytes, DEVICE_PAGE) : round_up(b.bytes, 512);
   }
   forget(p, p + b.bytes);
   // The addresses are never given out again: what still uses them is told apart from what comes next, and faults.
@@ -99,16 +106,16 @@ size_t device_size(CUdeviceptr p) {
 }
 void charge(size_t bytes) {
   std::lock_guard<std::mutex> guard(memory().lock);
-  memory().used += bytes;
+  memory().pages += bytes;
 }
 void uncharge(size_t bytes) {
   std::lock_guard<std::mutex> guard(memory().lock);
-  memory().used -= bytes;
+  memory().pages -= bytes;
 }
 void memory_info(size_t* free, size_t* total) {
   std::lock_guard<std::mutex> guard(memory().lock);
   *total = settings().memory;
-  *free = settings().memory - std::min(settings().memory, memory().used);
+  *free = settings().memory - std::min(settings().memory, memory().used());
 }
 bool on_device(uint64_t from, uint64_t bytes) {
   std::lock_guard<std::mutex> guard(memory().lock);

@@ -258,10 +258,12 @@ void memory_rules() {
   open_device();
   size_t free = 0, total = 0;
   OK(cuMemGetInfo_v2(&free, &total));
-  HOLDS(total == 1 << 20 && free == (1 << 20) - 4096);  // the context's 4096
+  HOLDS(total == 4 << 20 && free == (4 << 20) - 4096);  // the context's 4096
   CUdeviceptr p, q;
-  OK(cuMemAlloc_v2(&p, 1000000));
-  WANT(CUDA_ERROR_OUT_OF_MEMORY, cuMemAlloc_v2(&q, 1000000));
+  OK(cuMemAlloc_v2(&p, (1 << 20) + 1));
+  OK(cuMemGetInfo_v2(&free, &total));
+  HOLDS(free == (2 << 20) - 4096);  // a whole page is taken
+  WANT(CUDA_ERROR_OUT_OF_MEMORY, cuMemAlloc_v2(&q, (1 << 20) + 1));
   OK(cuMemFree_v2(p));
   OK(cuMemAlloc_v2(&q, 1000000));
   unsigned char fresh[16];
@@ -406,7 +408,7 @@ const Case CASES[] = {
     {"lazy is late", lazy_is_late, "EMUCUDA_ORDER=lazy", Case::Passes, nullptr},
     {"pageable", pageable_is_taken_at_once, "EMUCUDA_ORDER=lazy", Case::Passes, nullptr},
     {"shared memory", shared_memory_rule, "", Case::Passes, nullptr},
-    {"memory", memory_rules, "EMUCUDA_MEMORY=1048576 EMUCUDA_CONTEXT=4096 EMUCUDA_PINNED_LIMIT=8192", Case::Passes, nullptr},
+    {"memory", memory_rules, "EMUCUDA_MEMORY=4194304 EMUCUDA_CONTEXT=4096 EMUCUDA_PINNED_LIMIT=8192", Case::Passes, nullptr},
     {"modules", module_rules, "", Case::Passes, nullptr},
     {"faults", faults, "EMUCUDA_FAIL=cuMemAlloc_v2:2:2,kernel:2:719", Case::Passes, nullptr},
     {"block", broken_block, "", Case::FailsAtOnce, "block of 128"},

@@ -32,6 +32,7 @@ Settings read_settings() {
   s.version = (int)number("EMUCUDA_VERSION", 12020);
   s.memory = number("EMUCUDA_MEMORY", 1ull << 30);
   s.context_bytes = number("EMUCUDA_CONTEXT", 0);
+  s.others_bytes = number("EMUCUDA_OTHERS", 0);
   s.optin_shared = number("EMUCUDA_SHARED_OPTIN", 166912);
   s.pinned_limit = number("EMUCUDA_PINNED_LIMIT", SIZE_MAX);
   s.copy_us = (unsigned)number("EMUCUDA_COPY_US", 0);
@@ -101,7 +102,8 @@ const Settings& settings() {
 bool is_sticky(CUresult error) {
   return (error >= 700 && error <= 719 && error != CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED &&
           error != CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED && error != CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES) ||
-         error == CUDA_ERROR_ECC_UNCORRECTABLE || error == CUDA_ERROR_UNKNOWN;
+         error == CUDA_ERROR_ECC_UNCORRECTABLE || error == CUDA_ERROR_NVLINK_UNCORRECTABLE ||
+         error == CUDA_ERROR_CONTAINED || error == CUDA_ERROR_UNKNOWN;
 }
 void die(CUresult error) {
   CUresult none = CUDA_SUCCESS;

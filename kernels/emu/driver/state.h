@@ -17,7 +17,7 @@ struct Settings {
   uint64_t seed;
   Order order;
   int devices, capability, multiprocessors, version;
-  size_t memory, context_bytes, optin_shared, pinned_limit;
+  size_t memory, context_bytes, others_bytes, optin_shared, pinned_limit;
   unsigned copy_us, kernel_us;  // no copy, no kernel ends sooner after it could begin
   bool check_races, check_frames;
 };

@@ -14,6 +14,16 @@ const LEAST_DRIVER: u32 = 12_020;
 /// Nobody's context has been seen to take more: what is in use on the card beyond it belongs to other processes.
 const MOST_CONTEXT_BYTES: u64 = 1 << 30;
 
+/// Neither a driver nor a GPU: nothing that a user would expect to be used.
+pub fn is_absent() -> bool {
+    const NO_DEVICE: u32 = 100;
+    !ffi::library_is_there()
+        || match ffi::init().and_then(|()| ffi::gpu_count()) {
+            Ok(count) => count == 0,
+            Err(failure) => failure.number() == NO_DEVICE,
+        }
+}
+
 /// Whether there is a GPU to use, in the words of a reason where there is none.
 pub fn available() -> Result<usize> {
     if !ffi::library_is_there() {
@@ -58,42 +68,69 @@ pub struct Context {
     used: AtomicU64,
 }
 
+/// What can be known of a GPU before it is opened.
+struct Found {
+    gpu: ffi::Gpu,
+    name: String,
+    compute: u32,
+    driver: u32,
+}
+
+fn find(ordinal: usize) -> Result<Found> {
+    let count = available()?;
+    if ordinal >= count {
+        return Err(Error::new(
+            Code::Device,
+            format!("there is no GPU number {ordinal}"),
+            format!("the driver lists {count}, counted from 0"),
+            "choose one of those, or run with --device cpu",
+        ));
+    }
+    let doing = "looking at the GPU";
+    let gpu = ffi::gpu(ordinal).doing(doing)?;
+    let ask = |a| ffi::attribute(gpu, a).doing(doing);
+    let found = Found {
+        gpu,
+        name: ffi::gpu_name(gpu).doing(doing)?,
+        compute: ask(Attribute::ComputeMajor)? * 10 + ask(Attribute::ComputeMinor)?,
+        driver: ffi::driver_version().doing(doing)?,
+    };
+    if found.compute < LEAST_COMPUTE {
+        return Err(Error::new(
+            Code::Device,
+            format!("the {} is too old for these kernels", found.name),
+            format!(
+                "it has compute capability {}.{}; bfloat16 tensor cores begin with 8.0 (Ampere)",
+                found.compute / 10,
+                found.compute % 10
+            ),
+            "choose another GPU with --device cuda:N, or run with --device cpu",
+        ));
+    }
+    if found.driver < LEAST_DRIVER {
+        return Err(old_driver(format!(
+            "the driver knows CUDA {}.{}, the kernels need 12.2",
+            found.driver / 1000,
+            found.driver % 1000 / 10
+        )));
+    }
+    Ok(found)
+}
+
+/// Whether a GPU's age and its driver's are enough for the kernels, without opening it.
+pub(super) fn check(ordinal: usize) -> Result<()> {
+    find(ordinal).map(|_| ())
+}
+
 impl Context {
     pub fn new(ordinal: usize) -> Result<Arc<Context>> {
-        let count = available()?;
-        if ordinal >= count {
-            return Err(Error::new(
-                Code::Device,
-                format!("there is no GPU number {ordinal}"),
-                format!("the driver lists {count}, counted from 0"),
-                "choose one of those, or run with --device cpu",
-            ));
-        }
-        let doing = "looking at the GPU";
-        let gpu = ffi::gpu(ordinal).doing(doing)?;
-        let ask = |a| ffi::attribute(gpu, a).doing(doing);
-        let driver = ffi::driver_version().doing(doing)?;
-        let compute = ask(Attribute::ComputeMajor)? * 10 + ask(Attribute::ComputeMinor)?;
-        let name = ffi::gpu_name(gpu).doing(doing)?;
-        if compute < LEAST_COMPUTE {
-            return Err(Error::new(
-                Code::Device,
-                format!("the {name} is too old for these kernels"),
-                format!(
-                    "it has compute capability {}.{}; bfloat16 tensor cores begin with 8.0 (Ampere)",
-                    compute / 10,
-                    compute % 10
-                ),
-                "choose another GPU with --device cuda:N, or run with --device cpu",
-            ));
-        }
-        if driver < LEAST_DRIVER {
-            return Err(old_driver(format!(
-                "the driver knows CUDA {}.{}, the kernels need 12.2",
-                driver / 1000,
-                driver % 1000 / 10
-            )));
-        }
+        let Found {
+            gpu,
+            name,
+            compute,
+            driver,
+        } = find(ordinal)?;
+        let ask = |a| ffi::attribute(gpu, a).doing("looking at the GPU");
         let handle = ffi::context_retain(gpu).doing("making a context on the GPU")?;
         let mut context = Context {
             multiprocessors: ask(Attribute::Multiprocessors)?.max(1),
@@ -213,11 +250,23 @@ pub fn failure(failure: Failure, doing: &str) -> Error {
             "the driver rejects the kernels' PTX",
             "update the NVIDIA driver; if it is new, please report this with the driver's version",
         ),
+        36 => old_driver(format!(
+            "{} while {doing}",
+            cause("the driver lacks a function")
+        )),
+        221 => gpu(
+            "the driver's compiler is missing, which makes the kernels' code for this GPU (libnvidia-ptxjitcompiler.so.1)",
+            "install all of the driver's libraries (in a container, NVIDIA_DRIVER_CAPABILITIES must have `compute`), or run with --device cpu",
+        ),
+        223 => gpu(
+            "the driver was told not to compile kernels for this GPU, and the program has no code for it ready",
+            "unset CUDA_DISABLE_PTX_JIT and CUDA_DISABLE_JIT, build with nvcc on the machine, or run with --device cpu",
+        ),
         222 => old_driver(format!(
             "{} while {doing}",
             cause("the driver is older than the kernels' PTX (CUDA 12.2)")
         )),
-        214 | 700 | 702 | 709 | 714 | 715 | 716 | 717 | 718 | 719 => gpu(
+        214 | 220 | 226 | 700 | 702 | 709 | 714 | 715 | 716 | 717 | 718 | 719 => gpu(
             "a kernel or a copy went wrong on the GPU, and nothing it computed since can be trusted",
             "run the command again; if it happens twice, please report it (the kernel log, dmesg, may name an Xid error)",
         ),

@@ -23,7 +23,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 pub use buffers::{Best, CudaActs, CudaDense, CudaLists, CudaRows, Mirror};
-pub use context::{Context, available};
+pub use context::{Context, available, is_absent};
 pub use kv::CudaKv;
 pub use lists::ListShape;
 pub use memory::{DeviceBuffer, Pin};
@@ -72,9 +72,9 @@ pub enum Gemm {
     CublasLt,
 }
 
-/// Whether there is a GPU, and kernels for such a model: what `--device auto` asks.
+/// Whether there is a first GPU new enough, and kernels for such a model: what `--device auto` asks.
 pub fn can_run(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> Result<()> {
-    available()?;
+    context::check(0)?;
     check_model(half, head_size, vision_head_size)
 }
 
@@ -158,18 +158,23 @@ impl CudaDevice {
         let context = Context::new(options.ordinal)?;
         let mut modules = Modules::new(&context, options.half)?;
         let kernels = Kernels::load(&mut modules, &context, options)?;
-        let (free, _) = context.memory()?;
-        context.charge(context.free_bytes.saturating_sub(free));
+        let before = context.used();
         let cublaslt = match options.gemm {
             Gemm::Own => None,
             Gemm::CublasLt => Some(CublasLt::new(&context, options.half)?),
         };
+        // What modules and cublasLt's handle took; its workspace is counted already.
+        let counted = context.used() - before;
+        let (free, _) = context.memory()?;
+        let taken = context.free_bytes.saturating_sub(free);
+        context.charge(taken.saturating_sub(counted));
         let base = context.used() + SLACK_BYTES;
         // The slack is still free.
         let usual = (context.used() + free) / 10 * 9;
         let limit = options.memory.unwrap_or(usual);
-        if limit > context.total_bytes {
-            return Err(too_much(&context, limit));
+        let reach = context.used() + free;
+        if limit > reach {
+            return Err(too_much(&context, limit, reach, free));
         }
         context.charge(SLACK_BYTES);
         context.set_limit(limit);
@@ -301,18 +306,22 @@ impl Kernels {
     }
 }
 
-fn too_much(context: &Context, limit: u64) -> Error {
+/// `reach`: what this process has and what is free.
+fn too_much(context: &Context, limit: u64, reach: u64, free: u64) -> Error {
+    let total = context.total_bytes;
     Error::new(
         Code::Memory,
-        format!("the GPU does not have {}", human_bytes(limit)),
+        format!("the GPU does not have {} for this run", human_bytes(limit)),
         format!(
-            "the {} has {}",
+            "of the {}'s {}, {} are free beside {} for context and kernels; the rest is other programs'",
             context.name,
-            human_bytes(context.total_bytes)
+            human_bytes(total),
+            human_bytes(free),
+            human_bytes(reach - free),
         ),
         format!(
-            "give --gpu-memory {} or less, or leave it out",
-            flag_size((context.total_bytes >> 20) << 20)
+            "give --gpu-memory {} or less, leave it out, or end who holds the rest (nvidia-smi lists them)",
+            flag_size((reach >> 20) << 20)
         ),
     )
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::CudaDevice;
 use super::context::Context;
-use super::memory::{Address, DeviceBuffer};
+use super::memory::{Address, DeviceBuffer, cut};
 use super::stream::{Event, Fence, Stream};
 use crate::device::{Bytes, DeviceBytes};
 use crate::error::{Error, Result};
@@ -108,6 +108,8 @@ pub struct Copier<F> {
     done_bytes: u64,
     busy: Duration,
     clock: Option<Arc<Clock>>,
+    /// No copy reaches over a multiple of it.
+    cut: usize,
     /// When the copy last reclaimed began, by that clock.
     began: Duration,
 }
@@ -125,6 +127,7 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
             done_bytes: 0,
             busy: Duration::ZERO,
             clock: None,
+            cut: usize::MAX,
             began: Duration::ZERO,
         })
     }
@@ -132,6 +135,11 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
     /// From now on [`Copier::began`] tells the time by this clock.
     pub fn tell_time(&mut self, clock: Arc<Clock>) {
         self.clock = Some(clock);
+    }
+
+    /// Frames may lie in memory that was pinned in pieces of so many bytes ([`super::Pin`]): copies are cut where these meet.
+    pub fn cut_at(&mut self, bytes: usize) {
+        self.cut = bytes;
     }
 
     /// When the copy last reclaimed began; zero without a clock.
@@ -168,13 +176,16 @@ impl<F: Deref<Target = [u8]>> Copier<F> {
         self.stream.mark(&start)?;
         let mut bytes = 0;
         for piece in pieces {
-            let from = &frame[piece.from..piece.from + piece.bytes];
-            // SAFETY: the flight owns the frame and gives it back only behind its fence; the slot's taker lets its stream wait for the mark
-            // that `finish` records behind this copy, and the slot waits for the GPU before it goes.
-            if let Err(e) = unsafe { self.stream.copy_in(slot.at(piece), from) } {
-                // Earlier pieces may be under way.
-                let _ = self.stream.synchronize();
-                return Err(e);
+            let mut to = slot.at(piece);
+            for from in cut(&frame[piece.from..piece.from + piece.bytes], self.cut) {
+                // SAFETY: the flight owns the frame and gives it back only behind its fence; the slot's taker lets its stream wait for the
+                // mark that `finish` records behind this copy, and the slot waits for the GPU before it goes.
+                if let Err(e) = unsafe { self.stream.copy_in(to, from) } {
+                    // Earlier pieces may be under way.
+                    let _ = self.stream.synchronize();
+                    return Err(e);
+                }
+                to = to.plus(from.len());
             }
             bytes += piece.bytes as u64;
         }

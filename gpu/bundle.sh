@@ -18,6 +18,8 @@ cat >"$out/run.sh" <<'RUN'
 #!/usr/bin/env bash
 # Runs the GPU suite where it lies; see README.md.
 here=$(cd "$(dirname "$0")" && pwd)
+# Where a toolkit has cublasLt, for those products beside ours.
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64
 exec "$here/gpu_suite" --out "$PWD/gpu-suite-$(date +%F).md" "$@"
 RUN
 chmod +x "$out/run.sh"

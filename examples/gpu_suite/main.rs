@@ -8,7 +8,6 @@
 mod attending;
 mod bed;
 mod copies;
-mod cublas;
 mod decode;
 mod fixtures;
 mod goals;

@@ -73,7 +73,7 @@ pub fn open(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -> R
     open_with(Gemm::Own, half, head_size, vision_head_size)
 }
 
-fn open_with(
+pub fn open_with(
     gemm: Gemm,
     half: Dtype,
     head_size: usize,

@@ -166,6 +166,7 @@ fn run() -> Outcome<bool> {
         .ok_or("this program lies nowhere")?
         .to_path_buf();
     std::fs::create_dir_all(&arguments.scratch)?;
+    tools::end_together()?;
     let mut suite = Suite {
         smoke: arguments.smoke,
         started: Instant::now(),

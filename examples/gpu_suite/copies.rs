@@ -41,11 +41,11 @@ fn frames(device: &Device, bytes: usize, count: usize) -> Outcome<(Vec<Frame>, V
 pub fn pinning(device: &Device) -> String {
     match frames(device, 1 << 20, 1) {
         Ok(_) => "can be pinned".into(),
-        Err(why) => format!("cannot be pinned: {}", one_line(&why)),
+        Err(why) => format!("cannot be pinned: {}", one_line(&*why)),
     }
 }
 
-fn one_line(why: &Box<dyn std::error::Error>) -> String {
+fn one_line(why: &dyn std::error::Error) -> String {
     why.to_string().replace('\n', "; ")
 }
 
@@ -116,7 +116,7 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
             Ok(pinned) => pinned,
             Err(why) => {
                 let what = format!("pinned, frames of {} KiB", bytes >> 10);
-                suite.report.not_run(&what, &one_line(&why));
+                suite.report.not_run(&what, &one_line(&*why));
                 continue;
             }
         };

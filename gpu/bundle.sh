@@ -4,6 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu-suite}
+# With nvcc at hand, or in kernels/check.py's virtual environment, the kernels are there as machine code too.
+venv=${TENSORPAGER_NVCC_VENV:-target/nvcc-venv}
+if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null; then
+  found=$(compgen -G "$venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc" | head -1 || true)
+  [ -z "$found" ] || export NVCC=$(realpath "$found") TENSORPAGER_REQUIRE_NVCC=1
+fi
 cargo build --release --bin tensorpager --example gpu_suite
 built=${CARGO_TARGET_DIR:-target}/release
 rm -rf "$out"
@@ -18,6 +24,8 @@ cat >"$out/run.sh" <<'RUN'
 #!/usr/bin/env bash
 # Runs the GPU suite where it lies; see README.md.
 here=$(cd "$(dirname "$0")" && pwd)
+# Where a toolkit has cublasLt, for those products beside ours.
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64
 exec "$here/gpu_suite" --out "$PWD/gpu-suite-$(date +%F).md" "$@"
 RUN
 chmod +x "$out/run.sh"

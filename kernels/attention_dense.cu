@@ -5,6 +5,8 @@
 //   windows int32 row numbers: window w is rows windows[w] .. windows[w+1]-1 ("cu_seqlens")
 //   tiles   [grid.x][2] int32 {window, tile}: tile i has rows 64i.. of the window
 //   out     [rows][heads][head_size] 16 bit
+//   moves 4 * head_size bytes (q, out) a row and head, and k and v, as many again, once for each of the window's tiles of 64 rows:
+//         out of the L2 cache where those run together
 //   4 * window * head_size operations a row and head; bound: tensor cores
 //
 // Launch: grid (tiles, heads), block 128, shared AttentionTile<head size, 64>::SHARED_BYTES.

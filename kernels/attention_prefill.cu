@@ -9,6 +9,8 @@
 //            Late tiles have the most keys: put them first
 //   out  [rows][heads][head_size] 16 bit
 //   window 0: none. scale: usually 1/sqrt(head_size)
+//   moves 4 * head_size bytes (q, out) per row and head, and of KV at least 4 * head_size bytes per key and kv head, once more for each
+//         tile that sees the key; out of the L2 cache where the tiles of a segment run together
 //   4 * keys seen * head_size operations per row and head; bound: tensor cores
 //
 // Launch: grid (tiles, kv_heads), block 128, shared AttentionTile<head size, R>::SHARED_BYTES.

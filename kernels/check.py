@@ -7,8 +7,8 @@ compile  nvcc 13.0 builds every kernel for every architecture and 16-bit type; n
 ptx      NVRTC 12.2 makes kernels/ptx/*.ptx (compute_80, PTX ISA 8.2) again and compares; --write replaces them;
          ptxas 12.2 assembles them for sm_90, as an old driver would, under the same resource check
 launch   launch.json agrees with the kernels' sources, with the PTX and with the emulation's table
-emulate  g++ builds the same sources as C++ under AddressSanitizer; every kernel against a double precision reference, then
-         every barrier, wait and bound switched off in turn: the tests must fail each time
+emulate  g++ builds the same sources as C++ under AddressSanitizer; every kernel against a double precision reference, also with
+         mma.sync truncating as tensor cores do; then every barrier, wait and bound switched off in turn: the tests must fail each time
 driver   the emulated CUDA driver (emu/driver) keeps and notices what it promises
 DIR (or TENSORPAGER_NVCC_VENV, or target/nvcc-venv) is a Python virtual environment; the pinned compilers are installed into it.
 """
@@ -283,8 +283,10 @@ def build_emulation():
 
 def check_emulate(_tools, _write):
     program = build_emulation()
-    tests, controls = in_parallel(lambda arguments: run([program, *arguments]), [["--seed", "1"], ["--controls"]])
+    runs = [["--seed", "1"], ["--controls"], ["--seed", "1", "--truncate"]]
+    tests, controls, truncated = in_parallel(lambda arguments: run([program, *arguments]), runs)
     print(tests, end="")
+    print(f"ok   {len(truncated.splitlines())} tests where mma.sync truncates")
     print(f"ok   {controls.splitlines()[-1]}")
 
 

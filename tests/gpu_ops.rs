@@ -79,6 +79,21 @@ fn ops_agree_with_the_cpu() {
     assert!(text.lines().filter(|l| l.contains(" shapes")).count() >= 30);
 }
 
+/// Tensor cores cut off where the twin of `mma.sync` rounds: the limits hold for that too, and a row's bits are still its own.
+#[test]
+fn ops_agree_with_the_cpu_on_tensor_cores_that_truncate() {
+    let Some(driver) = emulated::driver() else {
+        return;
+    };
+    let (ok, text) = run_on(Some(driver), &[("EMUCUDA_MMA", "truncate")]);
+    println!("{text}");
+    assert!(ok, "{text}");
+    // It did cut off: what rounds stays below a tenth of this.
+    let products = text.lines().filter(|l| l.starts_with("linear + bias"));
+    let nmse = products.map(|l| l.split_whitespace().nth(4).unwrap().parse::<f64>());
+    assert!(nmse.clone().count() == 2 && nmse.into_iter().all(|n| n.unwrap() > 1e-11));
+}
+
 /// The same kernels on the same shapes, each access of theirs checked.
 #[test]
 fn ops_agree_with_the_cpu_under_address_sanitizer() {

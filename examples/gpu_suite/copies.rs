@@ -37,6 +37,18 @@ fn frames(device: &Device, bytes: usize, count: usize) -> Outcome<(Vec<Frame>, V
     Ok((frames, pins))
 }
 
+/// Whether memory of a mapping can be pinned here: what the engine's frames rest on.
+pub fn pinning(device: &Device) -> String {
+    match frames(device, 1 << 20, 1) {
+        Ok(_) => "can be pinned".into(),
+        Err(why) => format!("cannot be pinned: {}", one_line(&why)),
+    }
+}
+
+fn one_line(why: &Box<dyn std::error::Error>) -> String {
+    why.to_string().replace('\n', "; ")
+}
+
 /// Keeps copies of whole frames going until `enough`, at least one round; bytes and seconds, all done.
 fn keep_copying<F: Deref<Target = [u8]>>(
     device: &Device,
@@ -99,26 +111,50 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
     };
     let mut rates = Vec::new();
     for bytes in sizes {
-        let (list, pins) = frames(&bed.device, *bytes, (256 * mib / bytes).clamp(4, 64))?;
+        let count = (256 * mib / bytes).clamp(4, 64);
+        let (list, pins) = match frames(&bed.device, *bytes, count) {
+            Ok(pinned) => pinned,
+            Err(why) => {
+                let what = format!("pinned, frames of {} KiB", bytes >> 10);
+                suite.report.not_run(&what, &one_line(&why));
+                continue;
+            }
+        };
         let (moved, seconds) = keep_copying(&bed.device, list, enough)?;
         drop(pins);
         rates.push((*bytes, moved as f64 / seconds / 1e9));
     }
-    let peak = rates.iter().map(|r| r.1).fold(0.0, f64::max);
-    suite.pinned_gb_per_s = Some(peak);
+    let pins = !rates.is_empty();
+    suite.pinned_gb_per_s = match rates.iter().map(|r| r.1).reduce(f64::max) {
+        // Where memory cannot be registered the driver may still have pinned memory of its own to give.
+        None => bed.device.as_cuda().ok_or("no GPU")?.measure_copies()?,
+        peak => peak,
+    };
+    let peak = suite.pinned_gb_per_s;
+    let share = |rate: f64| peak.map_or("-".into(), |p| format!("{:.0} %", 100.0 * rate / p));
+    if let Some(peak) = peak.filter(|_| !pins) {
+        let what = "pinned, allocated by the driver";
+        suite
+            .report
+            .row(&[what, &format!("{peak:.2}"), &share(peak)]);
+    }
     for (bytes, rate) in &rates {
         let what = format!("pinned, frames of {} KiB", bytes >> 10);
-        let share = format!("{:.0} %", 100.0 * rate / peak);
-        suite.report.row(&[&what, &format!("{rate:.2}"), &share]);
+        suite
+            .report
+            .row(&[&what, &format!("{rate:.2}"), &share(*rate)]);
     }
     let bytes = if suite.smoke { mib } else { 64 * mib };
     let pageable = (0..4).map(|_| vec![1u8; bytes]).collect();
     let (moved, seconds) = keep_copying::<Vec<u8>>(&bed.device, pageable, enough)?;
     let rate = moved as f64 / seconds / 1e9;
-    let share = format!("{:.0} %", 100.0 * rate / peak);
     suite
         .report
-        .row(&["pageable", &format!("{rate:.2}"), &share]);
+        .row(&["pageable", &format!("{rate:.2}"), &share(rate)]);
+    if !pins {
+        suite.report.note("Slot ready to its first kernel, copies beside products: not run, they want frames that are pinned.");
+        return Ok(());
+    }
     to_first_kernel(suite, &bed)?;
     drop(bed);
     beside_kernels(suite, enough)

@@ -4,12 +4,12 @@
 
 use std::time::Instant;
 
-use tensorpager::device::{Acts, Into, WeightView};
+use tensorpager::device::cuda::Gemm;
+use tensorpager::device::{Acts, Into, Rows, WeightView};
 use tensorpager::units::Dtype;
 
 use super::attending::{Attention, HEAD};
 use super::bed::{Bed, Random, Weight};
-use super::cublas::Cublas;
 use super::goals::Goal;
 use super::{Outcome, Suite, TIME_IS_UP, ops, vision};
 
@@ -146,6 +146,41 @@ pub fn floor_row(
     }
 }
 
+/// What one product multiplies, on one device: ours, or cublasLt in our place. Both are asked the same way and leave float32.
+struct Product<'b> {
+    bed: &'b Bed,
+    /// Taken in turn.
+    weights: Vec<Weight>,
+    a: Acts,
+    out: Rows,
+}
+
+impl<'b> Product<'b> {
+    fn new(bed: &'b Bed, most: usize, n: usize, k: usize, copies: usize) -> Outcome<Product<'b>> {
+        // Small numbers, not all alike: what is multiplied changes a GPU's clock.
+        let mut random = Random::new(7);
+        let pattern = super::bed::bytes_of(&random.values(1 << 16, 0.1), bed.half);
+        let bytes: Vec<u8> = pattern.iter().copied().cycle().take(n * k * 2).collect();
+        Ok(Product {
+            bed,
+            weights: (0..copies)
+                .map(|_| Ok(bed.weight_bytes(bytes.clone(), n, k)?))
+                .collect::<Outcome<_>>()?,
+            a: bed.acts(&random.values(most * k, 1.0), k)?,
+            out: bed.device.rows(most, n)?,
+        })
+    }
+
+    fn seconds(&mut self, rows: usize) -> Outcome<f64> {
+        let (d, copies) = (&self.bed.device, self.weights.len());
+        time(self.bed, |i| {
+            let w = self.weights[i % copies].view();
+            let (a, out) = (&self.a, &mut self.out);
+            Ok(d.linear(a, rows, &w, None, out, 0, Into::Store)?)
+        })
+    }
+}
+
 fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
     let shapes = [
         ("q or o", s.hidden, s.hidden),
@@ -154,9 +189,10 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
         ("down", s.hidden, s.mlp),
     ];
     let most = s.few.iter().chain(s.many).copied().max().unwrap_or(1);
-    let mut cublas = match Cublas::new() {
-        Ok(cublas) => Some(cublas),
+    let theirs = match ops::open_with(Gemm::CublasLt, bed.half, HEAD, None) {
+        Ok(theirs) => Some(theirs),
         Err(why) => {
+            let why = why.cause();
             suite
                 .report
                 .note(&format!("cublasLt is not beside the products: {why}"));
@@ -180,39 +216,20 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
             true => 2,
             false => COLD_BYTES.div_ceil(n * k * 2),
         };
-        // Small numbers, not all alike: what is multiplied changes a GPU's clock.
-        let mut random = Random::new(7);
-        let pattern: Vec<u8> = super::bed::bytes_of(&random.values(1 << 16, 0.1), Dtype::BF16);
-        let bytes: Vec<u8> = pattern.iter().copied().cycle().take(n * k * 2).collect();
-        let weights: Vec<Weight> = (0..copies)
-            .map(|_| Ok(bed.weight_bytes(bytes.clone(), n, k)?))
-            .collect::<Outcome<_>>()?;
-        let a = bed.acts(&random.values(most * k, 1.0), k)?;
-        let mut out = bed.device.rows(most, n)?;
+        let mut own = Product::new(bed, most, n, k, copies)?;
+        let mut other = match &theirs {
+            Some(theirs) => Some(Product::new(theirs, most, n, k, copies)?),
+            None => None,
+        };
         for rows in s.few.iter().chain(s.many).copied() {
             if suite.up() {
                 suite.report.not_run("the products after these", TIME_IS_UP);
                 return Ok(());
             }
-            let seconds = time(bed, |i| {
-                let w = weights[i % copies].view();
-                Ok(bed
-                    .device
-                    .linear(&a, rows, &w, None, &mut out, 0, Into::Store)?)
-            })?;
-            let other = match &mut cublas {
-                Some(c) => Some(c.seconds(rows, n, k, copies)?),
-                None => None,
-            };
-            product_row(
-                suite,
-                &format!("{name} ({n} x {k})"),
-                rows,
-                n,
-                k,
-                seconds,
-                other,
-            );
+            let seconds = own.seconds(rows)?;
+            let other = other.as_mut().map(|o| o.seconds(rows)).transpose()?;
+            let name = format!("{name} ({n} x {k})");
+            product_row(suite, &name, rows, n, k, seconds, other);
         }
     }
     Ok(())

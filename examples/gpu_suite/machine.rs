@@ -1,8 +1,11 @@
 //! What this machine is: the GPU, its driver, the CPU, and how files are read here.
 
-use tensorpager::device::cuda::Context;
+use std::time::Instant;
 
-use super::{Outcome, Suite};
+use tensorpager::device::cuda::Context;
+use tensorpager::units::Dtype;
+
+use super::{Outcome, Suite, copies, ops};
 
 fn first_line(path: &str, key: &str) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -51,6 +54,31 @@ fn sandbox() -> &'static str {
         true => "a container",
         false => "no container that says so",
     }
+}
+
+/// Which image of the kernels the driver took, how long that takes at first and again, and whether memory can be pinned.
+fn opened() -> Outcome<[(&'static str, String); 3]> {
+    let open = || -> Outcome<_> {
+        let started = Instant::now();
+        let bed = ops::open(Dtype::BF16, 128, None)?;
+        Ok((bed, started.elapsed().as_secs_f64()))
+    };
+    let (bed, first) = open()?;
+    drop(bed);
+    let (bed, again) = open()?;
+    let described = bed.device.describe();
+    let image = match described.contains("compiled by the driver") {
+        true => "compiled by the driver from PTX",
+        false => "machine code of the bundle",
+    };
+    Ok([
+        ("kernels", image.into()),
+        (
+            "opened in",
+            format!("{first:.2} s at first, {again:.2} s again"),
+        ),
+        ("host memory", copies::pinning(&bed.device)),
+    ])
 }
 
 pub fn section(suite: &mut Suite) -> Outcome<()> {
@@ -102,7 +130,7 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
         ("Linux", kernel.trim().to_string()),
         ("reader", super::fixtures::reader(suite)),
     ];
-    for (what, found) in rows {
+    for (what, found) in rows.into_iter().chain(opened()?) {
         suite.report.row(&[what, &found]);
     }
     Ok(())

@@ -8,7 +8,6 @@
 mod attending;
 mod bed;
 mod copies;
-mod cublas;
 mod decode;
 mod fixtures;
 mod goals;
@@ -159,6 +158,15 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+/// Kernels that the driver compiles are compiled once, not by each process: a home that cannot be written has no cache of them.
+fn keep_compiled(scratch: &std::path::Path) {
+    const CACHE: &str = "CUDA_CACHE_PATH";
+    if std::env::var_os(CACHE).is_none() {
+        // SAFETY: called first of all, while this is the only thread.
+        unsafe { std::env::set_var(CACHE, scratch.join("compiled")) };
+    }
+}
+
 fn run() -> Outcome<bool> {
     let arguments = arguments()?;
     let exe = std::env::current_exe()?;
@@ -167,6 +175,8 @@ fn run() -> Outcome<bool> {
         .ok_or("this program lies nowhere")?
         .to_path_buf();
     std::fs::create_dir_all(&arguments.scratch)?;
+    keep_compiled(&arguments.scratch);
+    tools::end_together()?;
     let mut suite = Suite {
         smoke: arguments.smoke,
         started: Instant::now(),

@@ -19,6 +19,7 @@ Thread* current;
 Dim3 block_idx, grid_dim, block_dim;
 unsigned char* shared_memory;
 uint64_t bank_conflicts;
+MmaSums mma_sums = MmaSums::Nearest;
 
 namespace {
 

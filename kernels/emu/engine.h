@@ -58,6 +58,9 @@ struct Thread {
 extern Thread* current;
 extern Dim3 block_idx, grid_dim, block_dim;
 extern unsigned char* shared_memory;
+// How mma.sync adds: each sum rounded to nearest, or truncated as the tensor cores of sm_80 do it (twin.h).
+enum class MmaSums { Nearest, Truncated };
+extern MmaSums mma_sums;
 extern uint64_t bank_conflicts;  // of ldmatrix, counted over all launches
 
 void block_barrier(Site& site);

@@ -1,4 +1,5 @@
-// emulate [--seed N] [--only TEST]     every kernel against the reference, both 16-bit types
+// emulate [--seed N] [--only TEST] [--truncate]     every kernel against the reference, both 16-bit types
+//                                      --truncate: mma.sync adds as sm_80's tensor cores do
 // emulate --controls                   switches off each barrier, wait and bound in turn: the tests must fail every time
 // emulate --launch-table               block and shared bytes of each kernel, as launch.json has them
 #include <sys/resource.h>
@@ -115,8 +116,10 @@ int main(int argc, char** argv) {
       seed = strtoull(argv[++i], nullptr, 10);
     } else if (arg == "--only" && i + 1 < argc) {
       only = argv[++i];
+    } else if (arg == "--truncate") {
+      emu::mma_sums = emu::MmaSums::Truncated;
     } else {
-      fprintf(stderr, "usage: emulate [--seed N] [--only TEST] | --controls | --launch-table\n");
+      fprintf(stderr, "usage: emulate [--seed N] [--only TEST] [--truncate] | --controls | --launch-table\n");
       return 2;
     }
   }

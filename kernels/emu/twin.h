@@ -1,5 +1,6 @@
 // The C++ twin of ptx.cuh: each instruction with its scalar meaning, for the emulation. Included by ptx.cuh only.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -156,6 +157,23 @@ inline void execute_ldmatrix(void** slots, bool trans) {
   }
 }
 
+// Tensor cores do not round: they align the products and the old sum to the largest of them, cut off what lies below, add, and cut the sum
+// to float32's 24 bits, towards zero (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021: sm_80 takes eight products at a
+// time and keeps one bit more than float32 has; later cards keep more and take sixteen, so this is the worst that the kernels meet).
+inline float truncated_sum(float old, const float* a, const float* b, int b_stride) {
+  double terms[9] = {old};
+  double largest = 0, check = 0;
+  for (int k = 0; k < 8; k++) terms[k + 1] = (double)a[k] * b[k * b_stride];  // exact
+  for (const double t : terms) largest = std::max(largest, std::fabs(t)), check += t;
+  if (largest == 0 || !std::isfinite(check)) return (float)check;
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+  double sum = 0;  // of whole units, few enough to be exact
+  for (const double t : terms) sum += std::trunc(t / unit);
+  sum *= unit;
+  const float nearest = (float)sum;
+  return std::fabs((double)nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0) : nearest;
+}
+
 // Every output is one chain of additions over k, in ascending order.
 template <class T>
 __attribute__((no_sanitize("address"), optimize("O3"))) void execute_mma(void** slots, uint32_t) {
@@ -173,9 +191,15 @@ __attribute__((no_sanitize("address"), optimize("O3"))) void execute_mma(void** 
     }
     for (int e = 0; e < 4; e++) d[g + e / 2 * 8][2 * t + e % 2] = s->d[e];
   }
-  for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++)
-      for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+  if (mma_sums == MmaSums::Truncated) {
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 8; j++)
+        for (int k = 0; k < 16; k += 8) d[i][j] = truncated_sum(d[i][j], &a[i][k], &b[k][j], 8);
+  } else {
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < 16; k++)
+        for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+  }
   for (int l = 0; l < 32; l++)
     for (int e = 0; e < 4; e++) ((const MmaSlot<T>*)slots[l])->d[e] = d[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
 }

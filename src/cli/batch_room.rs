@@ -339,13 +339,12 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_disk_is_shared_by_more_sequences_than_a_fast_one() {
+    fn a_slow_disk_gives_more_of_the_memory_to_keys_and_values_than_a_fast_one() {
         let dir = tempfile::tempdir().unwrap();
         let outline = model(dir.path());
         let ran = [0.5, 5.0, 50.0].map(|disk| chosen(&outline, disk));
         let [slow, fast, fastest] = ran;
-        assert!(slow.0 > fast.0 && slow.1 > fast.1, "{ran:?}");
-        assert!(fast.0 >= fastest.0 && fast.1 >= fastest.1, "{ran:?}");
+        assert!(slow.1 > fast.1 && fast.1 >= fastest.1, "{ran:?}");
         for (_, _, rate, fixed) in ran {
             assert!(rate >= fixed, "{ran:?}");
         }

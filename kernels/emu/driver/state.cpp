@@ -8,6 +8,8 @@
 #include <sstream>
 #include <vector>
 
+#include "../engine.h"
+
 namespace driver {
 namespace {
 
@@ -37,6 +39,9 @@ Settings read_settings() {
   s.pinned_limit = number("EMUCUDA_PINNED_LIMIT", SIZE_MAX);
   s.copy_us = (unsigned)number("EMUCUDA_COPY_US", 0);
   s.kernel_us = (unsigned)number("EMUCUDA_KERNEL_US", 0);
+  const std::string mma = variable("EMUCUDA_MMA", "nearest");
+  if (mma != "nearest" && mma != "truncate") broken("EMUCUDA_MMA is nearest or truncate, not " + mma);
+  emu::mma_sums = mma == "truncate" ? emu::MmaSums::Truncated : emu::MmaSums::Nearest;
   s.check_races = variable("EMUCUDA_RACES", "check") != "off";
   s.check_frames = variable("EMUCUDA_FRAMES", "check") != "off";
   return s;

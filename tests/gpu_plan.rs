@@ -292,9 +292,9 @@ fn keys_and_values_without_room_on_the_gpu_are_copied() {
 }
 
 /// Layers of nearly 8 parts, head blocks of 7 and of 3: a GPU with room for 10 takes both head blocks where the bus is slow; where the disk is,
-/// it takes a layer, and host memory the small block.
+/// it takes a layer, and host memory the small block. A part is a little less than one of the pages of 2 MiB that the GPU's memory is counted in.
 fn three_sizes(dir: &Path) -> (String, u64) {
-    const HIDDEN: u64 = 8192;
+    const HIDDEN: u64 = 16_384 - 256;
     let shape = json!({
         "hidden_size": HIDDEN, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 1,
         "vocab_size": 64 * 10, "tie_word_embeddings": false,

@@ -137,7 +137,7 @@ impl GpuSide {
         }
         let context = self.compute.context();
         let owner = Box::new(arena.clone());
-        match Pin::new(context, region.bytes(), self.pin_bytes, owner) {
+        match Pin::in_pieces(context, region.bytes(), self.pin_bytes, owner) {
             Ok(pin) => {
                 self.pins.push(pin);
                 true

@@ -198,8 +198,13 @@ unsafe impl Send for Pin {}
 unsafe impl Sync for Pin {}
 
 impl Pin {
-    /// Pins whole pages, in pieces that meet at multiples of `piece_bytes`. `owner` keeps them mapped.
-    pub fn new(
+    /// Pins whole pages as one piece. `owner` keeps them mapped.
+    pub fn new(context: &Arc<Context>, memory: &[u8], owner: Box<dyn Send + Sync>) -> Result<Pin> {
+        Pin::in_pieces(context, memory, usize::MAX, owner)
+    }
+
+    /// The same in pieces that meet at multiples of `piece_bytes`.
+    pub fn in_pieces(
         context: &Arc<Context>,
         memory: &[u8],
         piece_bytes: usize,

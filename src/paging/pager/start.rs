@@ -91,7 +91,7 @@ impl Pager {
         };
         let mut gpu = match compute {
             None => None,
-            Some(compute) => Some(GpuSide::new(compute, &plan, &arena, units, &options)?),
+            Some(compute) => Some(GpuSide::new(compute, &plan, &arena, units, options)?),
         };
         let (schedule, schedule_rx) = bounded(3 * units + 4);
         let (free, free_rx) = bounded(units + plan.slots + 1);

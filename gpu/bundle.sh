@@ -24,9 +24,22 @@ cat >"$out/run.sh" <<'RUN'
 #!/usr/bin/env bash
 # Runs the GPU suite where it lies; see README.md.
 here=$(cd "$(dirname "$0")" && pwd)
-# Where a toolkit has cublasLt, for those products beside ours.
+# Where a toolkit has cublasLt, for those products beside ours. A Python's packages bring their own: it gets the caller's path.
+export TENSORPAGER_CALLERS_LIBRARY_PATH=${LD_LIBRARY_PATH-}
 export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64
-exec "$here/gpu_suite" --out "$PWD/gpu-suite-$(date +%F).md" "$@"
+# A driver call that never returns is ended from outside, a little after the suite would end by itself.
+minutes=9.5 before=
+for argument; do
+  [ "$before" != --minutes ] || minutes=$argument
+  before=$argument
+done
+whole=${minutes%%.*}
+part=${minutes#"$whole"}
+part=${part#.}00
+limit=$((10#0$whole * 60 + 10#${part:0:2} * 60 / 100 + 25)) || exit 2
+ended=()
+! command -v timeout >/dev/null || ended=(timeout --foreground -k 5 "$limit")
+exec "${ended[@]}" "$here/gpu_suite" --out "$PWD/gpu-suite-$(date +%F).md" "$@"
 RUN
 chmod +x "$out/run.sh"
 libc=$(getconf GNU_LIBC_VERSION 2>/dev/null || echo "unknown C library")

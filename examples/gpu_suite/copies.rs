@@ -45,8 +45,9 @@ pub fn pinning(device: &Device) -> String {
     }
 }
 
-fn one_line(why: &dyn std::error::Error) -> String {
-    why.to_string().replace('\n', "; ")
+/// What went wrong, for a cell.
+pub fn one_line(why: &dyn std::error::Error) -> String {
+    why.to_string().trim().replace('\n', "; ")
 }
 
 /// Keeps copies of whole frames going until `enough`, at least one round; bytes and seconds, all done.

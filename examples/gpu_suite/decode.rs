@@ -4,147 +4,43 @@
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
-use tensorpager::checkpoint::{synthetic_bytes, write_synthetic};
-use tensorpager::device::cuda::Context;
+use serde_json::Value;
 use tensorpager::engine::HostMemory;
 use tensorpager::error::{Code, Error};
 
 use super::goals::Goal;
-use super::tools::{Ran, python, run, run_watching};
+use super::tools::{Ran, python, python_command, run};
+use super::watch::{Watch, within};
+use super::weights::{Checkpoint, checkpoint};
 use super::{Outcome, Suite, TIME_IS_UP};
 
-const LAYERS: usize = 28;
-/// On the disk, beyond the checkpoint.
-const MARGIN: u64 = 2 << 30;
 /// Host memory of a run, beyond the weights that rest there.
 const LEAST_RAM: u64 = 2 << 30;
 /// Time in which writing and running a checkpoint says anything.
 const LEAST_TIME: Duration = Duration::from_secs(20);
 
-/// Qwen2.5-7B's text part.
-fn config(layers: usize) -> Value {
-    json!({
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": layers, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152_064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "tie_word_embeddings": false, "use_sliding_window": false, "torch_dtype": "bfloat16"
-    })
-}
-
-fn smoke_config() -> Value {
-    let mut config = config(3);
-    let small = [
-        ("hidden_size", 128),
-        ("intermediate_size", 192),
-        ("num_attention_heads", 2),
-        ("num_key_value_heads", 1),
-        ("vocab_size", 288),
-    ];
-    for (key, value) in small {
-        config[key] = json!(value);
-    }
-    config
-}
-
-struct Checkpoint {
-    folder: PathBuf,
-    packs: PathBuf,
-    layers: usize,
-    bytes: u64,
-}
-
-fn free_bytes(folder: &Path) -> Outcome<u64> {
-    let s = rustix::fs::statvfs(folder)?;
-    Ok(s.f_bavail * s.f_frsize)
-}
-
-/// As many layers as the disk has room for. It is streamed in place: accelerate reads the very same file.
-fn checkpoint(suite: &Suite) -> Outcome<Checkpoint> {
-    let folder = suite.scratch.join("7b");
-    let packs = suite.scratch.join("7b-packs");
-    let free = free_bytes(&suite.scratch)?;
-    let room = |layers: usize| {
-        Ok::<_, tensorpager::error::Error>(synthetic_bytes(&config(layers))? + MARGIN)
+/// The checkpoint, or `None` where there is no time to write it: that is said, and no error.
+fn checkpoint_in_time(suite: &mut Suite, table: &str) -> Outcome<Option<Checkpoint>> {
+    let why = match suite.left() < LEAST_TIME && !suite.smoke {
+        true => TIME_IS_UP.to_string(),
+        false => match checkpoint(suite) {
+            Ok(made) => return Ok(Some(made)),
+            Err(e) => match e.downcast_ref::<Error>() {
+                Some(slow) if slow.code() == Code::Stalled => slow.cause().to_string(),
+                _ if suite.up() => TIME_IS_UP.to_string(),
+                _ => return Err(e),
+            },
+        },
     };
-    let mut layers = LAYERS;
-    let config = match suite.smoke {
-        true => smoke_config(),
-        false => {
-            while layers > 1 && room(layers)? > free {
-                layers -= 1;
-            }
-            config(layers)
-        }
-    };
-    let made = folder.join("made");
-    if !made.exists() {
-        std::fs::create_dir_all(&folder)?;
-        write_synthetic(&folder, &config, &mut |_, _| match suite.up() {
-            false => Ok(()),
-            true => Err(Error::new(
-                Code::Stalled,
-                "the checkpoint was not written whole",
-                TIME_IS_UP,
-                "give a faster --scratch, or more --minutes",
-            )),
-        })?;
-        super::models::tokenizer(suite, &folder)?;
-        std::fs::write(&made, "")?;
-    }
-    Ok(Checkpoint {
-        bytes: synthetic_bytes(&config)?,
-        layers: config["num_hidden_layers"].as_u64().unwrap_or(0) as usize,
-        folder,
-        packs,
-    })
+    suite.report.table(table, &COLUMNS);
+    suite.report.not_run("all of it", &why);
+    Ok(None)
 }
 
 fn text(path: &Path) -> String {
     path.display().to_string()
-}
-
-/// What runs take of the GPU's memory, as the driver tells everybody: by how much what is free fell while they ran.
-struct Watch {
-    context: Arc<Context>,
-    /// The run's name and bytes.
-    seen: Vec<(String, u64)>,
-}
-
-impl Watch {
-    fn new() -> Outcome<Watch> {
-        Ok(Watch {
-            context: Context::new(0)?,
-            seen: Vec::new(),
-        })
-    }
-
-    fn table(self, suite: &mut Suite) {
-        let columns = ["run", "budget GiB", "taken GiB", ""];
-        let name = "GPU memory of these runs, by what the driver said was free";
-        suite.report.table(name, &columns);
-        let budget = gpu_budget(suite.smoke);
-        for (what, taken) in self.seen {
-            let numbers = [budget, taken].map(|b| format!("{:.2}", gib(b)));
-            let cells = [what.as_str(), &numbers[0], &numbers[1]];
-            match within(taken, budget) {
-                Some(holds) => suite.report.checked(holds, &[&cells[..], &[""]].concat()),
-                // The emulated driver tells a process its own memory alone.
-                None => suite
-                    .report
-                    .row(&[&cells[..], &["not told here: it never fell"]].concat()),
-            }
-        }
-        suite.report.note("Asked every 20 ms, the context included. What other programs take of the card meanwhile counts too.");
-    }
-}
-
-/// Whether a run kept to its budget; `None` where nothing was seen of it.
-fn within(taken: u64, budget: u64) -> Option<bool> {
-    (taken > 0).then_some(taken <= budget)
 }
 
 fn gpu_budget(smoke: bool) -> u64 {
@@ -154,24 +50,10 @@ fn gpu_budget(smoke: bool) -> u64 {
     }
 }
 
-/// Also by how much the GPU's free memory fell meanwhile.
-fn tensorpager(
-    suite: &Suite,
-    arguments: &[String],
-    packs: &Path,
-    context: &Context,
-) -> Outcome<(Ran, u64)> {
+fn tensorpager(suite: &Suite, arguments: &[String], packs: &Path) -> Outcome<Ran> {
     let mut command = Command::new(suite.binary());
     command.args(arguments).arg("--offload-folder").arg(packs);
-    let (before, _) = context.memory()?;
-    let mut least = before;
-    let limit = suite.left().min(Duration::from_secs(180));
-    let ran = run_watching(&mut command, limit, &mut || {
-        if let Ok((free, _)) = context.memory() {
-            least = least.min(free);
-        }
-    })?;
-    Ok((ran, before - least))
+    run(&mut command, suite.left().min(Duration::from_secs(180)))
 }
 
 /// Asks the kernel to forget a folder's files; then the share of their bytes that it still holds.
@@ -220,16 +102,15 @@ fn walk(folder: &Path) -> Outcome<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// `batch --bench`: its closing object, and what it took of the GPU's memory.
+/// `batch --bench`: its closing object.
 fn bench(
     suite: &Suite,
     made: &Checkpoint,
     sequences: usize,
     memory: u64,
-    context: &Context,
-) -> Outcome<(Value, u64)> {
+    output: usize,
+) -> Outcome<Value> {
     let cpu_memory = &format!("{}MiB", memory >> 20);
-    let output = if suite.smoke { 3 } else { 8 };
     let gpu = &format!("{}MiB", gpu_budget(suite.smoke) >> 20);
     let folder = text(&made.folder);
     let (n, out) = (sequences.to_string(), output.to_string());
@@ -255,9 +136,9 @@ fn bench(
         "--quiet",
     ];
     let arguments: Vec<String> = arguments.iter().map(|a| a.to_string()).collect();
-    let (ran, taken) = tensorpager(suite, &arguments, &made.packs, context)?;
+    let ran = tensorpager(suite, &arguments, &made.packs)?;
     match ran.ok {
-        true => Ok((ran.json()?, taken)),
+        true => ran.json(),
         false => Err(ran.why().into()),
     }
 }
@@ -266,31 +147,77 @@ fn bench(
 fn measure(
     suite: &mut Suite,
     made: &Checkpoint,
-    watch: &mut Watch,
     what: &str,
     sequences: usize,
     memory: Result<u64, String>,
-) -> Outcome<()> {
-    let memory = match memory {
-        Ok(memory) => memory,
-        Err(why) => {
-            suite.report.not_run(what, &why);
-            return Ok(());
-        }
+) {
+    let Some(memory) = can_run(suite, what, memory) else {
+        return;
     };
-    if suite.left() < LEAST_TIME && !suite.smoke {
-        suite.report.not_run(what, TIME_IS_UP);
-        return Ok(());
-    }
-    match bench(suite, made, sequences, memory, &watch.context) {
-        Ok((report, taken)) => {
-            row(suite, what, &report);
-            watch.seen.push((what.to_string(), taken));
-        }
+    let output = if suite.smoke { 3 } else { 8 };
+    match bench(suite, made, sequences, memory, output) {
+        Ok(report) => row(suite, what, &report),
         Err(_) if suite.up() => suite.report.not_run(what, TIME_IS_UP),
-        Err(e) => return Err(e),
+        Err(e) => suite.report.failed(&format!("{what}: {e}")),
     }
-    Ok(())
+}
+
+fn can_run(suite: &mut Suite, what: &str, memory: Result<u64, String>) -> Option<u64> {
+    let late = suite.left() < LEAST_TIME && !suite.smoke;
+    match memory {
+        Ok(_) if late => suite.report.not_run(what, TIME_IS_UP),
+        Ok(memory) => return Some(memory),
+        Err(why) => suite.report.not_run(what, &why),
+    }
+    None
+}
+
+/// One more run, short and not timed, whose GPU memory is watched from outside: whether it keeps to its budget.
+fn watched(suite: &mut Suite, made: &Checkpoint, sequences: usize, memory: Result<u64, String>) {
+    let columns = ["run", "budget GiB", "taken GiB", ""];
+    let name = "GPU memory of a run, by what the driver said was free";
+    suite.report.table(name, &columns);
+    let what = format!("{sequences} sequences, two tokens");
+    let Some(memory) = can_run(suite, &what, memory) else {
+        return;
+    };
+    let watch = Watch::begin();
+    let ran = match watch.is_some() {
+        true => bench(suite, made, sequences, memory, 2),
+        false => Ok(Value::Null),
+    };
+    let taken = watch.and_then(Watch::end);
+    match ran {
+        Ok(_) => {}
+        Err(_) if suite.up() => {
+            suite.report.not_run(&what, TIME_IS_UP);
+            return;
+        }
+        Err(e) => {
+            suite.report.failed(&format!("{what}: {e}"));
+            return;
+        }
+    }
+    let budget = gpu_budget(suite.smoke);
+    let text = |bytes: Option<u64>| bytes.map_or("-".into(), |b| format!("{:.2}", gib(b)));
+    let cells = [what, text(Some(budget)), text(taken)];
+    let [what, wanted, seen] = cells.each_ref().map(String::as_str);
+    match taken.map(|t| within(t, budget)) {
+        Some(Some(holds)) => suite.report.checked(holds, &[what, wanted, seen, ""]),
+        // The emulated driver tells a process its own memory alone.
+        Some(None) => {
+            let said = "not told here: it never fell";
+            suite.report.row(&[what, wanted, seen, said]);
+        }
+        None => {
+            let said = "not told: the driver does not answer this process";
+            suite.report.row(&[what, wanted, seen, said]);
+        }
+    }
+    suite.report.note(
+        "Asked every 20 ms, the run's own context included; what other programs take of the card meanwhile counts too. The watcher's context is \
+         there before: the run counts it as its own and takes so much less. No timed run has a watcher.",
+    );
 }
 
 fn row(suite: &mut Suite, what: &str, report: &Value) {
@@ -320,10 +247,14 @@ fn row(suite: &mut Suite, what: &str, report: &Value) {
         &of_pinned.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s)),
         &format!("{:.3}", n(&p["compute_s"]) / passes),
         &ratio.map_or("-".into(), |r| format!("{r:.2}")),
+        &match p["percent_of_bound"].as_f64() {
+            Some(percent) => format!("{percent:.0} %"),
+            None => "-".into(),
+        },
     ]);
 }
 
-const COLUMNS: [&str; 10] = [
+const COLUMNS: [&str; 11] = [
     "how",
     "tokens/s",
     "s a pass",
@@ -334,6 +265,7 @@ const COLUMNS: [&str; 10] = [
     "of pinned",
     "compute s",
     "to largest",
+    "of bound",
 ];
 
 /// A bound on host memory, for what needs `least` and is given `most`: never more than the machine has to spare; else what is missing.
@@ -369,7 +301,9 @@ fn budgets(suite: &Suite, made: &Checkpoint) -> [Result<u64, String>; 2] {
 }
 
 pub fn section(suite: &mut Suite) -> Outcome<()> {
-    let made = checkpoint(suite)?;
+    let Some(made) = checkpoint_in_time(suite, "Decode, one sequence")? else {
+        return Ok(());
+    };
     let name = format!(
         "Decode, one sequence: {} layers of a 7B model, {:.1} GB, GPU memory {}",
         made.layers,
@@ -378,16 +312,15 @@ pub fn section(suite: &mut Suite) -> Outcome<()> {
     );
     suite.report.table(&name, &COLUMNS);
     let [much, little] = budgets(suite, &made);
-    let mut watch = Watch::new()?;
-    measure(suite, &made, &mut watch, "from RAM", 1, much)?;
+    measure(suite, &made, "from RAM", 1, much);
     let warm = evict(&made.folder)?;
-    measure(suite, &made, &mut watch, "from disk", 1, little)?;
+    measure(suite, &made, "from disk", 1, little.clone());
     suite.report.note(&format!(
         "Before the run from disk the page cache held {:.1} % of the files, after asking the kernel to forget them; after it {:.1} %.",
         100.0 * warm,
         100.0 * in_page_cache(&made.folder)?
     ));
-    watch.table(suite);
+    watched(suite, &made, 1, little);
     accelerate(suite, &made)
 }
 
@@ -424,7 +357,7 @@ fn accelerate(suite: &mut Suite, made: &Checkpoint) -> Outcome<()> {
         }
         let warm = evict(&made.folder)?;
         let ran = run(
-            Command::new(&python)
+            python_command(&python)
                 .arg(suite.home.join("accelerate_decode.py"))
                 .args([
                     &text(&made.folder),
@@ -461,12 +394,12 @@ fn accelerate(suite: &mut Suite, made: &Checkpoint) -> Outcome<()> {
 
 /// The same pass for more and more sequences, from RAM.
 pub fn throughput(suite: &mut Suite) -> Outcome<()> {
-    let made = checkpoint(suite)?;
-    suite
-        .report
-        .table("Throughput, from RAM, by sequences", &COLUMNS);
+    let name = "Throughput, from RAM, by sequences";
+    let Some(made) = checkpoint_in_time(suite, name)? else {
+        return Ok(());
+    };
+    suite.report.table(name, &COLUMNS);
     let [much, _] = budgets(suite, &made);
-    let mut watch = Watch::new()?;
     let counts: &[usize] = if suite.smoke {
         &[1, 4]
     } else {
@@ -474,9 +407,9 @@ pub fn throughput(suite: &mut Suite) -> Outcome<()> {
     };
     for sequences in counts {
         let what = format!("{sequences} sequences");
-        measure(suite, &made, &mut watch, &what, *sequences, much.clone())?;
+        measure(suite, &made, &what, *sequences, much.clone());
     }
-    watch.table(suite);
+    watched(suite, &made, counts[counts.len() - 1], much);
     Ok(())
 }
 
@@ -485,13 +418,6 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-
-    #[test]
-    fn a_run_that_takes_more_than_its_budget_is_told() {
-        assert_eq!(within(8 * GIB, 8 * GIB), Some(true));
-        assert_eq!(within(8 * GIB + 1, 8 * GIB), Some(false));
-        assert_eq!(within(0, 8 * GIB), None);
-    }
 
     #[test]
     fn a_budget_is_never_more_than_the_machine_has_to_spare() {

@@ -37,7 +37,7 @@ fn share(x: f64) -> String {
 const LINES: [Line; 6] = [
     Line {
         goal: Goal::FewRows,
-        what: "products at 1 to 32 rows, of the measured copy rate of device memory",
+        what: "products at 1 to 32 rows whose floor is above a launch, of the measured copy rate of device memory",
         wanted: ">= 80 %",
         holds: |x| x >= 0.8,
         more: true,

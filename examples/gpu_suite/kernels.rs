@@ -10,6 +10,7 @@ use tensorpager::units::Dtype;
 
 use super::attending::{Attention, HEAD};
 use super::bed::{Bed, Random, Weight};
+use super::copies::one_line;
 use super::goals::Goal;
 use super::{Outcome, Suite, TIME_IS_UP, ops, vision};
 
@@ -55,6 +56,8 @@ const SMOKE: Sizes = Sizes {
 };
 /// Rows at which a product is bound by memory.
 const FEW: usize = 32;
+/// A product with a floor below this, µs, is not far from what launching it takes: the goal for few rows does not judge it.
+const LAUNCH_US: f64 = 10.0;
 
 /// The best of three rounds, seconds a call; each round is long enough for the clock.
 pub fn time(bed: &Bed, mut call: impl FnMut(usize) -> Outcome<()>) -> Outcome<f64> {
@@ -189,16 +192,16 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
         ("down", s.hidden, s.mlp),
     ];
     let most = s.few.iter().chain(s.many).copied().max().unwrap_or(1);
-    let theirs = match ops::open_with(Gemm::CublasLt, bed.half, HEAD, None) {
-        Ok(theirs) => Some(theirs),
-        Err(why) => {
-            let why = why.cause();
-            suite
-                .report
-                .note(&format!("cublasLt is not beside the products: {why}"));
-            None
-        }
+    let theirs = match suite.cublaslt {
+        true => ops::open_with(Gemm::CublasLt, bed.half, HEAD, None).map_err(|e| one_line(&e)),
+        false => Err("it was left out".into()),
     };
+    if let Err(why) = &theirs {
+        suite
+            .report
+            .note(&format!("cublasLt is not beside the products: {why}"));
+    }
+    let mut refused = Vec::new();
     suite.report.table(
         "Products, bf16 weights",
         &[
@@ -211,39 +214,64 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
             "of cublasLt",
         ],
     );
-    for (name, n, k) in shapes {
+    let mut launches = Vec::new();
+    'shapes: for (name, n, k) in shapes {
         let copies = match suite.smoke {
             true => 2,
             false => COLD_BYTES.div_ceil(n * k * 2),
         };
         let mut own = Product::new(bed, most, n, k, copies)?;
-        let mut other = match &theirs {
-            Some(theirs) => Some(Product::new(theirs, most, n, k, copies)?),
-            None => None,
-        };
+        // What cublasLt refuses is its own affair: ours are timed without it.
+        let mut other = theirs.as_ref().ok().and_then(|theirs| {
+            let product = Product::new(theirs, most, n, k, copies);
+            product
+                .map_err(|e| refused.push(format!("{name}: {}", one_line(&*e))))
+                .ok()
+        });
         for rows in s.few.iter().chain(s.many).copied() {
             if suite.up() {
                 suite.report.not_run("the products after these", TIME_IS_UP);
-                return Ok(());
+                break 'shapes;
             }
             let seconds = own.seconds(rows)?;
-            let other = other.as_mut().map(|o| o.seconds(rows)).transpose()?;
-            let name = format!("{name} ({n} x {k})");
-            product_row(suite, &name, rows, n, k, seconds, other);
+            let theirs = other.as_mut().and_then(|o| {
+                let why = |e: Box<dyn std::error::Error>| {
+                    refused.push(format!("{name}, {rows} rows: {}", one_line(&*e)))
+                };
+                o.seconds(rows).map_err(why).ok()
+            });
+            let product = Shape { rows, n, k };
+            if let Some(left_out) = product_row(suite, name, &product, seconds, theirs) {
+                launches.push(left_out);
+            }
         }
+    }
+    for why in refused {
+        suite.report.not_run("cublasLt", &why);
+    }
+    if !launches.is_empty() {
+        suite.report.note(&format!(
+            "Not judged by the goal for few rows, whose floor is below {LAUNCH_US} µs and near what a launch costs: {}.",
+            launches.join(", ")
+        ));
     }
     Ok(())
 }
 
-fn product_row(
-    suite: &mut Suite,
-    name: &str,
+struct Shape {
     rows: usize,
     n: usize,
     k: usize,
+}
+
+/// Its name where the goal for few rows does not judge it.
+fn product_row(
+    suite: &mut Suite,
+    name: &str,
+    &Shape { rows, n, k }: &Shape,
     seconds: f64,
     other: Option<f64>,
-) {
+) -> Option<String> {
     let bytes = (n * k * 2 + rows * k * 2 + rows * n * 4) as f64;
     let rate = bytes / seconds / 1e9;
     let share = suite.memory_gb_per_s.map(|m| 100.0 * rate / m);
@@ -251,7 +279,9 @@ fn product_row(
     let of_other = other.map(|o| o / seconds);
     let best = tflops * of_other.map_or(1.0, |o| 1.0f64.max(1.0 / o));
     suite.tflops = Some(suite.tflops.map_or(best, |t| t.max(best)));
-    if let Some(share) = share.filter(|_| rows <= FEW) {
+    let floor_us = suite.memory_gb_per_s.map(|m| bytes / m / 1e3);
+    let judged = floor_us.is_some_and(|f| f >= LAUNCH_US);
+    if let Some(share) = share.filter(|_| rows <= FEW && judged) {
         suite.goals.seen(Goal::FewRows, share / 100.0);
     }
     if let Some(share) = of_other.filter(|_| (512..=4096).contains(&rows)) {
@@ -259,7 +289,7 @@ fn product_row(
     }
     let text = |x: Option<f64>| x.map_or("-".to_string(), |x| format!("{x:.0} %"));
     suite.report.row(&[
-        name,
+        &format!("{name} ({n} x {k})"),
         &rows.to_string(),
         &format!("{:.1}", seconds * 1e6),
         &format!("{rate:.0}"),
@@ -267,6 +297,8 @@ fn product_row(
         &format!("{tflops:.1}"),
         &text(of_other.map(|o| 100.0 * o)),
     ]);
+    let left_out = rows <= FEW && floor_us.is_some() && !judged;
+    left_out.then(|| format!("{name} at {rows} rows ({:.1} µs)", floor_us.unwrap_or(0.0)))
 }
 
 fn rowwise(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {

@@ -66,13 +66,8 @@ fn opened() -> Outcome<[(&'static str, String); 3]> {
     let (bed, first) = open()?;
     drop(bed);
     let (bed, again) = open()?;
-    let described = bed.device.describe();
-    let image = match described.contains("compiled by the driver") {
-        true => "compiled by the driver from PTX",
-        false => "machine code of the bundle",
-    };
     Ok([
-        ("kernels", image.into()),
+        ("kernels", ops::image(&bed.device).into()),
         (
             "opened in",
             format!("{first:.2} s at first, {again:.2} s again"),

@@ -1,6 +1,6 @@
 //! The GPU suite: what is true and how fast on this machine's GPU, as a short table and a dated record for `benches/results/`.
 //!
-//!     gpu_suite [--smoke] [--out RECORD.md] [--scratch DIR] [--only SECTION,…] [--minutes N]
+//!     gpu_suite [--smoke] [--no-cublaslt] [--out RECORD.md] [--scratch DIR] [--only SECTION,…] [--minutes N]
 //!
 //! It wants the driver alone; `gpu/README.md` says how the folder it runs in is made. Exit code 1: something is wrong.
 //! `--smoke` runs every section at small shapes, on an emulated GPU too; its timings mean nothing and are not to be recorded.
@@ -19,7 +19,10 @@ mod ops;
 mod report;
 mod tools;
 mod vision;
+mod watch;
+mod weights;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -31,6 +34,8 @@ pub type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 /// What all sections know.
 pub struct Suite {
     pub smoke: bool,
+    /// Whether cublasLt's products are run beside ours.
+    pub cublaslt: bool,
     pub started: Instant,
     pub limit: Duration,
     /// The folder of this program: the binary, fixtures and scripts lie in it.
@@ -49,6 +54,22 @@ pub struct Suite {
 pub const TIME_IS_UP: &str = "the time was up";
 
 impl Suite {
+    fn new(smoke: bool, limit: Duration, home: PathBuf, scratch: PathBuf) -> Suite {
+        Suite {
+            smoke,
+            cublaslt: true,
+            started: Instant::now(),
+            limit,
+            home,
+            scratch,
+            report: Report::new(smoke),
+            memory_gb_per_s: None,
+            pinned_gb_per_s: None,
+            tflops: None,
+            goals: Goals::default(),
+        }
+    }
+
     pub fn left(&self) -> Duration {
         self.limit.saturating_sub(self.started.elapsed())
     }
@@ -65,7 +86,7 @@ impl Suite {
 
 type Section = (&'static str, fn(&mut Suite) -> Outcome<()>);
 
-const SECTIONS: [Section; 8] = [
+const SECTIONS: [Section; 9] = [
     ("machine", machine::section),
     ("ops", ops_section),
     ("fixtures", fixtures::section),
@@ -73,6 +94,7 @@ const SECTIONS: [Section; 8] = [
     ("kernels", kernels::section),
     ("decode", decode::section),
     ("throughput", decode::throughput),
+    ("ptx", tools::ptx),
     // Last: slow, and nothing waits for it.
     ("sanitizer", tools::sanitizer),
 ];
@@ -82,6 +104,9 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
         true => ops::Shapes::Small,
         false => ops::Shapes::All,
     };
+    // The first that is opened has the driver compile, where it must.
+    let image = ops::image(&ops::open(ops::HALVES[0], ops::HEAD_SIZES[0], None)?.device);
+    let peers = suite.cublaslt;
     let report = &mut suite.report;
     report.table(
         "Ops against the CPU device",
@@ -90,7 +115,11 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
     let (started, limit) = (suite.started, suite.limit);
     let go_on = || started.elapsed() < limit;
     for half in ops::HALVES {
-        let all = ops::compare(half, shapes, &go_on, &mut |row| {
+        let all = ops::compare(half, shapes, peers, &go_on, &mut |row| {
+            if let Some(why) = &row.not_run {
+                report.not_run(&format!("{}, {}", row.op, row.half.short()), why);
+                return;
+            }
             let said = row.differs.as_deref().unwrap_or("");
             report.checked(
                 row.ok(),
@@ -109,11 +138,13 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
             break;
         }
     }
+    report.note(&format!("Kernels: {image}."));
     Ok(())
 }
 
 struct Arguments {
     smoke: bool,
+    cublaslt: bool,
     out: Option<PathBuf>,
     scratch: PathBuf,
     only: Vec<String>,
@@ -123,6 +154,7 @@ struct Arguments {
 fn arguments() -> Outcome<Arguments> {
     let mut found = Arguments {
         smoke: false,
+        cublaslt: true,
         out: None,
         scratch: std::env::temp_dir().join("tensorpager-gpu-suite"),
         only: Vec::new(),
@@ -133,6 +165,7 @@ fn arguments() -> Outcome<Arguments> {
         let mut value = || list.next().ok_or(format!("{name} wants a value"));
         match name.as_str() {
             "--smoke" => found.smoke = true,
+            "--no-cublaslt" => found.cublaslt = false,
             "--out" => found.out = Some(value()?.into()),
             "--scratch" => found.scratch = value()?.into(),
             "--only" => found.only = value()?.split(',').map(str::to_string).collect(),
@@ -167,6 +200,21 @@ fn keep_compiled(scratch: &std::path::Path) {
     }
 }
 
+/// Runs a section; what went wrong, in one line. One that panics is lost, the others are not.
+fn caught(suite: &mut Suite, section: fn(&mut Suite) -> Outcome<()>) -> Result<(), String> {
+    let ran = catch_unwind(AssertUnwindSafe(|| section(suite)));
+    let why = match ran {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(e)) => e.to_string(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied());
+            format!("panicked: {}", text.unwrap_or("it said nothing"))
+        }
+    };
+    Err(why.trim().replace('\n', "; "))
+}
+
 fn run() -> Outcome<bool> {
     let arguments = arguments()?;
     let exe = std::env::current_exe()?;
@@ -177,18 +225,12 @@ fn run() -> Outcome<bool> {
     std::fs::create_dir_all(&arguments.scratch)?;
     keep_compiled(&arguments.scratch);
     tools::end_together()?;
-    let mut suite = Suite {
-        smoke: arguments.smoke,
-        started: Instant::now(),
-        limit: Duration::from_secs_f64(arguments.minutes * 60.0),
-        home,
-        scratch: arguments.scratch.clone(),
-        report: Report::new(arguments.smoke),
-        memory_gb_per_s: None,
-        pinned_gb_per_s: None,
-        tflops: None,
-        goals: Goals::default(),
-    };
+    let limit = Duration::from_secs_f64(arguments.minutes * 60.0);
+    let mut suite = Suite::new(arguments.smoke, limit, home, arguments.scratch.clone());
+    suite.cublaslt = arguments.cublaslt;
+    if let Some(out) = &arguments.out {
+        suite.report.keep(out, &suite.home);
+    }
     for (name, section) in SECTIONS {
         if !arguments.only.is_empty() && !arguments.only.iter().any(|o| o == name) {
             continue;
@@ -197,11 +239,10 @@ fn run() -> Outcome<bool> {
             suite.report.note(&format!("{name}: not run, {TIME_IS_UP}"));
             continue;
         }
+        suite.report.running(Some(name));
         let started = Instant::now();
-        if let Err(e) = section(&mut suite) {
-            suite
-                .report
-                .failed(&format!("{name}: {}", e.to_string().replace('\n', "; ")));
+        if let Err(why) = caught(&mut suite, section) {
+            suite.report.failed(&format!("{name}: {why}"));
             // Without a GPU everything else would say the same.
             if name == "machine" {
                 break;
@@ -209,12 +250,43 @@ fn run() -> Outcome<bool> {
         }
         suite.report.took(name, started.elapsed());
     }
+    suite.report.running(Some("the end"));
     let _ = std::fs::remove_dir_all(&arguments.scratch);
     suite.goals.table(&mut suite.report, suite.smoke);
+    suite.report.running(None);
     if let Some(out) = &arguments.out {
-        std::fs::write(out, suite.report.markdown(&suite.home))?;
+        suite.report.save()?;
         println!("\nrecord: {}", out.display());
     }
     println!("\n{}", suite.report.verdict());
     Ok(suite.report.good())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_that_panics_says_its_words_and_what_it_told_before_is_kept() {
+        let mut suite = Suite::new(
+            true,
+            Duration::from_secs(60),
+            "home".into(),
+            "scratch".into(),
+        );
+        let panics = |suite: &mut Suite| -> Outcome<()> {
+            suite.report.table("Ops", &["op", ""]);
+            suite.report.checked(true, &["softmax", ""]);
+            let none: Option<u8> = None;
+            none.expect("two\nlines");
+            Ok(())
+        };
+        assert_eq!(
+            caught(&mut suite, panics),
+            Err("panicked: two; lines".into())
+        );
+        assert!(suite.report.verdict().contains("all 1 checks"));
+        assert_eq!(caught(&mut suite, |_| Err("no".into())), Err("no".into()));
+        assert_eq!(caught(&mut suite, |_| Ok(())), Ok(()));
+    }
 }

@@ -19,6 +19,8 @@ pub struct Row {
     pub shapes: usize,
     /// Where a row's bits depended on what else was there.
     pub differs: Option<String>,
+    /// Why there is nothing to compare: no error of ours.
+    pub not_run: Option<String>,
 }
 
 impl Row {
@@ -93,10 +95,22 @@ pub fn open_with(
     })
 }
 
+pub const FROM_PTX: &str = "compiled by the driver from PTX";
+
+/// Which image of the kernels the driver took.
+pub fn image(device: &Device) -> &'static str {
+    match device.describe().contains("compiled by the driver") {
+        true => FROM_PTX,
+        false => "machine code of the bundle",
+    }
+}
+
 /// All ops in one type; `said` hears of each as it is done. `go_on` is asked before every few; false once it said no.
+/// `theirs`: cublasLt's products too, where the library is.
 pub fn compare(
     half: Dtype,
     shapes: Shapes,
+    theirs: bool,
     go_on: &dyn Fn() -> bool,
     said: &mut dyn FnMut(&Row),
 ) -> Result<bool> {
@@ -125,6 +139,13 @@ pub fn compare(
         if vision.is_some() {
             steps.push(Pair::vision);
         }
+        // Last: what goes wrong in a library of others spoils no op of ours.
+        if theirs && i + 1 == HEAD_SIZES.len() {
+            steps.push(|p, _| {
+                p.products_of_cublaslt();
+                Ok(())
+            });
+        }
         for step in steps {
             if !go_on() {
                 return Ok(false);
@@ -134,6 +155,47 @@ pub fn compare(
         }
     }
     Ok(true)
+}
+
+/// Rows, n and k.
+type ProductShape = (usize, usize, usize);
+
+/// Every tile, ragged in each direction, and k that no tile of 16-byte loads takes.
+fn product_shapes(which: Shapes) -> Vec<ProductShape> {
+    let mut shapes = vec![
+        (1, 33, 72),
+        (3, 32, 64),
+        (9, 100, 200),
+        (17, 65, 136),
+        (40, 130, 88),
+        (5, 37, 51),
+        // A 7B model's longest sums: what is lost in each step of a chain adds up.
+        (3, 24, 3584),
+        (2, 16, 18944),
+    ];
+    if which == Shapes::All {
+        let large = [1, 8, 16, 32, 64, 256, 1024].map(|r| (r, 3584, 3584));
+        shapes.extend(large);
+        shapes.extend([
+            (1, 18944, 3584),
+            (7, 3584, 18944),
+            (64, 4608, 3584),
+            (130, 512, 3584),
+            (65, 1000, 4095),
+        ]);
+    }
+    shapes
+}
+
+fn product(bed: &Bed, &(rows, n, k): &ProductShape, into: Into) -> Result<Vec<f32>> {
+    let mut random = Random::new((rows * n + k) as u64);
+    let a = bed.acts(&random.values(rows * k, 1.0), k)?;
+    let w = bed.weight(&random.values(n * k, 0.5), n, k)?;
+    let bias = bed.weight(&random.values(n, 1.0), 1, n)?;
+    let mut out = bed.rows(&random.values(rows * n, 1.0), n)?;
+    bed.device
+        .linear(&a, rows, &w.view(), Some(&bias.view()), &mut out, 0, into)?;
+    bed.read(&out, rows * n)
 }
 
 impl Pair {
@@ -163,6 +225,7 @@ impl Pair {
             limit: shapes.first().map_or(0.0, &limit),
             shapes: shapes.len(),
             differs: None,
+            not_run: None,
         };
         // What is allowed may be nothing.
         let share = |nmse: f64, limit: f64| nmse / limit.max(f64::MIN_POSITIVE);
@@ -188,57 +251,43 @@ impl Pair {
     }
 
     fn products(&mut self) -> Result<()> {
-        // rows, n, k: every tile, ragged in each direction, and k that no tile of 16-byte loads takes.
-        let mut shapes = vec![
-            (1, 33, 72),
-            (3, 32, 64),
-            (9, 100, 200),
-            (17, 65, 136),
-            (40, 130, 88),
-            (5, 37, 51),
-            // A 7B model's longest sums: what is lost in each step of a chain adds up.
-            (3, 24, 3584),
-            (2, 16, 18944),
-        ];
-        if self.shapes == Shapes::All {
-            let large = [1, 8, 16, 32, 64, 256, 1024].map(|r| (r, 3584, 3584));
-            shapes.extend(large);
-            shapes.extend([
-                (1, 18944, 3584),
-                (7, 3584, 18944),
-                (64, 4608, 3584),
-                (130, 512, 3584),
-                (65, 1000, 4095),
-            ]);
-        }
-        let run = |bed: &Bed, &(rows, n, k): &(usize, usize, usize), into: Into| {
-            let mut random = Random::new((rows * n + k) as u64);
-            let a = bed.acts(&random.values(rows * k, 1.0), k)?;
-            let w = bed.weight(&random.values(n * k, 0.5), n, k)?;
-            let bias = bed.weight(&random.values(n, 1.0), 1, n)?;
-            let mut out = bed.rows(&random.values(rows * n, 1.0), n)?;
-            bed.device
-                .linear(&a, rows, &w.view(), Some(&bias.view()), &mut out, 0, into)?;
-            bed.read(&out, rows * n)
-        };
-        let limit = |&(_, _, k): &(usize, usize, usize)| order(k);
+        let shapes = product_shapes(self.shapes);
+        let limit = |&(_, _, k): &ProductShape| order(k);
         self.each_within("linear + bias", limit, &shapes, |b, s| {
-            run(b, s, Into::Store)
+            product(b, s, Into::Store)
         })?;
-        self.each_within("linear, added", limit, &shapes, |b, s| run(b, s, Into::Add))?;
-        self.one_definition()?;
-        // Its products have their biases added by a kernel of ours. Where the library is not, kernels.rs says so.
-        let Ok(theirs) = open_with(Gemm::CublasLt, self.gpu.half, HEAD_SIZES[0], None) else {
-            return Ok(());
-        };
-        let own = std::mem::replace(&mut self.gpu, theirs);
-        // It need not take rows of k that are not aligned.
-        shapes.retain(|(_, _, k)| k.is_multiple_of(8));
+        self.each_within("linear, added", limit, &shapes, |b, s| {
+            product(b, s, Into::Add)
+        })?;
+        self.one_definition()
+    }
+
+    /// Its products have their biases added by a kernel of ours. The library may be missing, of another version, or refuse a shape.
+    fn products_of_cublaslt(&mut self) {
         let name = "cublasLt + bias_add";
-        let limit = |s: &(usize, usize, usize)| limit(s).max(THEIR_ORDER);
-        let done = self.each_within(name, limit, &shapes, |b, s| run(b, s, Into::Store));
-        self.gpu = own;
-        done
+        let half = self.gpu.half;
+        // It need not take rows of k that are not aligned.
+        let mut shapes = product_shapes(self.shapes);
+        shapes.retain(|(_, _, k)| k.is_multiple_of(8));
+        let limit = |&(_, _, k): &ProductShape| order(k).max(THEIR_ORDER);
+        let done = open_with(Gemm::CublasLt, half, HEAD_SIZES[0], None).and_then(|theirs| {
+            let own = std::mem::replace(&mut self.gpu, theirs);
+            let run = |b: &Bed, s: &ProductShape| product(b, s, Into::Store);
+            let done = self.each_within(name, limit, &shapes, run);
+            self.gpu = own;
+            done
+        });
+        if let Err(why) = done {
+            self.rows.push(Row {
+                op: name.into(),
+                half,
+                nmse: 0.0,
+                limit: THEIR_ORDER,
+                shapes: 0,
+                differs: None,
+                not_run: Some(why.to_string().trim().replace('\n', "; ")),
+            });
+        }
     }
 
     /// The first row of a product, alone and with others: every tile gives the same bits.
@@ -366,6 +415,7 @@ impl Pair {
             limit: 0.0,
             shapes: 3 * cols_of.len(),
             differs: None,
+            not_run: None,
         };
         for &cols in cols_of {
             for k in [1, 5, 64] {

@@ -1,8 +1,9 @@
 //! Running other programs: with a time limit, and their last JSON line read.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
+use tensorpager::units::Dtype;
 
-use super::{Outcome, Suite, TIME_IS_UP};
+use super::{Outcome, Suite, TIME_IS_UP, ops};
 
 pub struct Ran {
     pub ok: bool,
@@ -37,22 +39,13 @@ impl Ran {
     }
 }
 
-/// How often the one that waits is asked to look at something.
-const LOOKS: Duration = Duration::from_millis(20);
 /// For what a program said to arrive when it has ended, though somebody it started may still hold its pipes.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// For a program to end when it is killed: one inside a driver call that never returns does not.
+const DYING: Duration = Duration::from_secs(10);
 
-/// Runs to the end, or kills it after `limit`, with all that it started.
+/// Runs to the end, or kills it after `limit`, with all that it started; one that does not end even then is left behind.
 pub fn run(command: &mut Command, limit: Duration) -> Outcome<Ran> {
-    run_watching(command, limit, &mut || ())
-}
-
-/// The same, and calls `look` again and again meanwhile.
-pub fn run_watching(
-    command: &mut Command,
-    limit: Duration,
-    look: &mut dyn FnMut(),
-) -> Outcome<Ran> {
     let started = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
@@ -66,30 +59,35 @@ pub fn run_watching(
     RUNNING.store(number, Relaxed);
     let stdout = all_of(child.stdout.take());
     let stderr = all_of(child.stderr.take());
-    let mut looked = started;
-    let mut late = false;
+    let mut killed: Option<Instant> = None;
     let status = loop {
         if let Some(status) = child.try_wait()? {
-            break status;
+            break Some(status);
         }
-        if started.elapsed() > limit && !late {
-            late = true;
-            kill_group(number);
-        }
-        if looked.elapsed() >= LOOKS {
-            looked = Instant::now();
-            look();
+        match killed {
+            None if started.elapsed() > limit => {
+                killed = Some(Instant::now());
+                kill_group(number);
+            }
+            Some(at) if at.elapsed() > DYING => break None,
+            _ => {}
         }
         std::thread::sleep(Duration::from_millis(5));
     };
     RUNNING.store(0, Relaxed);
     let said = |pipe: Receiver<String>| pipe.recv_timeout(LAST_WORDS).unwrap_or_default();
     let (stdout, mut stderr) = (said(stdout), said(stderr));
-    if late {
+    if killed.is_some() {
         stderr += &format!("\nstopped after {:.0} s", limit.as_secs_f64());
     }
+    if status.is_none() {
+        let waited = DYING.as_secs();
+        stderr += &format!(
+            "; killed, and it did not end within {waited} s: process {number} is left behind"
+        );
+    }
     Ok(Ran {
-        ok: status.success() && !late,
+        ok: status.is_some_and(|s| s.success()) && killed.is_none(),
         stdout,
         stderr,
         seconds: started.elapsed().as_secs_f64(),
@@ -119,9 +117,9 @@ fn kill_group(number: i32) {
     }
 }
 
-/// Ctrl-C reaches only the terminal's own group: what runs then is ended too.
+/// Ctrl-C, and a terminal that goes away, reach only the terminal's own group: what runs then is ended too.
 pub fn end_together() -> Outcome<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
             kill_group(RUNNING.load(Relaxed));
@@ -165,7 +163,8 @@ pub fn sanitizer(suite: &mut Suite) -> Outcome<()> {
             Command::new(&sanitizer)
                 .args(["--tool", tool, "--error-exitcode", "9"])
                 .arg(std::env::current_exe()?)
-                .args(["--smoke", "--only", "ops", "--scratch"])
+                // NVIDIA's own products are not what is checked.
+                .args(["--smoke", "--no-cublaslt", "--only", "ops", "--scratch"])
                 .arg(suite.scratch.join("sanitizer")),
             limit,
         )?;
@@ -180,6 +179,74 @@ pub fn sanitizer(suite: &mut Suite) -> Outcome<()> {
     Ok(())
 }
 
+/// The committed PTX, which the bundle's machine code hides from every other section: all ops again, compiled by the driver.
+pub fn ptx(suite: &mut Suite) -> Outcome<()> {
+    let columns = ["what", "image", "seconds", ""];
+    suite
+        .report
+        .table("The committed PTX, compiled by the driver", &columns);
+    if suite.smoke {
+        suite.report.not_run("all ops", "a smoke run");
+        return Ok(());
+    }
+    let image = ops::image(&ops::open(Dtype::BF16, 64, None)?.device);
+    if image == ops::FROM_PTX {
+        suite.report.not_run(
+            "all ops",
+            "every section ran what the driver compiled from PTX",
+        );
+        return Ok(());
+    }
+    let ran = run(
+        Command::new(std::env::current_exe()?)
+            .env("CUDA_FORCE_PTX_JIT", "1")
+            .args(["--smoke", "--no-cublaslt", "--only", "ops", "--scratch"])
+            .arg(suite.scratch.join("ptx")),
+        Duration::from_secs(120).min(suite.left()),
+    )?;
+    let took = format!("{:.1}", ran.seconds);
+    if ran.stderr.contains("stopped after") {
+        let row = [
+            "all ops, small shapes",
+            "-",
+            &took,
+            "no result: too slow here",
+        ];
+        suite.report.row(&row);
+        return Ok(());
+    }
+    let loaded = ran.stdout.contains(ops::FROM_PTX);
+    let image = if loaded { ops::FROM_PTX } else { "not PTX" };
+    suite.report.checked(
+        ran.ok && loaded,
+        &["all ops, small shapes", image, &took, ""],
+    );
+    if !ran.ok {
+        suite.report.note(&format!("It said: {}", ran.why()));
+    }
+    Ok(())
+}
+
+/// What run.sh was given as `LD_LIBRARY_PATH`, before it put the toolkit's folder behind it.
+const CALLERS_PATH: &str = "TENSORPAGER_CALLERS_LIBRARY_PATH";
+
+/// A Python, with the caller's libraries: the toolkit's would take the place of those that torch brings.
+pub fn python_command(python: &Path) -> Command {
+    let mut command = Command::new(python);
+    restore(&mut command, std::env::var_os(CALLERS_PATH));
+    command
+}
+
+/// Nothing is changed where run.sh did not.
+fn restore(command: &mut Command, callers: Option<OsString>) {
+    const PATH: &str = "LD_LIBRARY_PATH";
+    match callers {
+        None => {}
+        Some(path) if path.is_empty() => drop(command.env_remove(PATH)),
+        Some(path) => drop(command.env(PATH, path)),
+    }
+}
+
 /// A Python that has the packages accelerate's offload needs, found in the time left; `TENSORPAGER_PYTHON` names one.
 pub fn python(left: Duration) -> Option<PathBuf> {
     let named = std::env::var_os("TENSORPAGER_PYTHON").map(PathBuf::from);
@@ -187,7 +254,7 @@ pub fn python(left: Duration) -> Option<PathBuf> {
     candidates.into_iter().flatten().find(|python| {
         let check = "import torch, transformers, accelerate; assert torch.cuda.is_available()";
         run(
-            Command::new(python).args(["-c", check]),
+            python_command(python).args(["-c", check]),
             Duration::from_secs(60).min(left / 3),
         )
         .is_ok_and(|ran| ran.ok)
@@ -215,12 +282,25 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_looked_at_and_its_words_are_kept() {
-        let mut looks = 0;
+    fn a_programs_words_are_kept() {
         let mut shell = Command::new("sh");
-        shell.args(["-c", "echo out; echo err >&2; sleep 0.2"]);
-        let ran = run_watching(&mut shell, Duration::from_secs(20), &mut || looks += 1).unwrap();
-        assert!(ran.ok && looks > 2, "{looks}");
+        shell.args(["-c", "echo out; echo err >&2"]);
+        let ran = run(&mut shell, Duration::from_secs(20)).unwrap();
+        assert!(ran.ok);
         assert_eq!((ran.stdout.trim(), ran.stderr.trim()), ("out", "err"));
+    }
+
+    #[test]
+    fn a_python_has_the_callers_libraries() {
+        let path = |callers: Option<&str>| {
+            let mut shell = Command::new("sh");
+            shell.env("LD_LIBRARY_PATH", "/toolkit");
+            shell.args(["-c", "echo ${LD_LIBRARY_PATH-none}"]);
+            restore(&mut shell, callers.map(OsString::from));
+            run(&mut shell, Duration::from_secs(20)).unwrap().stdout
+        };
+        assert_eq!(path(None).trim(), "/toolkit");
+        assert_eq!(path(Some("")).trim(), "none");
+        assert_eq!(path(Some("/wheels")).trim(), "/wheels");
     }
 }

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Gathers the GPU suite into a folder that runs on a Linux machine with an NVIDIA driver and nothing else:
-#     gpu/bundle.sh [FOLDER]        (default target/gpu-suite)
+#     gpu/bundle.sh [--nvcc] [FOLDER]        (default target/gpu-suite)
+# With --nvcc the kernels are there as machine code too, not only as PTX that the driver compiles: of the nvcc at hand, or of that in
+# kernels/check.py's virtual environment. That takes minutes more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+nvcc=
+[ "${1:-}" != --nvcc ] || { nvcc=1; shift; }
 out=${1:-target/gpu-suite}
-# With nvcc at hand, or in kernels/check.py's virtual environment, the kernels are there as machine code too.
-venv=${TENSORPAGER_NVCC_VENV:-target/nvcc-venv}
-if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null; then
-  found=$(compgen -G "$venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc" | head -1 || true)
-  [ -z "$found" ] || export NVCC=$(realpath "$found") TENSORPAGER_REQUIRE_NVCC=1
+if [ -n "$nvcc" ]; then
+  venv=${TENSORPAGER_NVCC_VENV:-target/nvcc-venv}
+  if [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null; then
+    found=$(compgen -G "$venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc" | head -1 || true)
+    [ -z "$found" ] || export NVCC=$(realpath "$found")
+  fi
+  # Without one the build says where it looked.
+  export TENSORPAGER_REQUIRE_NVCC=1
 fi
 cargo build --release --bin tensorpager --example gpu_suite
 built=${CARGO_TARGET_DIR:-target}/release

@@ -463,6 +463,12 @@ fn what_is_missing_is_said_in_plain_words() {
             name,
         );
     }
+    for words in [
+        "CUDA_ERROR_SYSTEM_NOT_READY (802)",
+        "systemctl start nvidia-fabricmanager",
+    ] {
+        said(run().env("EMUCUDA_FAIL", "cuInit:*:802"), words);
+    }
     said(
         run().env("EMUCUDA_FAIL", "cuMemAlloc:2:2"),
         "CUDA_ERROR_OUT_OF_MEMORY (2)",

@@ -463,6 +463,12 @@ fn what_is_missing_is_said_in_plain_words() {
             name,
         );
     }
+    for words in [
+        "CUDA_ERROR_SYSTEM_NOT_READY (802)",
+        "systemctl start nvidia-fabricmanager",
+    ] {
+        said(run().env("EMUCUDA_FAIL", "cuInit:*:802"), words);
+    }
     said(
         run().env("EMUCUDA_FAIL", "cuMemAlloc:2:2"),
         "CUDA_ERROR_OUT_OF_MEMORY (2)",
@@ -491,14 +497,32 @@ fn what_is_missing_is_said_in_plain_words() {
     assert_eq!((auto("1"), auto("0")), ("cuda:0".into(), "cpu".into()));
 }
 
+/// A GPU that is there and cannot be used: how, and the words that say so.
+const UNUSABLE: [(&str, &str, &str); 3] = [
+    ("EMUCUDA_CAPABILITY", "75", "compute capability 7.5"),
+    ("EMUCUDA_VERSION", "12010", "the driver knows CUDA 12.1"),
+    (
+        "EMUCUDA_FAIL",
+        "cuInit:*:803",
+        "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)",
+    ),
+];
+
+/// `--device auto` on a driver that is told `name=value`.
+fn auto(driver: &Path, args: &[&str], (name, value): (&str, &str)) -> Run {
+    let mut run = Run::on("auto", driver, "run", "gpu-mistral-bf16");
+    run.command
+        .args(["--raw", "--prompt", "T", "--max-tokens", "1", "--json"])
+        .args(args);
+    run.env(name, value)
+}
+
 /// A GPU that is there and cannot be used is no reason to fail where nobody asked for it: the CPU computes, and one line says why.
 #[test]
 fn auto_runs_on_the_cpu_where_the_gpu_is_too_old() {
     let Some(driver) = driver() else { return };
-    let auto = |name: &str, value: &str| {
-        let run = Run::on("auto", driver, "run", "gpu-mistral-bf16");
-        let run = run.args(["--raw", "--prompt", "T", "--max-tokens", "1", "--json"]);
-        let done = run.env(name, value).output();
+    let lines = |args: &[&str], told: (&str, &str)| {
+        let done = auto(driver, args, told).output();
         let said = String::from_utf8_lossy(&done.stderr).into_owned();
         assert!(done.status.success(), "{said}");
         let out = String::from_utf8_lossy(&done.stdout).into_owned();
@@ -511,19 +535,40 @@ fn auto_runs_on_the_cpu_where_the_gpu_is_too_old() {
             .map(String::from)
             .collect::<Vec<_>>()
     };
-    for (name, value, why) in [
-        ("EMUCUDA_CAPABILITY", "75", "compute capability 7.5"),
-        ("EMUCUDA_VERSION", "12010", "the driver knows CUDA 12.1"),
-        (
-            "EMUCUDA_FAIL",
-            "cuInit:*:803",
-            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)",
-        ),
-    ] {
-        let said = auto(name, value);
+    for (name, value, why) in UNUSABLE {
+        let said = lines(&[], (name, value));
         assert!(said.len() == 1 && said[0].contains(why), "{name}: {said:?}");
     }
-    assert!(auto("EMUCUDA_DEVICES", "0").is_empty());
+    // Nothing is there: said to those who spoke of a GPU.
+    let none = ("EMUCUDA_DEVICES", "0");
+    assert!(lines(&[], none).is_empty());
+    for flag in [
+        ["--gpu-memory", "512MiB"],
+        ["--max-memory", "0=512MiB"],
+        ["--pinned-memory", "1MiB"],
+        ["--ring-size", "4"],
+    ] {
+        let said = lines(&flag, none);
+        assert!(said.len() == 1, "{flag:?}: {said:?}");
+    }
+}
+
+/// Whoever gives a budget for its memory means the GPU: told or not, hours on the CPU are not the answer, nor is packing first.
+#[test]
+fn auto_with_a_budget_for_the_gpu_is_an_error_where_it_cannot_be_used() {
+    let Some(driver) = driver() else { return };
+    for (name, value, why) in UNUSABLE {
+        for budget in [["--gpu-memory", "512MiB"], ["--max-memory", "0=512MiB"]] {
+            let run = auto(driver, &budget, (name, value)).args(["--quiet"]);
+            let (folder, done) = run.output_and_folder();
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert_eq!(done.status.code(), Some(1), "{budget:?}: {said}");
+            for words in ["error:", "cause:", "fix:", "--device cpu", why] {
+                assert!(said.contains(words), "{budget:?}, {words}: {said}");
+            }
+            assert!(!folder.path().join("offload").exists(), "packed: {said}");
+        }
+    }
 }
 
 /// What makes the tests above able to fail: without the waits between the streams the driver notices.

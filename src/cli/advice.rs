@@ -315,14 +315,10 @@ impl Advisor {
             options.context = o.context.saturating_sub(fewer).max(2);
             options.pass_tokens = o.pass_tokens.min(options.context);
         }
-        let held = match looked.held {
-            true => now.pixel_bytes,
-            false => 0,
-        };
         Asked {
             weights: &self.weights,
             options,
-            resident: self.host.resident.saturating_sub(held) + need.pixel_bytes,
+            resident: self.host.resident.saturating_sub(looked.held_bytes) + need.pixel_bytes,
         }
     }
 
@@ -367,13 +363,19 @@ fn named(bytes: u64) -> String {
 }
 
 /// A prompt that pictures make longer than the context: the limits under which it would not be. `text`: its other tokens; `answer`: those that
-/// are to follow.
-pub(super) fn too_long(looked: &Looked, text: usize, answer: usize, context: usize) -> Error {
+/// are to follow, where any are.
+pub(super) fn too_long(
+    looked: &Looked,
+    text: usize,
+    answer: Option<usize>,
+    context: usize,
+) -> Error {
     let now = looked.need().tokens;
     let leaving = |room: usize| looked.loosest(&|need| text + need.tokens + room <= context);
     // The whole answer is worth some pixels; half the context is not.
-    let found = match leaving(answer.min(context / 2).max(1)) {
-        none if none.is_empty() => leaving(1),
+    let least = usize::from(answer.is_some());
+    let found = match leaving(answer.unwrap_or(0).min(context / 2).max(least)) {
+        none if none.is_empty() => leaving(least),
         found => found,
     };
     let told = found
@@ -387,10 +389,20 @@ pub(super) fn too_long(looked: &Looked, text: usize, answer: usize, context: usi
     Error::new(
         Code::Usage,
         format!("the prompt of {} tokens is too long", text + now),
-        format!(
-            "its pictures take {now} tokens, the context holds {context}, and one must be left for the answer"
-        ),
-        format!("{fewer}; or raise --context where the model goes further (it takes KV memory)"),
+        match answer {
+            Some(_) => format!(
+                "its pictures take {now} tokens, the context holds {context}, and one must be left for the answer"
+            ),
+            None => format!("its pictures take {now} tokens, the model takes {context} in all"),
+        },
+        match answer {
+            Some(_) => {
+                format!(
+                    "{fewer}; or raise --context where the model goes further (it takes KV memory)"
+                )
+            }
+            None => fewer,
+        },
     )
 }
 

@@ -483,17 +483,24 @@ pub(super) fn open_sized(
 ) -> Result<Opened> {
     let sequences = (input.rows as f64 * sample.choices) as u64;
     let weights = Weights::from(&model.store);
-    let known = KnownMachine::on_record(&weights, machine)?;
+    let known = match (input.sequences, input.kv_bytes) {
+        (None, None) => KnownMachine::on_record(&weights, machine)?,
+        // As the user says.
+        _ => None,
+    };
+    let mut tried = OpenFor::default();
     let open = &mut |_: &Sizing, want: &OpenFor| {
-        let want = OpenFor {
+        tried = OpenFor {
             sample_limit: Some(texts.tokenizer.id_limit()),
             ..want.clone()
         };
-        let advisor = model.advisor(machine, &want)?;
-        let engine = model.engine(machine, &want, &signals.cancel, quiet)?;
+        let advisor = model.advisor(machine, &tried)?;
+        let engine = model.plain_engine(machine, &tried, &signals.cancel, quiet)?;
         Ok((engine, advisor))
     };
-    let ((engine, advisor), sizing) = with_room(&weights, machine, sample, input, known, open)?;
+    let opened = with_room(&weights, machine, sample, input, known, open);
+    // Of what did not fit only the last is explained: that takes a while.
+    let ((engine, advisor), sizing) = opened.map_err(|e| model.explained(machine, &tried, e))?;
     Ok(Opened {
         engine,
         sizing,

@@ -172,9 +172,13 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
     if !args.json {
         print(&lines(&report))?;
     }
-    let prediction = match report.sequences {
-        0 => None,
-        _ => Some(prediction(&args, &model, &report)?),
+    // What the rows are is told whether or not their time can be.
+    let (prediction, none) = match report.sequences {
+        0 => (None, None),
+        _ => match prediction(&args, &model, &report) {
+            Ok(prediction) => (Some(prediction), None),
+            Err(e) => (None, Some(e)),
+        },
     };
     if args.json {
         let output = Output {
@@ -196,6 +200,9 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
         print(&format!("{text}\n"))?;
     } else if let Some(p) = &prediction {
         print(&foretold(p))?;
+    }
+    if let Some(e) = none {
+        return Err(e);
     }
     Ok(match report.bad {
         0 => 0,
@@ -272,8 +279,9 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
     let machine = computer.machine(&args.machine);
     let gpu = computer.gpu_room(&machine)?;
     let dtype = kv_dtype(&model.units);
-    // Whether there is anything to read decides what is measured, and that how many sequences are best.
-    let first = Planned::new(args, model, r, &machine, gpu, dtype, None)?;
+    // Whether there is anything to read decides what is measured.
+    let plan = |known| Planned::new(args, model, r, &machine, gpu, dtype, known);
+    let first = plan(None)?;
     let fitted = &first.fitted;
     // Measuring is to stay within the budget that the job was planned with.
     let taken = HostMemory::read().resident + SLACK_BYTES;
@@ -281,7 +289,7 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
     let reads = fitted.plan.streamed_bytes + fitted.plan.gather_bytes > 0 || r.pictures > 0;
     let disk = match reads {
         true => args.rates.disk(model, room)?,
-        false => None,
+        false => args.rates.disk_known(model),
     };
     let rates = args.rates.with_disk(
         disk.unwrap_or(f64::INFINITY),
@@ -291,9 +299,23 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
         dtype,
         room,
     )?;
-    let planned = match disk {
+    // How many sequences are best is decided as `batch` would: by what it will find on record, which by now is there, or by rates given by hand.
+    let weights = Weights::from(model);
+    let known = match (args.rates.by_hand(), disk) {
+        (true, Some(_)) => Some(KnownMachine {
+            placed_by: computer.known(&rates),
+            rates: rates.clone(),
+            host: opening(model),
+            gpu,
+        }),
+        (true, None) => None,
+        // A pack that is still to be made has no record yet.
+        (false, _) if !model.ready && !model.in_place => None,
+        (false, _) => KnownMachine::on_record(&weights, &machine)?,
+    };
+    let planned = match known {
         None => first,
-        Some(_) => Planned::new(args, model, r, &machine, gpu, dtype, Some(&rates))?,
+        known => plan(known)?,
     };
     let fitted = &planned.fitted;
     let job = planned.passes(model, r, &rates, dtype);
@@ -308,13 +330,20 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
         tokens_per_pass: job.rows as f64 / job.passes.max(1) as f64,
         bytes_per_pass: fitted.plan.streamed_bytes,
         disk_bytes: job.disk_bytes,
-        disk_gb_per_s: disk,
+        disk_gb_per_s: disk.filter(|_| reads || fitted.plan.streamed_bytes > 0),
         compute_gflops: rates.compute.gflops,
         stream_s: job.disk_s,
         compute_s: job.compute_s,
         pictures_s,
         at_most_s: job.pass_s + pictures_s,
     })
+}
+
+/// Host memory as it will be when `batch` has opened the model.
+fn opening(model: &Outline) -> HostMemory {
+    let mut host = HostMemory::read();
+    host.resident += model.opening_bytes();
+    host
 }
 
 /// The engine that `batch` would open for the rows.
@@ -332,18 +361,13 @@ impl Planned {
         machine: &MachineOptions,
         gpu: Option<GpuRoom>,
         dtype: Dtype,
-        rates: Option<&MachineRates>,
+        known: Option<KnownMachine>,
     ) -> Result<Planned> {
-        let mut host = HostMemory::read();
-        host.resident += model.opening_bytes();
+        let host = opening(model);
+        let placed_by = known.as_ref().map(|known| known.placed_by.clone());
         let weights = Weights::from(model);
         let on_gpu = gpu.map(|g| g.limit.saturating_sub(g.base));
         let input = args.room.input(machine, on_gpu, dtype.bytes(), r.rows)?;
-        let known = rates.map(|rates| KnownMachine {
-            rates: rates.clone(),
-            host,
-            gpu,
-        });
         let ((sizes, fitted), sizing) = with_room(
             &weights,
             machine,
@@ -353,6 +377,9 @@ impl Planned {
             &mut |_, want| {
                 let mut options = weights.engine_options(machine, want, true)?;
                 options.cpu_memory = Some(input.budget);
+                if let Some(rates) = &placed_by {
+                    options.rates = rates.clone();
+                }
                 let page_bytes = options.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
                 let sizes = weights.sizes(page_bytes, gpu.is_some());
                 match fit_on(&model.spec, dtype, &sizes, &options, &host, gpu) {

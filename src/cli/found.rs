@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::advice::{Advisor, gpu_room, in_16_bits};
-use super::gpu::products;
 use super::machine::Weights;
 use super::model::{Model, OpenFor, open_checkpoint};
-use super::options::{GemmArg, MachineOptions, SourceOptions};
+use super::options::{MachineOptions, SourceOptions};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{DeviceChoice, EngineOptions, HostMemory, refuse_for_gpu};
 use crate::error::Result;
@@ -89,17 +88,7 @@ impl Found {
     }
 
     fn options(&self, machine: &MachineOptions, want: &OpenFor) -> Result<EngineOptions> {
-        let gemm = products(machine.gemm);
-        let machine = &MachineOptions {
-            // What only a run takes or tells.
-            trace: None,
-            report: None,
-            gemm: GemmArg::Own,
-            ..machine.clone()
-        };
-        let options = Weights::from(&self.outline).engine_options(machine, want, true)?;
-        // Its library takes GPU memory too.
-        Ok(EngineOptions { gemm, ..options })
+        Weights::from(&self.outline).planned_options(machine, want)
     }
 
     fn advisor(&self, options: &EngineOptions, want: &OpenFor) -> Advisor {

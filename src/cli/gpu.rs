@@ -55,7 +55,8 @@ fn can_run(spec: &ModelSpec, units: &[UnitLayout]) -> Result<()> {
     cuda::can_run(gpu_dtype(units)?, spec.head_size, vision)
 }
 
-/// `auto` is the GPU where there is one and it can run this model, and says why where it cannot.
+/// `auto` is the GPU where there is one and it can run this model, and says why where it cannot. With a budget given for its memory a GPU is
+/// meant: one that is there and cannot be used is then an error, for the CPU would compute for hours.
 pub(super) fn device_choice(
     machine: &MachineOptions,
     spec: &ModelSpec,
@@ -66,17 +67,23 @@ pub(super) fn device_choice(
     match machine.device.as_str() {
         "cpu" => Ok(DeviceChoice::Cpu),
         "cuda" => Ok(DeviceChoice::Cuda(0)),
-        "auto" => Ok(match can_run(spec, units) {
-            Ok(()) => DeviceChoice::Cuda(0),
-            Err(e) => {
-                // Without a GPU there is nothing to say, unless its memory was spoken of.
-                let unasked = machine.gpu_memory.is_none() && cuda::is_absent();
-                if !quiet && !unasked {
-                    eprintln!("on the CPU: {}: {}", e.what(), e.cause());
-                }
-                DeviceChoice::Cpu
+        "auto" => {
+            let Err(e) = can_run(spec, units) else {
+                return Ok(DeviceChoice::Cuda(0));
+            };
+            let (budget, absent) = (machine.gpu_budget()?, cuda::is_absent());
+            if budget.is_some() && !absent {
+                return Err(e);
             }
-        }),
+            // Without a GPU there is nothing to say, unless one was spoken of.
+            let spoken_of = budget.is_some()
+                || machine.pinned_memory.is_some()
+                || machine.ring_size.given().is_some();
+            if !quiet && (spoken_of || !absent) {
+                eprintln!("on the CPU: {}: {}", e.what(), e.cause());
+            }
+            Ok(DeviceChoice::Cpu)
+        }
         d => {
             let number = d.strip_prefix("cuda:").and_then(|n| n.parse().ok());
             Ok(DeviceChoice::Cuda(number.unwrap_or(0)))

@@ -80,6 +80,24 @@ impl Weights<'_> {
         self.units.iter().map(|u| size(&layout(u))).collect()
     }
 
+    /// [`Weights::engine_options`] to plan with: nothing is told, and nothing allocated that only a run takes.
+    pub fn planned_options(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+    ) -> Result<EngineOptions> {
+        let gemm = gpu::products(machine.gemm);
+        let machine = &MachineOptions {
+            trace: None,
+            report: None,
+            gemm: GemmArg::Own,
+            ..machine.clone()
+        };
+        let options = self.engine_options(machine, want, true)?;
+        // Its library takes GPU memory too.
+        Ok(EngineOptions { gemm, ..options })
+    }
+
     pub fn engine_options(
         &self,
         machine: &MachineOptions,

@@ -299,8 +299,8 @@ impl<'m> Renderer<'m> {
             fits(request, measure, self.budget, &less)?;
             let visual = processor.load_request(request, base, &self.tools)?;
             media.push(Arc::new(visual));
+            looked.held_bytes += measure.pixel_bytes;
         }
-        looked.held = true;
         Ok(Rendered {
             ids: expand_pictures(&ids, &media, Some(spec))?,
             media,

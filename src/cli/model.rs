@@ -13,7 +13,7 @@ use crate::engine::{
     DeviceChoice, Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom,
     kv_dtype,
 };
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::paging::{
     DiskRates, KeptCompute, KeptSetting, PagingStats, Placement, Setting, unit_name,
 };
@@ -201,8 +201,20 @@ impl Model {
         Ok(())
     }
 
-    /// Opens the engine under the user's budget.
+    /// Opens the engine under the user's budget; where that is too small, what would do is said.
     pub fn engine(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+        cancel: &Arc<AtomicBool>,
+        quiet: bool,
+    ) -> Result<Engine> {
+        self.plain_engine(machine, want, cancel, quiet)
+            .map_err(|e| self.explained(machine, want, e))
+    }
+
+    /// [`Model::engine`] without advice.
+    pub fn plain_engine(
         &self,
         machine: &MachineOptions,
         want: &OpenFor,
@@ -216,7 +228,6 @@ impl Model {
             "engine: {options:?}, best disk rate {:?} GB/s",
             self.rates().best()
         );
-        let host = HostMemory::read();
         let mut bar = ByteProgress::new("loading", quiet);
         let engine = Engine::open(&self.store, &options, cancel.clone(), &mut |done, of| {
             bar.update(done, of);
@@ -227,24 +238,34 @@ impl Model {
         {
             self.rates().raise_h2d(&engine.device().describe(), rate);
         }
-        engine.map_err(|e| {
-            let room = match e.code() {
-                Code::Memory => gpu_room(&Weights::from(&self.store), &options),
-                _ => None,
-            };
-            let advisor = self.advisor_at(&options, want, host);
-            advisor.with_gpu(room).too_little(e)
-        })
+        engine
     }
 
-    /// To be asked after a run; `host` is read now, before the engine takes anything.
+    /// What `want` could not be opened for, with what would do.
+    pub(super) fn explained(
+        &self,
+        machine: &MachineOptions,
+        want: &OpenFor,
+        error: Error,
+    ) -> Error {
+        let options = Weights::from(&self.store).planned_options(machine, want);
+        let (Code::Memory, Ok(options)) = (error.code(), options) else {
+            return error;
+        };
+        let room = gpu_room(&Weights::from(&self.store), &options);
+        self.advisor_of(&options, want)
+            .with_gpu(room)
+            .too_little(error)
+    }
+
+    /// To be asked after a run; the host's memory is read now, before the engine takes anything.
     pub(super) fn advisor(&self, machine: &MachineOptions, want: &OpenFor) -> Result<Advisor> {
-        let options = self.engine_options(machine, want, true)?;
-        Ok(self.advisor_at(&options, want, HostMemory::read()))
+        let options = Weights::from(&self.store).planned_options(machine, want)?;
+        Ok(self.advisor_of(&options, want))
     }
 
-    fn advisor_at(&self, options: &EngineOptions, want: &OpenFor, host: HostMemory) -> Advisor {
-        Advisor::new(&Weights::from(&self.store), options, host)
+    fn advisor_of(&self, options: &EngineOptions, want: &OpenFor) -> Advisor {
+        Advisor::new(&Weights::from(&self.store), options, HostMemory::read())
             .with_half(self.half.as_ref())
             .with_pictures(want.looked.as_ref())
     }

@@ -70,6 +70,15 @@ impl RateArgs {
         Ok(())
     }
 
+    /// Any of them says what another machine, or this one at another time, gives.
+    pub fn by_hand(&self) -> bool {
+        let all = [self.disk_gb_per_s]
+            .into_iter()
+            .chain(self.of_cpu())
+            .chain(self.of_gpu());
+        all.flatten().next().is_some()
+    }
+
     fn of_gpu(&self) -> [Option<f64>; 3] {
         [self.h2d_gb_per_s, self.gpu_gb_per_s, self.gpu_gflops]
     }
@@ -108,6 +117,14 @@ impl RateArgs {
             Some(rate) => Ok(Some(rate)),
             None => kept.best_or_probe(&outline.files, room),
         }
+    }
+
+    /// The disk's rate as far as it is known without measuring.
+    pub fn disk_known(&self, outline: &Outline) -> Option<f64> {
+        self.disk_gb_per_s.or_else(|| {
+            let kept = kept_rates(outline);
+            kept.streamed().or(kept.best())
+        })
     }
 
     /// [`RateArgs::rates`] beside a known disk; what is measured takes at most about `room` bytes of memory.

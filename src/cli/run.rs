@@ -263,7 +263,7 @@ fn expect_context(
         Some(looked) if prompt >= context => Err(advice::too_long(
             looked,
             looked.text_tokens,
-            max_tokens,
+            Some(max_tokens),
             context,
         )),
         _ => Ok(()),

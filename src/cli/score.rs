@@ -259,7 +259,7 @@ fn read_inputs(
         if ids.len() > spec.max_positions {
             if let Some(looked) = &looked {
                 let text = ids.len().saturating_sub(looked.need().tokens);
-                let e = advice::too_long(looked, text, 0, spec.max_positions);
+                let e = advice::too_long(looked, text, None, spec.max_positions);
                 return Err(in_line(&e, number));
             }
             return Err(bad(format!(

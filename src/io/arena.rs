@@ -16,7 +16,8 @@ use super::errno;
 use crate::error::{Code, Error, Result};
 use crate::units::{ALIGN_BYTES, align_up, flag_size, human_bytes};
 
-/// A registered ring buffer may not exceed this (the kernel answers EFAULT), and pinning in one huge piece fails on some drivers.
+/// No more of an arena is registered by one call: a ring's buffer may not be larger (the kernel answers EFAULT), and a GPU's driver
+/// refuses to pin one huge piece on some systems.
 pub const SEGMENT_BYTES: usize = 1 << 30;
 
 /// A handle on one mapping; clones share it. The mapping goes when the last handle, region and frame have gone.
@@ -29,7 +30,7 @@ struct Mapping {
     taken: AtomicU64,
 }
 
-/// One piece of at most [`SEGMENT_BYTES`]: what is registered with a ring or pinned for a GPU at once.
+/// One piece of at most [`SEGMENT_BYTES`]: a buffer that is registered with a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub address: usize,
@@ -108,8 +109,8 @@ impl Arena {
         })
     }
 
-    /// The whole arena in pieces of at most 1 GiB, in order: buffer `i` of a ring, or one `cuMemHostRegister`. Whoever registers
-    /// them keeps a clone of the arena until they are unregistered.
+    /// The whole arena in pieces of [`SEGMENT_BYTES`] counted from its beginning, the last one shorter: buffer `i` of a ring. Whoever
+    /// registers them keeps a clone of the arena until they are unregistered.
     pub fn segments(&self) -> impl Iterator<Item = Segment> + use<> {
         let address = self.0.map.as_mut_ptr() as usize;
         let bytes = self.0.map.len();

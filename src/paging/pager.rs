@@ -36,7 +36,7 @@ pub struct PagerOptions {
     /// A read that takes longer than this is an error naming the layer.
     pub stall_limit: Duration,
     pub direct: bool,
-    /// Host memory that one call pins for a GPU, at most; whole pages. Very large ones fail on some systems.
+    /// Frames and weights that one call pins for a GPU, at most; whole pages. Pieces meet where an address is a multiple of it.
     pub pin_bytes: usize,
     /// Test hook: wraps the reader, so that faults and delays can be put under a whole engine.
     pub wrap: Option<WrapReader>,
@@ -52,7 +52,7 @@ impl Default for PagerOptions {
             verify: VerifyWhen::Always,
             stall_limit: Duration::from_secs(30),
             direct: true,
-            pin_bytes: 1 << 30,
+            pin_bytes: io::SEGMENT_BYTES,
             wrap: None,
             trace: None,
         }

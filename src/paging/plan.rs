@@ -94,6 +94,8 @@ pub struct Plan {
 pub struct GpuPart {
     /// Weights that stay on the GPU.
     pub resident_bytes: u64,
+    /// What these take of its memory, which is given out in pages.
+    pub paged_bytes: u64,
     /// From host memory to the GPU each pass.
     pub copied_bytes: u64,
     pub ring: Ring,
@@ -189,7 +191,7 @@ impl Plan {
     /// GPU memory the pager takes.
     pub fn device_bytes(&self) -> u64 {
         self.gpu.map_or(0, |gpu| {
-            self.slots as u64 * Slot::device_bytes(self.slot_bytes) + gpu.resident_bytes
+            self.slots as u64 * Slot::device_bytes(self.slot_bytes) + gpu.paged_bytes
         })
     }
 
@@ -252,6 +254,7 @@ impl Plan {
         Plan {
             gpu: Some(GpuPart {
                 resident_bytes: 0,
+                paged_bytes: 0,
                 copied_bytes: plan.streamed_bytes,
                 ring: Ring::new(&tower, frames),
             }),
@@ -310,6 +313,7 @@ impl Plan {
         let plan = Plan {
             gpu: Some(GpuPart {
                 resident_bytes: n.gpu_resident_bytes,
+                paged_bytes: n.gpu_paged_bytes,
                 copied_bytes: n.copied_bytes,
                 ring,
             }),

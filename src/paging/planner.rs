@@ -289,7 +289,7 @@ fn on_gpu(
     let search = GpuSearch {
         problem,
         classes,
-        room: room.checked_sub(none.gpu_resident_bytes)?,
+        room: room.checked_sub(none.gpu_paged_bytes)?,
         slots: (problem.depth + 1).min(open) as u64,
         cpu_room: problem.budget.cpu_bytes.checked_sub(none.cpu_bytes)?,
         pass_bytes: none.streamed_bytes,

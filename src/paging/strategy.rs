@@ -95,6 +95,8 @@ pub struct Needs {
     pub cpu_resident_bytes: u64,
     /// Weights that stay on the GPU.
     pub gpu_resident_bytes: u64,
+    /// What these take of its memory, which is given out in pages.
+    pub gpu_paged_bytes: u64,
     /// What a pass with logits computes with, wherever it rests (embedding rows apart).
     pub pass_bytes: u64,
     /// From disk each pass (embedding rows apart).
@@ -153,7 +155,10 @@ impl Problem<'_> {
                 n.pass_bytes += unit.read_bytes;
             }
             match tier {
-                Tier::Gpu => n.gpu_resident_bytes += unit.device_bytes(),
+                Tier::Gpu => {
+                    n.gpu_resident_bytes += unit.room_bytes;
+                    n.gpu_paged_bytes += unit.device_bytes();
+                }
                 Tier::Cpu => n.cpu_resident_bytes += unit.room_bytes,
                 Tier::Disk if streamed => n.streamed_bytes += unit.read_bytes,
                 Tier::Disk => {}
@@ -172,7 +177,7 @@ impl Problem<'_> {
             false => 0,
         };
         n.cpu_bytes = n.cpu_resident_bytes + n.gather_bytes;
-        n.gpu_bytes = n.gpu_resident_bytes;
+        n.gpu_bytes = n.gpu_paged_bytes;
         match on_gpu {
             true => n.gpu_bytes += n.slots as u64 * Slot::device_bytes(n.slot_bytes),
             false => n.cpu_bytes += n.slots as u64 * n.slot_bytes,

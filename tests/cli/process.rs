@@ -96,11 +96,13 @@ impl Place {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        // The program ignores SIGHUP where it is started so, and the tests may be (`nohup`).
-        // SAFETY: one system call of the child on itself.
+        // The program ignores SIGHUP where it is started so, and the tests may be (`nohup`); a shell's background jobs ignore the other two.
+        // SAFETY: system calls of the child on itself.
         unsafe {
             command.pre_exec(|| {
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             });
         }

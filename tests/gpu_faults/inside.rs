@@ -72,7 +72,7 @@ fn passing_faults() {
     }
 }
 
-/// In small pieces, whose borders frames and units lie across; a piece that is refused leaves nothing pinned behind.
+/// In small pieces, whose borders frames and units lie across.
 #[test]
 #[ignore = "started by main.rs, on a driver"]
 fn pinned_in_pieces() {

@@ -29,15 +29,40 @@ fn passing_faults_change_no_bit() {
     }
 }
 
-#[test]
-fn memory_pinned_in_pieces_changes_no_bit() {
+/// Memory is pinned in small pieces. How many of them were pinned, and how many unpinned; `fail` as EMUCUDA_FAIL has it.
+fn pinned_and_unpinned(fail: &str) -> Option<(usize, usize)> {
     let trace = tempfile::NamedTempFile::new().unwrap();
     let path = trace.path().to_str().unwrap();
-    inside("inside::pinned_in_pieces", &[("EMUCUDA_TRACE", path)]);
-    if emulated::driver().is_some() {
-        let calls = std::fs::read_to_string(path).unwrap();
-        let pieces = calls.matches("cuMemHostRegister").count();
-        assert!(pieces > 100, "{pieces}");
+    inside(
+        "inside::pinned_in_pieces",
+        &[("EMUCUDA_TRACE", path), ("EMUCUDA_FAIL", fail)],
+    );
+    emulated::driver()?;
+    let calls = std::fs::read_to_string(path).unwrap();
+    // A call that fails has its error behind its name.
+    let done = |name: &str| calls.lines().filter(|line| *line == name).count();
+    Some((done("cuMemHostRegister"), done("cuMemHostUnregister")))
+}
+
+#[test]
+fn memory_pinned_in_pieces_changes_no_bit() {
+    let Some((pinned, unpinned)) = pinned_and_unpinned("") else {
+        return;
+    };
+    assert!(pinned > 100, "{pinned}");
+    assert_eq!(pinned, unpinned);
+}
+
+/// The engine goes on without pinned memory, and what of the region had been pinned when a piece was refused is unpinned.
+#[test]
+fn a_piece_that_is_refused_leaves_nothing_pinned() {
+    // The first region, the second piece of the next, and one far into it.
+    for at in [1, 3, 50] {
+        let fail = format!("cuMemHostRegister:{at}+:2");
+        let Some(counts) = pinned_and_unpinned(&fail) else {
+            return;
+        };
+        assert_eq!(counts, (at - 1, at - 1), "{fail}");
     }
 }
 

@@ -10,8 +10,8 @@ pub(in crate::cli) struct Looked {
     pictures: Vec<Picture>,
     /// What the command line says of all pictures.
     given: Options,
-    /// Their pixels are in memory already.
-    pub held: bool,
+    /// Of their pixels, those that are in memory already.
+    pub held_bytes: u64,
     /// The context was chosen to hold the prompt, so that fewer tokens make it shorter.
     pub context_follows: bool,
     /// Tokens of the prompt that are not theirs.
@@ -48,7 +48,7 @@ impl Looked {
             processor: processor.clone(),
             pictures: Vec::new(),
             given,
-            held: false,
+            held_bytes: 0,
             context_follows: false,
             text_tokens: 0,
         }

@@ -4,6 +4,7 @@ use super::folders::{self, Folder};
 use super::{Advisor, Asked, LEAST_GAIN};
 use crate::device::Device;
 use crate::engine::{EngineOptions, EngineStats, Fitted};
+use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{ComputeRates, KeptCompute, MachineRates, PassCost, PassWork, predict};
 use crate::report::summary::PagingReport;
 use crate::units::{flag_size, human_bytes};
@@ -88,7 +89,8 @@ impl Advisor {
         let disk = report
             .disk_gb_per_s
             .max(report.probed_disk_gb_per_s.unwrap_or(0.0));
-        let told = disk > 0.0 && compute_s > 0.0 && during.rows > 0;
+        let nothing = matches!(ran.work, Work::Queue(queue) if queue.tokens_per_s <= 0.0);
+        let told = disk > 0.0 && compute_s > 0.0 && during.rows > 0 && !nothing;
         if !self.on_cpu() || waited < LEAST_WAIT || !told {
             return None;
         }
@@ -196,6 +198,10 @@ impl Advisor {
                 return None;
             }
             let kv_tokens = self.options.kv_tokens.map(|t| t * times);
+            // Without --kv-memory a job gives them at most half.
+            if queue.kv_bytes.is_none() && self.kv_bytes(kv_tokens.unwrap_or(0)) > m.budget / 2 {
+                return None;
+            }
             let asked = self.with(EngineOptions {
                 max_sequences: sequences,
                 logits_rows: sequences,
@@ -216,6 +222,13 @@ impl Advisor {
         Some(format!(
             "--max-sequences {sequences}{room} instead of {now} at once: {gained}"
         ))
+    }
+
+    fn kv_bytes(&self, tokens: usize) -> u64 {
+        let s = &self.spec;
+        let element_bytes = self.weights.dtype.bytes();
+        let block = block_bytes(s.layers, s.kv_heads, s.head_size, element_bytes);
+        tokens.div_ceil(BLOCK_TOKENS) as u64 * block
     }
 
     fn another_disk(&self, m: &Measured<'_>) -> Vec<String> {

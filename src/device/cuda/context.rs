@@ -242,6 +242,10 @@ pub fn failure(failure: Failure, doing: &str) -> Error {
             "the driver's library and its kernel module do not belong together, or only a stub is installed",
             "reboot after a driver update, or install the driver anew; --device cpu works without it",
         ),
+        802 => gpu(
+            "the system is not ready for CUDA yet: a service that the driver relies on is missing or does not run; where NVSwitch joins the GPUs (HGX, DGX) that is nvidia-fabricmanager",
+            "install it in the driver's version and start it on the host (systemctl start nvidia-fabricmanager), or run with --device cpu",
+        ),
         209 => gpu(
             "the program has no code for this GPU",
             "update the driver, or choose another GPU; --device cpu works without one",

@@ -104,7 +104,7 @@ pub fn check(
 struct Seen {
     good: u64,
     /// Prompts and answers as the rows ask for them, of all sequences.
-    tokens: u64,
+    tokens: f64,
     /// The last row's prompt.
     prompt: Vec<u32>,
 }
@@ -128,9 +128,11 @@ impl Seen {
         report.longest_prompt = report.longest_prompt.max(prompt);
         report.longest_row = report.longest_row.max(prompt + answer as u64);
         let longest = &mut report.sample.longest_tokens;
-        *longest = (*longest).max(row.prompt + row.max_tokens);
+        // As `batch` counts; a row may ask for more than any number holds.
+        let tokens = row.prompt.saturating_add(row.max_tokens);
+        *longest = (*longest).max(tokens);
         self.good += 1;
-        self.tokens += n * (row.prompt + row.max_tokens) as u64;
+        self.tokens += n as f64 * tokens as f64;
         // The last token of a prompt is computed in any case.
         let whole = row.prompt.saturating_sub(1) / BLOCK_TOKENS;
         let common = self.prompt.iter().zip(&row.ids);
@@ -150,7 +152,7 @@ impl Seen {
 
     fn sample(&self, report: &mut CheckReport, scan: &Scan) {
         let sample = &mut report.sample;
-        sample.mean_tokens = self.tokens as f64 / report.sequences.max(1) as f64;
+        sample.mean_tokens = self.tokens / report.sequences.max(1) as f64;
         sample.choices = (report.sequences as f64 / self.good.max(1) as f64).max(1.0);
         // As `batch` has it: a row that is bad now may be good then.
         sample.longest_tokens = sample.longest_tokens.max(scan.longest_answer);

@@ -17,6 +17,8 @@ use crate::spec::{ModelSpec, VisionSpec};
 /// What other than the fixed rule has to bring, predicted: rates measured on a busy machine are on record too, and where computing is the bound
 /// they make few sequences look as good as many.
 const EARNED: f64 = 1.05;
+/// KV room over what rows take on average.
+const KV_MARGIN: f64 = 1.1;
 /// Keys and values get one part in so many of the memory they lie in, the first of these that leaves room for the model.
 pub const KV_SHARES: [u64; 5] = [2, 4, 8, 16, 32];
 /// Rows looked at, spread evenly over the input, and as many of the longest.
@@ -151,7 +153,7 @@ fn sample(
         }
         request.body(rules, text).ok()
     };
-    let plain = |b: Body| (b.prompt.len() + b.max_tokens, b.choices);
+    let plain = |b: Body| (b.prompt.len().saturating_add(b.max_tokens), b.choices);
     let mut index = 0;
     // Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
     const KEPT_ROWS: usize = 16;
@@ -250,7 +252,7 @@ impl Sizing {
             n
         });
         let sequences = sequences.max(1);
-        let wanted = (sequences as f64 * sample.mean_tokens * 1.1) as usize;
+        let wanted = (sequences as f64 * sample.mean_tokens * KV_MARGIN) as usize;
         let longest = sample.longest_tokens.min(context);
         let kv_tokens = match i.kv_bytes {
             Some(_) => kv_room as usize,
@@ -276,7 +278,7 @@ impl Sizing {
         }
     }
 
-    /// As [`Sizing::choose`], with as many sequences as give the most tokens a second, and how many these are: memory that holds keys and
+    /// As [`Sizing::choose`], with KV room for as many sequences as give the most tokens a second, and how many these are: memory that holds keys and
     /// values holds no weights, and whether that costs more than the sequences bring is a matter of the disk's rate and of computing. `pass`
     /// divides the memory for a sizing and predicts passes of so many sequences; `None` where they do not fit. The fixed rule's answer is one
     /// of those compared, and stands unless another earns [`EARNED`]. `None`: nothing fits.
@@ -296,22 +298,27 @@ impl Sizing {
             let rows = sizing.running(sample);
             Some((sizing, rate(rows, &pass(&sizing, rows)?)))
         });
-        let most = Sizing::choose(spec, sample, i).sequences;
+        // Places stay as many: rows that turn out shorter than they may be, or share a prefix, run in them.
+        let whole = Sizing::choose(spec, sample, &SizingInput { kv_share: 1, ..*i });
         let mut at = |n: usize| {
-            let input = SizingInput {
-                sequences: Some(n),
-                kv_share: 1,
-                ..*i
+            let wanted = (n as f64 * sample.mean_tokens * KV_MARGIN) as usize;
+            let sizing = Sizing {
+                kv_tokens: wanted.max(whole.longest(sample)).min(whole.kv_tokens),
+                ..whole
             };
-            let sizing = Sizing::choose(spec, sample, &input);
             Some((pass(&sizing, sizing.running(sample))?, sizing))
         };
-        let best = best_concurrency(most, &mut at);
+        let best = best_concurrency(whole.sequences, &mut at);
         let best = best.map(|(_, cost, s)| (s, rate(s.running(sample), &cost)));
         match (fixed, best) {
             (Some(fixed), Some(best)) if best.1 < EARNED * fixed.1 => Some(fixed),
             (fixed, best) => best.or(fixed),
         }
+    }
+
+    /// The longest row, as far as the context goes.
+    fn longest(&self, sample: &RowSample) -> usize {
+        sample.longest_tokens.min(self.context)
     }
 
     /// Sequences that the KV room holds at once.

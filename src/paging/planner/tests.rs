@@ -230,7 +230,8 @@ fn a_gpu_is_filled_before_host_memory_and_both_before_the_disk() {
     let p = problem(&units, 500, Some(1000), 1, false);
     let needs = p.needs(&place(&p));
     // 2 MiB is the page of the norm's 1 MiB; slots of 100 MiB leave room for 7 layers and both head blocks at most.
-    assert_eq!(needs.gpu_resident_bytes / MIB, 2 + 7 * 100 + 50);
+    assert_eq!(needs.gpu_paged_bytes / MIB, 2 + 7 * 100 + 50);
+    assert_eq!(needs.gpu_resident_bytes / MIB, 1 + 7 * 100 + 50);
     assert!(needs.cpu_resident_bytes / MIB >= 450, "{needs:?}");
     assert_eq!(
         needs.copied_bytes,

@@ -121,6 +121,7 @@ fn a_gpu_waits_for_the_slower_of_disk_and_copy() {
 fn ring(frames: usize) -> Option<GpuPart> {
     Some(GpuPart {
         resident_bytes: 0,
+        paged_bytes: 0,
         copied_bytes: 0,
         ring: Ring {
             frames,

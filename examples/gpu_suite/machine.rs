@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use tensorpager::device::Device;
 use tensorpager::device::cuda::Context;
 use tensorpager::units::Dtype;
 
@@ -56,6 +57,16 @@ fn sandbox() -> &'static str {
     }
 }
 
+pub const FROM_PTX: &str = "compiled by the driver from PTX";
+
+/// Which image of the kernels the driver took.
+pub fn image(device: &Device) -> &'static str {
+    match device.describe().contains("compiled by the driver") {
+        true => FROM_PTX,
+        false => "machine code of the bundle",
+    }
+}
+
 /// Which image of the kernels the driver took, how long that takes at first and again, and whether memory can be pinned.
 fn opened() -> Outcome<[(&'static str, String); 3]> {
     let open = || -> Outcome<_> {
@@ -67,7 +78,7 @@ fn opened() -> Outcome<[(&'static str, String); 3]> {
     drop(bed);
     let (bed, again) = open()?;
     Ok([
-        ("kernels", ops::image(&bed.device).into()),
+        ("kernels", image(&bed.device).into()),
         (
             "opened in",
             format!("{first:.2} s at first, {again:.2} s again"),

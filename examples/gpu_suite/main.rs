@@ -105,7 +105,7 @@ fn ops_section(suite: &mut Suite) -> Outcome<()> {
         false => ops::Shapes::All,
     };
     // The first that is opened has the driver compile, where it must.
-    let image = ops::image(&ops::open(ops::HALVES[0], ops::HEAD_SIZES[0], None)?.device);
+    let image = machine::image(&ops::open(ops::HALVES[0], ops::HEAD_SIZES[0], None)?.device);
     let peers = suite.cublaslt;
     let report = &mut suite.report;
     report.table(

@@ -95,16 +95,6 @@ pub fn open_with(
     })
 }
 
-pub const FROM_PTX: &str = "compiled by the driver from PTX";
-
-/// Which image of the kernels the driver took.
-pub fn image(device: &Device) -> &'static str {
-    match device.describe().contains("compiled by the driver") {
-        true => FROM_PTX,
-        false => "machine code of the bundle",
-    }
-}
-
 /// All ops in one type; `said` hears of each as it is done. `go_on` is asked before every few; false once it said no.
 /// `theirs`: cublasLt's products too, where the library is.
 pub fn compare(

@@ -16,7 +16,7 @@ use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use tensorpager::units::Dtype;
 
-use super::{Outcome, Suite, TIME_IS_UP, ops};
+use super::{Outcome, Suite, TIME_IS_UP, machine, ops};
 
 pub struct Ran {
     pub ok: bool,
@@ -189,8 +189,8 @@ pub fn ptx(suite: &mut Suite) -> Outcome<()> {
         suite.report.not_run("all ops", "a smoke run");
         return Ok(());
     }
-    let image = ops::image(&ops::open(Dtype::BF16, 64, None)?.device);
-    if image == ops::FROM_PTX {
+    let image = machine::image(&ops::open(Dtype::BF16, 64, None)?.device);
+    if image == machine::FROM_PTX {
         suite.report.not_run(
             "all ops",
             "every section ran what the driver compiled from PTX",
@@ -215,8 +215,8 @@ pub fn ptx(suite: &mut Suite) -> Outcome<()> {
         suite.report.row(&row);
         return Ok(());
     }
-    let loaded = ran.stdout.contains(ops::FROM_PTX);
-    let image = if loaded { ops::FROM_PTX } else { "not PTX" };
+    let loaded = ran.stdout.contains(machine::FROM_PTX);
+    let image = if loaded { machine::FROM_PTX } else { "not PTX" };
     suite.report.checked(
         ran.ok && loaded,
         &["all ops, small shapes", image, &took, ""],

@@ -314,6 +314,50 @@ fn unsafe_stays_where_it_is_allowed_and_says_who_guarantees_what() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
+/// Of the tests, with their names from the repository's root.
+fn test_sources() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.join("tests")];
+    let mut found = Vec::new();
+    while let Some(dir) = folders.pop() {
+        for path in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.strip_prefix(root).unwrap().display().to_string();
+                found.push((name, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found
+}
+
+/// A test that starts the program as it is would leave rates in the user's cache, and find those of other runs there.
+#[test]
+fn tests_start_the_program_with_a_cache_of_their_own() {
+    // Written so that this file does not count.
+    let variable = ["CARGO_BIN_EXE", "_tensorpager"].concat();
+    let constant = ["PRO", "GRAM"].concat();
+    let (mut starts, mut broken) = (0, Vec::new());
+    for (name, text) in test_sources() {
+        if name == "tests/common/program.rs" {
+            assert!(text.contains(&variable) && text.contains("XDG_CACHE_HOME"));
+            continue;
+        }
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        let names = |word: &str| text.split(|c| !is_word(c)).any(|w| w == word);
+        if names(&variable) {
+            broken.push(format!("{name}: {variable}: start it with program()"));
+        }
+        if names(&constant) && !text.contains("apart(") {
+            broken.push(format!("{name}: {constant}, and no command is apart"));
+        }
+        starts += usize::from(names("program") || names("program_within"));
+    }
+    assert!(starts > 5, "the tests that start it are found");
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
 #[test]
 fn lib_rs_lists_the_modules_in_order_with_one_line_each() {
     let text =

@@ -1,11 +1,15 @@
 //! Jobs with pictures: a row says the same alone and in company, a broken picture is that row's error, and answers belong to the files they
 //! were made from.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use base64::Engine as _;
+use program::program;
 use serde_json::{Value, json};
 
 fn model() -> PathBuf {
@@ -92,13 +96,8 @@ fn rows(dir: &Path) -> Vec<Value> {
 }
 
 fn command(name: &str) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
+    let mut c = program();
     c.arg(name).arg(model());
-    for (key, _) in std::env::vars() {
-        if key.starts_with("TENSORPAGER_") || key.starts_with("SLURM_") || key.starts_with("JOB_") {
-            c.env_remove(key);
-        }
-    }
     c.env("SOURCE_DATE_EPOCH", "1700000000");
     // Relative paths are the job file's, not this process's.
     c.current_dir("/");

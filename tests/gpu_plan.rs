@@ -10,8 +10,8 @@ mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use common::program::program_within;
 use emulated::driver;
 use run::{Run, deep, layered, synthetic};
 use serde_json::{Value, json};
@@ -175,12 +175,11 @@ fn a_gpu_that_is_too_small_is_told_a_context_that_fits() {
     let plan = small(plan.args(["--disk-gb-per-s", "2"])).json();
     let smallest = plan["smallest_gpu_memory"].as_u64().unwrap();
     let run = |context: &str, memory: &str| {
-        Command::new(env!("CARGO_BIN_EXE_tensorpager"))
+        program_within(kept.path())
             .args(["run", &model, "--device", "cuda", "--threads", "2", "--raw"])
             .args(["--prompt", "T", "--max-tokens", "2", "--in-place"])
             .args(["--context", context, "--gpu-memory", memory])
             .env("LD_LIBRARY_PATH", driver)
-            .env("XDG_CACHE_HOME", kept.path())
             .env("EMUCUDA_CONTEXT", "1000000")
             .output()
             .unwrap()

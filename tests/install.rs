@@ -1,9 +1,12 @@
 //! What the installed program needs: nothing but the C library, no privileges, no io_uring.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::path::Path;
 use std::process::Command;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_tensorpager");
+use program::{PROGRAM, apart};
 
 fn fixture() -> String {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2-bf16");
@@ -62,7 +65,8 @@ fn a_plain_user_runs_it() {
     if !prepared {
         return println!("skipped: not root, so no other user to be (this run is one already)");
     }
-    let output = Command::new("setpriv")
+    let mut as_nobody = Command::new("setpriv");
+    let output = apart(&mut as_nobody, home.join("cache"))
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
         .arg(&program)
         .arg("run")
@@ -79,8 +83,6 @@ fn a_plain_user_runs_it() {
         ])
         .current_dir(&home)
         .env("HOME", &home)
-        .env_remove("XDG_CACHE_HOME")
-        .env_remove("TENSORPAGER_OFFLOAD_FOLDER")
         .output();
     let output = match output {
         Ok(output) => output,

@@ -2,11 +2,15 @@
 //!
 //! Whole processes over a synthetic checkpoint of about 150 MB, measured by the kernel (`ru_maxrss`), not by the program.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use program::program_within;
 use serde_json::{Value, json};
 use tensorpager::checkpoint::write_synthetic;
 use tensorpager::units::parse_size;
@@ -90,9 +94,14 @@ fn measured() {
     let file = |name: &str| Path::new(&dir).join(name);
     let args: Vec<String> =
         serde_json::from_str(&std::fs::read_to_string(file("args")).unwrap()).unwrap();
+    let kept = std::env::var_os("XDG_CACHE_HOME").unwrap();
     // wait4 below reaps it, for the sake of its resource usage.
     #[allow(clippy::zombie_processes)]
-    let child = Command::new(env!("CARGO_BIN_EXE_tensorpager"))
+    let child = program_within(kept)
+        .env(
+            "TENSORPAGER_OFFLOAD_FOLDER",
+            std::env::var_os("TENSORPAGER_OFFLOAD_FOLDER").unwrap(),
+        )
         .args(args)
         .env_remove(MEASURED)
         .stdin(File::open(file("stdin")).unwrap())

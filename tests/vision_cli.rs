@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::program::program;
 use common::{Tensor, read_safetensors};
 use serde_json::{Map, Value, json};
 
@@ -14,12 +15,7 @@ fn model() -> PathBuf {
 }
 
 fn command(name: &str, model: &Path) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
-    for (key, _) in std::env::vars() {
-        if key.starts_with("TENSORPAGER_") {
-            c.env_remove(key);
-        }
-    }
+    let mut c = program();
     c.arg(name).arg(model).args(["--threads", "2"]);
     // Relative paths are taken from here.
     c.current_dir(crate::model());

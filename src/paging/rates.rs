@@ -248,6 +248,7 @@ pub fn machine_name() -> String {
 }
 
 /// Where records go that have no folder of ours to lie in.
+#[cfg(not(test))]
 pub fn cache_dir() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|h| Path::new(&h).join(".cache"));
     std::env::var_os("XDG_CACHE_HOME")
@@ -255,6 +256,12 @@ pub fn cache_dir() -> PathBuf {
         .or_else(home)
         .unwrap_or_else(std::env::temp_dir)
         .join("tensorpager")
+}
+
+/// Tests find nothing of the user's, and leave nothing there.
+#[cfg(test)]
+pub fn cache_dir() -> PathBuf {
+    std::env::temp_dir().join(format!("tensorpager-tests-{}", std::process::id()))
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 mod check;
 mod engine;
 mod fields;
+#[path = "../common/program.rs"]
+mod program;
 mod shared;
 mod stops;
 
@@ -10,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use program::program;
 use serde_json::{Value, json};
 
 const MODEL: &str = "qwen2-bf16";
@@ -58,14 +61,8 @@ fn write_rows(path: &Path, rows: &[Value]) {
 }
 
 fn command(name: &str) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
-    c.arg(name);
-    for (key, _) in std::env::vars() {
-        if key.starts_with("TENSORPAGER_") || key.starts_with("SLURM_") || key.starts_with("JOB_") {
-            c.env_remove(key);
-        }
-    }
-    c.env("SOURCE_DATE_EPOCH", "1700000000");
+    let mut c = program();
+    c.arg(name).env("SOURCE_DATE_EPOCH", "1700000000");
     c
 }
 

@@ -8,6 +8,8 @@ mod generation;
 #[cfg(feature = "hub")]
 mod hub;
 mod process;
+#[path = "../common/program.rs"]
+mod program;
 mod readme;
 mod refusals;
 mod results;

@@ -8,6 +8,8 @@ use std::process::{Command, Output, Stdio};
 use rustix::fs::{CWD, FileType, Mode};
 use serde_json::Value;
 
+use super::program::program_within;
+
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures")
@@ -76,16 +78,10 @@ impl Place {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("TENSORPAGER_") {
-                command.env_remove(name);
-            }
-        }
+        let mut command = program_within(self.path("cache"));
         command
             .args(args)
             .env("TENSORPAGER_OFFLOAD_FOLDER", self.offload())
-            .env("XDG_CACHE_HOME", self.path("cache"))
             .env("HF_HOME", self.path("hf"))
             .env_remove("HF_HUB_CACHE")
             .env_remove("HF_ENDPOINT")

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use super::process::{Place, fixture, str};
+use super::program::{PROGRAM, apart};
 
 fn qwen2() -> String {
     str(&fixture("qwen2-bf16")).to_string()
@@ -111,11 +112,10 @@ fn logs_go_to_stderr_when_asked_for() {
 #[test]
 fn no_color_is_honoured_on_a_terminal() {
     let p = Place::new();
-    let program = env!("CARGO_BIN_EXE_tensorpager");
     let on_a_terminal = |color: bool| {
         let mut command = Command::new("script");
         command
-            .args(["-qec", &format!("{program} --help"), "/dev/null"])
+            .args(["-qec", &format!("{PROGRAM} --help"), "/dev/null"])
             .env("TERM", "xterm-256color")
             .env_remove("CI")
             .env_remove("NO_COLOR")
@@ -124,7 +124,7 @@ fn no_color_is_honoured_on_a_terminal() {
         if !color {
             command.env("NO_COLOR", "1");
         }
-        command.output()
+        apart(&mut command, p.path("cache")).output()
     };
     let Ok(colored) = on_a_terminal(true) else {
         return println!("skipped: no `script` to make a terminal with");

@@ -1,6 +1,8 @@
 //! Fixtures, read without the code under test: a small safetensors reader, golden outputs, and a model held in memory.
 #![allow(dead_code)] // each test file uses a part
 
+pub mod program;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

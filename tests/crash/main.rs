@@ -6,4 +6,6 @@
 
 mod cuts;
 mod points;
+#[path = "../common/program.rs"]
+mod program;
 mod work;

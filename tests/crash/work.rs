@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use tensorpager::checkpoint::{Checkpoint, OpenOptions};
 use tensorpager::store::{PackOptions, Store, verify};
 
+use super::program::{PROGRAM, apart, own_cache};
+
 pub const MODEL: &str = "qwen2-bf16";
 const ROWS: usize = 9;
 
@@ -59,9 +61,8 @@ pub fn assert_more_than(least: usize, hits: usize) {
 
 /// The program under strace with `inject` (several, as strace takes them); plainly where there are none.
 fn program(inject: &[&str], log: &Path) -> Command {
-    let binary = env!("CARGO_BIN_EXE_tensorpager");
     let mut c = match inject {
-        [] => Command::new(binary),
+        [] => Command::new(PROGRAM),
         _ => {
             let calls: Vec<&str> = inject.iter().filter_map(|i| i.split(':').next()).collect();
             let mut c = Command::new("strace");
@@ -70,18 +71,11 @@ fn program(inject: &[&str], log: &Path) -> Command {
             for one in inject {
                 c.arg("-e").arg(format!("inject={one}"));
             }
-            c.arg(binary);
+            c.arg(PROGRAM);
             c
         }
     };
-    for (key, _) in std::env::vars() {
-        if ["TENSORPAGER_", "SLURM_", "JOB_"]
-            .iter()
-            .any(|p| key.starts_with(p))
-        {
-            c.env_remove(key);
-        }
-    }
+    apart(&mut c, own_cache());
     c.env("SOURCE_DATE_EPOCH", "1700000000")
         .env_remove("RUST_BACKTRACE");
     c.stdin(Stdio::null());
@@ -170,10 +164,11 @@ pub fn run_pack(offload: &Path, inject: &[&str], log: &Path) -> Ended {
 /// The calls of a pack that write and sync, in order, with the paths of their files.
 pub fn trace_pack(offload: &Path, log: &Path) -> Vec<String> {
     let calls = "trace=write,pwrite64,pwritev2,fsync,fdatasync,rename,renameat,renameat2";
-    let status = Command::new("strace")
+    let mut strace = Command::new("strace");
+    let status = apart(&mut strace, own_cache())
         .args(["-f", "-y", "-qq", "-e", calls, "-o"])
         .arg(log)
-        .args([env!("CARGO_BIN_EXE_tensorpager"), "pack"])
+        .args([PROGRAM, "pack"])
         .arg(model())
         .arg("--offload-folder")
         .arg(offload)

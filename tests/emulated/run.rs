@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 use tensorpager::checkpoint::write_synthetic;
 
+use crate::common::program::program_within;
 use crate::common::{fixtures, read_safetensors};
 
 /// One run of the program beside the emulated driver.
@@ -26,14 +27,13 @@ impl Run {
 
     pub fn within(context: &str, device: &str, driver: &Path, command: &str, model: &str) -> Run {
         let folder = tempfile::tempdir().unwrap();
-        let mut run = Command::new(env!("CARGO_BIN_EXE_tensorpager"));
+        let mut run = program_within(folder.path());
         run.arg(command)
             .arg(fixtures().join(model))
             .args(["--device", device, "--threads", "2", "--context", context])
             .arg("--offload-folder")
             .arg(folder.path().join("offload"))
-            .env("LD_LIBRARY_PATH", driver)
-            .env("XDG_CACHE_HOME", folder.path());
+            .env("LD_LIBRARY_PATH", driver);
         Run {
             command: run,
             folder,

@@ -13,7 +13,7 @@ use super::batch_room::{KnownMachine, RoomOptions, with_room};
 use super::machine::Weights;
 use super::model::{open_checkpoint, pack_options};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
-use super::rates::{Computer, RateArgs, pass_work};
+use super::rates::{AskedRates, Computer, RateArgs, busy_told, pass_work};
 use super::run::print;
 use super::signals;
 use crate::engine::jobs::{CheckReport, JobPasses, PassLoad, Sizing, check, foresee};
@@ -81,6 +81,9 @@ struct Prediction {
     disk_bytes: u64,
     disk_gb_per_s: Option<f64>,
     compute_gflops: f64,
+    /// The part of the time that other work took while products were measured for this, where they were not kept for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    busy: Option<f64>,
     /// The disk's part of the passes.
     stream_s: f64,
     /// That of computing, which goes on beside it.
@@ -268,7 +271,7 @@ fn foretold(p: &Prediction) -> String {
             share(p.pictures_s)
         );
     }
-    text + "\n"
+    text + "\n" + &p.busy.map(busy_told).unwrap_or_default()
 }
 
 /// The job planned as `batch` would run it, and its passes priced one by one.
@@ -291,7 +294,7 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
         true => args.rates.disk(model, room)?,
         false => args.rates.disk_known(model),
     };
-    let rates = args.rates.with_disk(
+    let AskedRates { rates, lost } = args.rates.with_disk(
         disk.unwrap_or(f64::INFINITY),
         &computer,
         &machine,
@@ -332,6 +335,7 @@ fn prediction(args: &BatchCheckArgs, model: &Outline, r: &CheckReport) -> Result
         disk_bytes: job.disk_bytes,
         disk_gb_per_s: disk.filter(|_| reads || fitted.plan.streamed_bytes > 0),
         compute_gflops: rates.compute.gflops,
+        busy: lost,
         stream_s: job.disk_s,
         compute_s: job.compute_s,
         pictures_s,

@@ -8,7 +8,7 @@ use super::gpu::check_device;
 use super::machine::Weights;
 use super::model::{OpenFor, open_checkpoint, pack_options};
 use super::options::{MachineOptions, SourceOptions};
-use super::rates::{Computer, RateArgs, pass_work, usage};
+use super::rates::{AskedRates, Computer, RateArgs, pass_work, usage};
 use crate::engine::{
     DEFAULT_PAGE_BYTES, DEFAULT_PASS_TOKENS, EngineOptions, Fitted, GpuRoom, HostMemory, KvPlace,
     PictureCost, fit_on, kv_dtype, picture_costs,
@@ -59,6 +59,8 @@ struct Planned {
     dtype: Dtype,
     computer: String,
     rates: MachineRates,
+    /// To other work while they were measured, too much of it.
+    lost: Option<f64>,
     host: HostMemory,
     memory: Memory,
     options: EngineOptions,
@@ -125,7 +127,7 @@ impl Planned {
         // The default is fixed now: measuring must not shrink it.
         let cpu = options.cpu_memory.unwrap_or_else(|| host.default_budget());
         let dtype = kv_dtype(&outline.units);
-        let rates = args.rates.rates(&computer, &machine, &outline, dtype)?;
+        let AskedRates { rates, lost } = args.rates.rates(&computer, &machine, &outline, dtype)?;
         let options = EngineOptions {
             rates: computer.known(&rates),
             ..options
@@ -133,6 +135,7 @@ impl Planned {
         Ok(Planned {
             sizes: weights.sizes(page_bytes, gpu.is_some()),
             rates,
+            lost,
             memory: Memory { cpu, gpu },
             computer: computer.name(),
             outline,
@@ -283,6 +286,7 @@ impl Planned {
             gpu_memory: memory.gpu.map(|g| g.limit),
             context: one.context,
             rates: self.rates.clone(),
+            busy: self.lost,
             prefetch_depth: one.plan.depth,
             slots: one.plan.slots,
             slot_bytes: one.plan.slot_bytes,

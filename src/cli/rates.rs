@@ -10,7 +10,8 @@ use crate::engine::{DeviceChoice, EngineOptions, Fitted, GpuRoom, open_device};
 use crate::error::{Code, Error, Result};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{
-    ComputeRates, CopyRate, DiskRates, KeptCompute, KnownRates, MachineRates, PassWork,
+    AskedCompute, ComputeRates, CopyRate, DiskRates, KeptCompute, KnownRates, MachineRates,
+    PassWork,
 };
 use crate::spec::ModelSpec;
 use crate::store::Outline;
@@ -51,6 +52,21 @@ pub(super) enum Computer {
     Gpu(Box<Device>),
     /// Of another machine: its memory and its rates were given.
     GpuElsewhere,
+}
+
+/// What a machine gives.
+pub(super) struct AskedRates {
+    pub rates: MachineRates,
+    /// Its products were measured now while other work took this part of the time, and were not kept.
+    pub lost: Option<f64>,
+}
+
+/// For people, of [`AskedRates::lost`].
+pub(super) fn busy_told(lost: f64) -> String {
+    format!(
+        "this machine is busy: other work took {:.0} % of the time in which its products were measured; the rates are not kept, and are measured again the next time\n",
+        100.0 * lost
+    )
 }
 
 impl RateArgs {
@@ -94,7 +110,7 @@ impl RateArgs {
         machine: &MachineOptions,
         outline: &Outline,
         dtype: Dtype,
-    ) -> Result<MachineRates> {
+    ) -> Result<AskedRates> {
         let disk_gb_per_s = self.disk(outline, u64::MAX)?.ok_or_else(|| {
             Error::new(
                 Code::Unsupported,
@@ -136,7 +152,7 @@ impl RateArgs {
         outline: &Outline,
         dtype: Dtype,
         room: u64,
-    ) -> Result<MachineRates> {
+    ) -> Result<AskedRates> {
         let (h2d_gb_per_s, compute) = match computer {
             Computer::Host => {
                 let device = Device::cpu(machine.threads, None)?;
@@ -156,10 +172,13 @@ impl RateArgs {
                 (self.h2d_gb_per_s, compute_rates(given, None, dtype, room)?)
             }
         };
-        Ok(MachineRates {
-            disk_gb_per_s,
-            h2d_gb_per_s,
-            compute,
+        Ok(AskedRates {
+            rates: MachineRates {
+                disk_gb_per_s,
+                h2d_gb_per_s,
+                compute: compute.rates,
+            },
+            lost: compute.lost,
         })
     }
 }
@@ -354,22 +373,26 @@ fn compute_rates(
     device: Option<&Device>,
     dtype: Dtype,
     room: u64,
-) -> Result<ComputeRates> {
-    let by_hand = |memory_gb_per_s, gflops| ComputeRates {
-        memory_gb_per_s,
-        gflops,
-        element_bytes: dtype.bytes() as f64,
-        points: Vec::new(),
+) -> Result<AskedCompute> {
+    let by_hand = |memory_gb_per_s, gflops, lost| AskedCompute {
+        rates: ComputeRates {
+            memory_gb_per_s,
+            gflops,
+            element_bytes: dtype.bytes() as f64,
+            points: Vec::new(),
+        },
+        lost,
     };
     let measured = |device: &Device| KeptCompute::of(device, dtype).known_or_measured(device, room);
     Ok(match (given, device) {
-        ((Some(memory), Some(gflops)), _) => by_hand(memory, gflops),
+        ((Some(memory), Some(gflops)), _) => by_hand(memory, gflops, None),
         ((None, None), Some(device)) => measured(device)?,
         ((memory, gflops), Some(device)) => {
-            let measured = measured(device)?;
+            let AskedCompute { rates, lost } = measured(device)?;
             by_hand(
-                memory.unwrap_or(measured.memory_gb_per_s),
-                gflops.unwrap_or(measured.gflops),
+                memory.unwrap_or(rates.memory_gb_per_s),
+                gflops.unwrap_or(rates.gflops),
+                lost,
             )
         }
         (_, None) => return Err(Error::internal("rates of nothing")),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::busy::Turns;
 use super::predict::ComputeRates;
 use super::rates::{cache_dir, machine_name, sane_rate};
 use crate::device::cuda::{Copier, CudaDevice, Piece, Slot, Ticks};
@@ -33,9 +34,15 @@ const MOST_REPEATS: usize = 64;
 
 /// How much faster than its record a machine must be seen before the record is doubted.
 const BEATEN_BY: f64 = 1.1;
+/// Where other work took more of a measurement than this, it says nothing of the machine.
+const MOST_LOST: f64 = 0.1;
+/// Records before this one did not know whether the machine had been busy.
+const VERSION: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
+    #[serde(default)]
+    version: u32,
     machine: String,
     device: String,
     dtype: Dtype,
@@ -44,6 +51,14 @@ struct Record {
     /// What runs of one row a pass last took on a GPU, everything that a layer computes included, nanoseconds per byte of weights.
     #[serde(default)]
     ran_ns_per_byte: Option<f64>,
+}
+
+/// What a device multiplies at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AskedCompute {
+    pub rates: ComputeRates,
+    /// Measured now on a busy CPU, and not kept: the part of the time that other work took.
+    pub lost: Option<f64>,
 }
 
 /// The record of this machine's products in one weight type.
@@ -81,7 +96,8 @@ impl KeptCompute {
 
     fn record(&self) -> Option<Record> {
         let record: Record = serde_json::from_str(&record::read(&self.path)?).ok()?;
-        let ours = record.machine == machine_name()
+        let ours = record.version == VERSION
+            && record.machine == machine_name()
             && record.device == self.device
             && record.dtype == self.dtype;
         ours.then_some(record)
@@ -89,6 +105,7 @@ impl KeptCompute {
 
     fn keep(&self, change: impl FnOnce(&mut Record)) {
         let mut record = self.record().unwrap_or_else(|| Record {
+            version: VERSION,
             machine: machine_name(),
             device: self.device.clone(),
             dtype: self.dtype,
@@ -112,8 +129,8 @@ impl KeptCompute {
         })
     }
 
-    /// A run multiplied one row at this rate on a CPU. A record it beats clearly was taken on a busy machine: it is given up, and the next
-    /// who asks measures anew. Everything a pass computes counts as multiplying, so a run never flatters itself.
+    /// A run multiplied one row at this rate on a CPU. A record it beats clearly was taken while the machine was slow in a way that nobody
+    /// counts (its host's other guests on the same memory): it is given up, and the next who asks measures anew. Everything a pass computes counts as multiplying, so a run never flatters itself.
     pub fn ran_at(&self, memory_gb_per_s: f64) {
         let beaten = |known: ComputeRates| memory_gb_per_s > known.memory_gb_per_s * BEATEN_BY;
         if self.known().is_some_and(beaten) {
@@ -132,23 +149,37 @@ impl KeptCompute {
 
     /// What is known, else measured now: about a second, and [`WEIGHT_BYTES`] of the device's memory for that long. A CPU is measured within
     /// about `room` bytes, though never with less than a few megabytes; fewer weights than usual may lie in a cache, and what they are
-    /// multiplied at is not kept.
+    /// multiplied at is not kept. Nor is what a busy CPU gave: whoever asks next measures again, until it is quiet.
     ///
     /// # Errors
     /// `Memory`: a GPU without room for anything to measure; those of the device.
-    pub fn known_or_measured(&self, device: &Device, room: u64) -> Result<ComputeRates> {
+    pub fn known_or_measured(&self, device: &Device, room: u64) -> Result<AskedCompute> {
         if let Some(rates) = self.known() {
-            return Ok(rates);
+            return Ok(AskedCompute { rates, lost: None });
         }
         let on_host = device.as_cuda().is_none();
         let room = usize::try_from(room).unwrap_or(usize::MAX);
-        if on_host && room < WEIGHT_BYTES + PRODUCT_BYTES {
-            let bytes = room.saturating_sub(PRODUCT_BYTES).max(LEAST_BYTES);
-            return measure(device, self.dtype, bytes, TIME_EACH);
+        let bytes = match on_host {
+            true => WEIGHT_BYTES.min(room.saturating_sub(PRODUCT_BYTES).max(LEAST_BYTES)),
+            false => WEIGHT_BYTES,
+        };
+        let before = Turns::now();
+        let measured = measure(device, self.dtype, bytes, TIME_EACH)?;
+        // A GPU is not slower for what the host does.
+        let lost = Some(Turns::now().lost_since(&before)).filter(|l| on_host && *l > MOST_LOST);
+        Ok(self.asked(measured, lost, bytes == WEIGHT_BYTES))
+    }
+
+    /// Keeps what was `measured`, with all weights and on a quiet machine.
+    fn asked(&self, measured: ComputeRates, lost: Option<f64>, all: bool) -> AskedCompute {
+        if all && lost.is_none() {
+            self.keep(|r| r.rates = Some(measured.clone()));
         }
-        let measured = measure(device, self.dtype, WEIGHT_BYTES, TIME_EACH)?;
-        self.keep(|r| r.rates = Some(measured.clone()));
-        Ok(self.known().unwrap_or(measured))
+        let known = self.known().filter(|_| all);
+        AskedCompute {
+            rates: known.unwrap_or(measured),
+            lost,
+        }
     }
 }
 
@@ -335,6 +366,7 @@ mod tests {
             "256 rows take longer than one: {times:?}"
         );
         let mut record = Record {
+            version: VERSION,
             machine: machine_name(),
             device: device.describe(),
             dtype: Dtype::BF16,
@@ -352,6 +384,35 @@ mod tests {
         assert_eq!(kept.known(), None, "a run much faster refutes it");
         record.machine = "another".into();
         std::fs::write(&kept.path, serde_json::to_string(&record).unwrap()).unwrap();
+        assert_eq!(kept.known(), None);
+    }
+
+    #[test]
+    fn what_a_busy_machine_gave_is_told_and_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = Device::cpu(Some(1), None).unwrap();
+        let kept = KeptCompute::within(dir.path().into(), &device, Dtype::BF16);
+        let rates = |gb_per_s| ComputeRates {
+            memory_gb_per_s: gb_per_s,
+            gflops: 100.0,
+            element_bytes: 2.0,
+            points: Vec::new(),
+        };
+        let busy = kept.asked(rates(3.0), Some(0.4), true);
+        assert_eq!((busy.rates, busy.lost), (rates(3.0), Some(0.4)));
+        assert_eq!(kept.known(), None);
+        // The next one, on a quiet machine, stands.
+        let quiet = kept.asked(rates(20.0), None, true);
+        assert_eq!((quiet.rates, quiet.lost), (rates(20.0), None));
+        assert_eq!(kept.known(), Some(rates(20.0)));
+        // A record from before anybody looked is none.
+        let text = std::fs::read_to_string(&kept.path).unwrap();
+        let old = text.replace("\"version\":1,", "");
+        assert_ne!(old, text);
+        std::fs::write(&kept.path, old).unwrap();
+        assert_eq!(kept.known(), None);
+        // Few weights may lie in a cache.
+        kept.asked(rates(90.0), None, false);
         assert_eq!(kept.known(), None);
     }
 

@@ -1,5 +1,6 @@
 //! Units into slots just ahead of the forward pass: the only place that sees both the disk and the device.
 
+mod busy;
 mod compute_rates;
 mod copies;
 mod device_layout;
@@ -21,7 +22,7 @@ mod sync;
 mod trace;
 mod tune;
 
-pub use compute_rates::KeptCompute;
+pub use compute_rates::{AskedCompute, KeptCompute};
 pub use device_map::parse_device_map;
 pub use kept_setting::KeptSetting;
 pub use origin::{Origin, unit_name};
@@ -106,7 +107,7 @@ pub(crate) mod fuzz {
             tuned.clone(),
             tuned,
             format!(
-                r#"{{"machine":"{machine}","device":"compute.json","dtype":"bfloat16","rates":{{"memory_gb_per_s":20.5,"gflops":300.0,"element_bytes":2.0,"points":[[1,0.05],[8,0.0625],[64,0.25],[256,1.0]]}},"ran_ns_per_byte":0.0625}}"#
+                r#"{{"version":1,"machine":"{machine}","device":"compute.json","dtype":"bfloat16","rates":{{"memory_gb_per_s":20.5,"gflops":300.0,"element_bytes":2.0,"points":[[1,0.05],[8,0.0625],[64,0.25],[256,1.0]]}},"ran_ns_per_byte":0.0625}}"#
             ),
         ];
         let numbered = (0u8..).zip(texts);

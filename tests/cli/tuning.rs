@@ -288,3 +288,66 @@ fn bench_records_each_test_and_reads_llama_benchs_spelling() {
     bench(&p, &["-n", "0", "-r", "1", "--trace", "one.json"]).done();
     assert!(p.path("one.json").is_file());
 }
+
+/// Programs that leave no core alone, until they are dropped.
+struct Crowd(Vec<std::process::Child>);
+
+impl Crowd {
+    fn new() -> Crowd {
+        let cores = std::thread::available_parallelism().unwrap().get();
+        let endless = |_| {
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", "while :; do :; done"]).spawn().unwrap()
+        };
+        Crowd((0..3 * cores).map(endless).collect())
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[test]
+fn what_a_busy_machine_multiplied_at_is_told_and_not_kept() {
+    let counts = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    if counts
+        .split_whitespace()
+        .next()
+        .is_none_or(|ran| ran == "0")
+    {
+        return println!("skipped: this kernel does not count who waits for a core");
+    }
+    let p = Place::new();
+    let model = fixture("qwen2-bf16");
+    let plan = |more: &[&str]| {
+        let args = ["plan", str(&model), "--in-place", "--disk-gb-per-s", "2"];
+        p.run(&[&args[..], &["--device", "cpu"], more].concat())
+            .done()
+    };
+    let kept = || {
+        let records = std::fs::read_dir(p.path("cache/tensorpager"));
+        let names = records.into_iter().flatten().flatten();
+        let names = names.map(|e| e.file_name().into_string().unwrap());
+        names.filter(|n| n.starts_with("compute-")).count()
+    };
+    let crowd = Crowd::new();
+    let busy = plan(&["--json"]).json();
+    assert!(busy["busy"].as_f64().unwrap() > 0.1, "{busy}");
+    assert_eq!(kept(), 0);
+    let told = plan(&[]).stdout;
+    assert!(
+        told.contains("this machine is busy: other work took "),
+        "{told}"
+    );
+    drop(crowd);
+    // Other tests may run beside this one: either it is quiet now and kept, or it is told again.
+    for _ in 0..2 {
+        let now = plan(&["--json"]).json();
+        assert_eq!(now["busy"].is_null(), kept() == 1, "{now}");
+    }
+}

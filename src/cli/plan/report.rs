@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use crate::cli::rates::busy_told;
 use crate::engine::PictureCost;
 use crate::paging::MachineRates;
 use crate::units::{flag_size, human_bytes};
@@ -54,6 +55,9 @@ pub(super) struct Report {
     pub gpu_memory: Option<u64>,
     pub context: usize,
     pub rates: MachineRates,
+    /// The part of the time that other work took while products were measured for `rates`, where they were not kept for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub busy: Option<f64>,
     pub prefetch_depth: usize,
     pub slots: usize,
     pub slot_bytes: u64,
@@ -100,6 +104,7 @@ pub(super) struct Pictures {
 /// For people.
 pub(super) fn table(r: &Report) -> String {
     let mut t = placement(r);
+    t += &r.busy.map(busy_told).unwrap_or_default();
     t += &queues(r);
     t += &memory(r);
     if let Some(p) = &r.pictures {

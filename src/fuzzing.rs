@@ -19,7 +19,7 @@ use crate::paging::{self, Placement, Plan, SlotLayout};
 use crate::spec::parse_config;
 use crate::store::{self, PackOptions, Store};
 use crate::text::{
-    ChatTemplate, GenerationConfig, Message, RenderOptions, SamplingParams, Tokenizer,
+    AnswerLength, ChatTemplate, GenerationConfig, Message, RenderOptions, SamplingParams, Tokenizer,
 };
 use crate::units::Dtype;
 
@@ -222,7 +222,7 @@ fn job_line(bytes: &[u8]) -> bool {
         max_tokens: Some(16),
         stop: Vec::new(),
         stop_tokens: Vec::new(),
-        chat_max_tokens: 16,
+        chat_length: AnswerLength::Tokens(16),
         context: Some(512),
         look: Some(media::Options::default()),
     };

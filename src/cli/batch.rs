@@ -27,7 +27,7 @@ use crate::media::Look;
 use crate::report::job::{Figures, JobView, ProgressKind};
 use crate::report::summary::{PagingReport, Timings, paging_line};
 use crate::spec::ModelSpec;
-use crate::text::{ChatTemplate, GenerationConfig, Tokenizer};
+use crate::text::{AnswerLength, ChatTemplate, GenerationConfig, Tokenizer};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OrderArg {
@@ -164,13 +164,16 @@ impl Texts {
             fingerprint,
             sampling: sampling.over(&self.generation)?,
             max_tokens: sampling.max_tokens,
-            stop: sampling.stop.clone(),
+            stop: match sampling.stop.is_empty() {
+                true => self.generation.stop_strings.clone(),
+                false => sampling.stop.clone(),
+            },
             stop_tokens: match sampling.ignore_eos {
                 true => Vec::new(),
                 false => stop_tokens(&self.generation, &self.tokenizer),
             },
             look: self.looker.as_ref().map(|l| *l.options()),
-            chat_max_tokens: self.generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
+            chat_length: AnswerLength::new(None, &self.generation, DEFAULT_MAX_TOKENS),
             context,
         })
     }

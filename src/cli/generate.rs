@@ -3,45 +3,12 @@
 use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, EngineStats, Event, FinishReason, Job, JobId, Stage};
-use crate::error::{Code, Error, Result};
+use crate::error::Result;
 use crate::report::progress::Prefill;
 use crate::text::{GenerationConfig, StopMatcher, StopStrings, TokenStream, Tokenizer};
 
 /// Tokens generated where neither the user nor the model says how many.
 pub(super) const DEFAULT_MAX_TOKENS: usize = 512;
-
-/// How long an answer may be: what the user says, else what the model's generation_config.json does, as transformers reads it.
-#[derive(Clone, Copy, Debug)]
-pub struct AnswerLength {
-    tokens: Option<usize>,
-    /// Prompt and answer together.
-    all: Option<usize>,
-}
-
-impl AnswerLength {
-    pub fn new(asked: Option<usize>, generation: &GenerationConfig) -> AnswerLength {
-        AnswerLength {
-            tokens: asked.or(generation.max_new_tokens),
-            all: generation.max_length,
-        }
-    }
-
-    /// Tokens that may follow a prompt of `prompt`. Refused where the model's `max_length` leaves none.
-    pub fn after(&self, prompt: usize) -> Result<usize> {
-        match (self.tokens, self.all) {
-            (Some(n), _) => Ok(n),
-            (None, None) => Ok(DEFAULT_MAX_TOKENS),
-            (None, Some(all)) => all.checked_sub(prompt).filter(|n| *n > 0).ok_or_else(|| {
-                Error::new(
-                    Code::Usage,
-                    format!("the prompt of {prompt} tokens leaves no room for an answer"),
-                    format!("the model's generation_config.json has max_length {all}, the prompt included"),
-                    "shorten the prompt, or give --max-tokens, which goes before it",
-                )
-            }),
-        }
-    }
-}
 
 /// A finished answer and what it cost.
 pub struct Answer {

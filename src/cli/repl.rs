@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::generate::{AnswerLength, generate};
+use super::generate::generate;
 use super::prompt::render;
 use super::signals::ChatSignals;
 use crate::engine::{Engine, Job};
 use crate::error::{Code, Error, Result};
 use crate::report::progress::PrefillProgress;
 use crate::report::summary::{answer_line, tokens_per_s};
-use crate::text::{ChatTemplate, Message, StopStrings, Tokenizer};
+use crate::text::{AnswerLength, ChatTemplate, Message, StopStrings, Tokenizer};
 
 /// Tokens a chat may grow to where nobody says.
 pub const DEFAULT_CONTEXT: usize = 4096;

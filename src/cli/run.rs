@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::advice::{self, Looked, Ran, Work};
 use super::found::Found;
-use super::generate::{Answer, AnswerLength, generate, warn_of_unheeded};
+use super::generate::{Answer, DEFAULT_MAX_TOKENS, generate, warn_of_unheeded};
 use super::media::{LookOptions, PictureOptions, Renderer};
 use super::model::{OpenFor, stop_tokens};
 use super::options::{MachineOptions, SamplingOptions, SourceOptions};
@@ -23,7 +23,7 @@ use crate::report::summary::{
     PagingReport, Timings, VisionReport, closing_lines, paging_line, tokens_per_s,
 };
 use crate::spec::ModelSpec;
-use crate::text::{ChatTemplate, GenerationConfig, StopStrings, Tokenizer};
+use crate::text::{AnswerLength, ChatTemplate, GenerationConfig, StopStrings, Tokenizer};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -99,7 +99,7 @@ pub fn run(args: RunArgs) -> Result<u8> {
     let budget = args.machine.cpu_budget()?;
     let generation = GenerationConfig::load(found.text_dir())?;
     warn_of_unheeded(&generation, args.quiet);
-    let length = AnswerLength::new(args.sampling.max_tokens, &generation);
+    let length = AnswerLength::new(args.sampling.max_tokens, &generation, DEFAULT_MAX_TOKENS);
     let advise = |looked: Looked, tokens: usize| {
         let max_tokens = length.after(tokens).ok()?;
         let want = for_prompt(&args, tokens, max_tokens, Some(looked));

@@ -33,6 +33,54 @@ pub struct GenerationConfig {
     pub unheeded: Vec<String>,
 }
 
+/// How long an answer may be, as transformers reads a model's generation_config.json.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerLength {
+    Tokens(usize),
+    /// Prompt and answer in all: the model's `max_length`.
+    Together(usize),
+}
+
+impl AnswerLength {
+    /// What is `asked` for, else what the model's file says, else `usual` tokens.
+    pub fn new(asked: Option<usize>, generation: &GenerationConfig, usual: usize) -> AnswerLength {
+        match (asked.or(generation.max_new_tokens), generation.max_length) {
+            (Some(n), _) => AnswerLength::Tokens(n),
+            (None, Some(all)) => AnswerLength::Together(all),
+            (None, None) => AnswerLength::Tokens(usual),
+        }
+    }
+
+    /// Tokens that may follow a prompt of `prompt`.
+    ///
+    /// # Errors
+    /// `Usage`: the model's `max_length` leaves none.
+    pub fn after(self, prompt: usize) -> Result<usize> {
+        let all = match self {
+            AnswerLength::Tokens(n) => return Ok(n),
+            AnswerLength::Together(all) => all,
+        };
+        all.checked_sub(prompt).filter(|n| *n > 0).ok_or_else(|| {
+            Error::new(
+                Code::Usage,
+                format!("the prompt of {prompt} tokens leaves no room for an answer"),
+                format!(
+                    "the model's generation_config.json has max_length {all}, the prompt included"
+                ),
+                "shorten the prompt, or give --max-tokens, which goes before it",
+            )
+        })
+    }
+
+    /// A prompt of `prompt` tokens and its answer, at most.
+    pub fn in_all(self, prompt: usize) -> usize {
+        match self {
+            AnswerLength::Tokens(n) => prompt.saturating_add(n),
+            AnswerLength::Together(all) => all.max(prompt),
+        }
+    }
+}
+
 /// Keys of transformers' `GenerationConfig` that change what is generated in ways not followed here, each with what leaves it
 /// without effect (`null`, `[]` and `{}` always do).
 const UNHEEDED: [(&str, f64); 19] = [

@@ -14,7 +14,7 @@ pub mod stream;
 pub mod tokenizer;
 
 pub use chat::{ChatTemplate, Message, RenderOptions};
-pub use generation_config::GenerationConfig;
+pub use generation_config::{AnswerLength, GenerationConfig};
 pub use sampler::{Draw, History, Sampler, SamplingParams, TokenLogprob};
 pub use stop::{StopMatcher, StopStrings};
 pub use stream::TokenStream;

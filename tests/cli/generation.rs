@@ -59,6 +59,147 @@ fn stop_strings_of_the_model_end_its_answers() {
     assert_eq!(text(&own), whole);
 }
 
+/// Answers and errors of a job, by custom_id.
+fn batch(p: &Place, model: &Path, rows: &[Value], code: i32, more: &[&str]) -> (Value, Value) {
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let input = p.file("rows.jsonl", lines.join("\n"));
+    let output = p.path("answers.jsonl");
+    let base = ["batch", str(model), "-i", &input, "-o", str(&output)];
+    let rest = ["--in-place", "--greedy", "--ignore-eos", "--order", "input"];
+    let ran = p.run(&[&base[..], &rest, more].concat());
+    assert_eq!(ran.code, code, "{}", ran.stderr);
+    let by_id = |name: &str, key: &str| {
+        let text = std::fs::read_to_string(p.path(name)).unwrap_or_default();
+        let rows = text.lines().map(|l| serde_json::from_str(l).unwrap());
+        let named =
+            rows.map(|r: Value| (r["custom_id"].as_str().unwrap().to_string(), r[key].clone()));
+        Value::Object(named.collect())
+    };
+    (
+        by_id("answers.jsonl", "response"),
+        by_id("answers.errors.jsonl", "error"),
+    )
+}
+
+fn chat(id: &str, words: usize, more: Value) -> Value {
+    let mut body = json!({"messages": [{"role": "user", "content": "word ".repeat(words)}]});
+    let more = more.as_object().unwrap().clone();
+    body.as_object_mut().unwrap().extend(more);
+    json!({"custom_id": id, "body": body})
+}
+
+#[test]
+fn max_length_bounds_the_rows_of_a_job_that_say_nothing() {
+    let p = Place::new();
+    let model = p.copy("qwen2-bf16", "model");
+    let usage = |answers: &Value, id: &str, key: &str| {
+        let count = &answers[id]["body"]["usage"][key];
+        count.as_u64().unwrap_or_else(|| panic!("{id}: {answers}"))
+    };
+    let row = |id: &str, words| chat(id, words, json!({}));
+    let one = [
+        chat("short", 2, json!({"max_tokens": 1})),
+        chat("long", 9, json!({"max_tokens": 1})),
+    ];
+    let (answers, _) = batch(&p, &model, &one, 0, &[]);
+    let prompt = |id| usage(&answers, id, "prompt_tokens");
+    let (short, long) = (prompt("short"), prompt("long"));
+    assert!(long > short + 5);
+    config(&model, json!({"max_length": short + 5}));
+    let completion = json!({"custom_id": "text", "body": {"prompt": "word"}});
+    let rows = [
+        row("short", 2),
+        row("long", 9),
+        chat("own", 9, json!({"max_tokens": 3})),
+        completion,
+    ];
+    let (answers, errors) = batch(&p, &model, &rows, 3, &["--overwrite"]);
+    let tokens = |id| usage(&answers, id, "completion_tokens");
+    assert_eq!((tokens("short"), tokens("own"), tokens("text")), (5, 3, 16));
+    assert_eq!(errors["long"]["code"], "invalid_prompt", "{errors}");
+    let message = errors["long"]["message"].as_str().unwrap();
+    assert!(
+        message.contains(&format!("max_length {}", short + 5)),
+        "{message}"
+    );
+    // batch-check counts them so too.
+    let input = p.path("rows.jsonl");
+    let check = [
+        "batch-check",
+        str(&model),
+        "--in-place",
+        "-i",
+        str(&input),
+        "--json",
+    ];
+    let rates = [
+        "--disk-gb-per-s",
+        "1",
+        "--memory-gb-per-s",
+        "9",
+        "--cpu-gflops",
+        "9",
+    ];
+    let checked = p.run(&[&check[..], &rates].concat());
+    assert_eq!(checked.code, 3, "{}", checked.stderr);
+    let checked: Value = serde_json::from_str(&checked.stdout).unwrap();
+    assert_eq!(
+        (&checked["rows_bad"], &checked["output_tokens_at_most"]),
+        (&json!(1), &json!(24))
+    );
+    // What the file says is part of what a job is.
+    config(&model, json!({"max_length": short + 6}));
+    let refused = batch(&p, &model, &rows, 2, &[]).0;
+    assert_eq!(refused, answers);
+    // The command's own goes before it.
+    let (answers, _) = batch(&p, &model, &rows, 0, &["--overwrite", "-n", "2"]);
+    assert_eq!(usage(&answers, "long", "completion_tokens"), 2);
+}
+
+#[test]
+fn stop_strings_of_the_model_end_the_answers_of_a_job() {
+    let p = Place::new();
+    let model = p.copy("qwen2-bf16", "model");
+    let text = |answers: &Value, id: &str| {
+        let choice = &answers[id]["body"]["choices"][0];
+        let text = choice["message"]["content"].as_str().unwrap().to_string();
+        (text, choice["finish_reason"].as_str().unwrap().to_string())
+    };
+    let row = |id: &str, more: Value| {
+        let mut row = chat(id, 3, json!({"max_tokens": 40}));
+        row["body"]
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        row
+    };
+    let rows = [
+        row("silent", json!({})),
+        row("own", json!({"stop": "not-this-either"})),
+        row("none", json!({"stop": []})),
+    ];
+    let (answers, _) = batch(&p, &model, &rows, 0, &[]);
+    let whole = text(&answers, "silent").0;
+    let chars: Vec<char> = whole.chars().collect();
+    let half = chars.len() / 2;
+    let stop: String = chars[half..half + 3].iter().collect();
+    // More of them than a row may have.
+    let mut stops: Vec<String> = (0..20).map(|i| format!("never-there-{i}")).collect();
+    stops.push(stop.clone());
+    config(&model, json!({"stop_strings": stops}));
+    let (answers, _) = batch(&p, &model, &rows, 0, &["--overwrite"]);
+    let ended = (
+        whole[..whole.find(&stop).unwrap()].to_string(),
+        "stop".to_string(),
+    );
+    assert_eq!(text(&answers, "silent"), ended);
+    for id in ["own", "none"] {
+        assert_eq!(text(&answers, id).0, whole, "{id}");
+    }
+    let (answers, _) = batch(&p, &model, &rows, 0, &["--overwrite", "--stop", "nor-this"]);
+    assert_eq!(text(&answers, "silent").0, whole);
+}
+
 #[test]
 fn what_is_not_followed_is_named_once() {
     let p = Place::new();

@@ -6,7 +6,9 @@ use twox_hash::XxHash3_64;
 use super::fields::Fields;
 use super::request::{Endpoint, RowError, Rules, TextTools};
 use crate::media::{MediaRequest, requests, unread_field, without_media};
-use crate::text::{ChatTemplate, Message, RenderOptions, SamplingParams, StopStrings};
+use crate::text::{
+    AnswerLength, ChatTemplate, Message, RenderOptions, SamplingParams, StopStrings,
+};
 
 /// As in OpenAI's API.
 const MAX_CHOICES: u64 = 128;
@@ -24,7 +26,7 @@ pub struct Body {
     /// Each picture still one token: see [`Looker`](super::Looker).
     pub prompt: Prompt,
     pub pictures: Vec<MediaRequest>,
-    pub max_tokens: usize,
+    pub length: AnswerLength,
     pub sampling: SamplingParams,
     pub choices: u32,
     pub stop: StopStrings,
@@ -52,7 +54,7 @@ impl Body {
                 (top, (completion_prompt(&mut f, text)?, Vec::new()))
             }
         };
-        let max_tokens = max_tokens(&mut f, endpoint, rules)?;
+        let length = length(&mut f, endpoint, rules)?;
         let choices = f.count("n", 1..=MAX_CHOICES)?.unwrap_or(1) as u32;
         let mut sampling = sampling(&mut f, custom_id, rules)?;
         sampling.logit_bias = logit_bias(&mut f, text)?;
@@ -74,7 +76,7 @@ impl Body {
         Ok(Body {
             prompt,
             pictures,
-            max_tokens,
+            length,
             sampling,
             choices,
             stop,
@@ -310,7 +312,7 @@ fn token_list(
     }
 }
 
-fn max_tokens(f: &mut Fields, endpoint: Endpoint, rules: &Rules) -> Result<usize, RowError> {
+fn length(f: &mut Fields, endpoint: Endpoint, rules: &Rules) -> Result<AnswerLength, RowError> {
     let old = f.count("max_tokens", 1..=u64::MAX)?;
     let new = match endpoint {
         Endpoint::Chat => f.count("max_completion_tokens", 1..=u64::MAX)?,
@@ -323,10 +325,11 @@ fn max_tokens(f: &mut Fields, endpoint: Endpoint, rules: &Rules) -> Result<usize
         return Err(RowError::about("invalid_value", "max_completion_tokens", e));
     }
     let silent = match endpoint {
-        Endpoint::Chat => rules.chat_max_tokens,
-        Endpoint::Completions => COMPLETION_MAX_TOKENS,
+        Endpoint::Chat => rules.chat_length,
+        Endpoint::Completions => AnswerLength::Tokens(COMPLETION_MAX_TOKENS),
     };
-    Ok(old.or(new).or(rules.max_tokens).unwrap_or(silent))
+    let asked = old.or(new).or(rules.max_tokens);
+    Ok(asked.map_or(silent, AnswerLength::Tokens))
 }
 
 /// The job's settings with the row's laid over them. A row that truncates but names no temperature wants to sample.
@@ -392,8 +395,10 @@ fn logit_bias(f: &mut Fields, text: &TextTools<'_>) -> Result<Vec<(u32, f32)>, R
 
 fn stop_strings(f: &mut Fields, rules: &Rules) -> Result<StopStrings, RowError> {
     let wanted = "a string or a list of strings";
+    let refused = |e| RowError::about("invalid_value", "stop", explain(&e));
     let stops = match f.take("stop") {
-        None => rules.stop.clone(),
+        // The job's, or the model's own, however many these are.
+        None => return StopStrings::new(&rules.stop).map_err(refused),
         Some(Value::String(s)) => vec![s],
         Some(Value::Array(list)) => list
             .iter()
@@ -412,7 +417,7 @@ fn stop_strings(f: &mut Fields, rules: &Rules) -> Result<StopStrings, RowError> 
         );
         return Err(RowError::about("invalid_value", "stop", e));
     }
-    StopStrings::new(stops).map_err(|e| RowError::about("invalid_value", "stop", explain(&e)))
+    StopStrings::new(stops).map_err(refused)
 }
 
 fn explain(e: &crate::error::Error) -> String {

@@ -12,7 +12,7 @@ use super::limits::{ROW_SHARE, RowLimits};
 use super::pictures::{Looker, PictureIds};
 use crate::error::Error;
 use crate::media::{Options, is_inline};
-use crate::text::{ChatTemplate, SamplingParams, Tokenizer};
+use crate::text::{AnswerLength, ChatTemplate, SamplingParams, Tokenizer};
 use crate::units::human_bytes;
 
 /// Part of every row id: raised when the same request would be answered differently by a later version.
@@ -49,7 +49,7 @@ pub struct Rules {
     /// The model's end-of-text tokens; empty where they are to be ignored.
     pub stop_tokens: Vec<u32>,
     /// Of chat rows that say nothing, and where `max_tokens` is `None` too.
-    pub chat_max_tokens: usize,
+    pub chat_length: AnswerLength,
     /// How pictures are looked at where a row is silent; `None` where the model sees none.
     pub look: Option<Options>,
     /// Given by the user; a default that follows the memory at hand does not belong here.
@@ -61,6 +61,10 @@ impl Rules {
     pub fn key(&self) -> u64 {
         let mut hash = XxHash3_64::with_seed(ANSWER_VERSION);
         let s = &self.sampling;
+        let chat_length = match self.chat_length {
+            AnswerLength::Tokens(n) => n.to_string(),
+            AnswerLength::Together(all) => format!("max_length {all}"),
+        };
         hash.write(&self.fingerprint.to_le_bytes());
         let parts = format!(
             "{} {} {} {} {} {} {} {:?} {} {:?} {:?} {:?} {} {:?} {}",
@@ -76,7 +80,7 @@ impl Rules {
             self.max_tokens,
             self.stop,
             self.stop_tokens,
-            self.chat_max_tokens,
+            chat_length,
             self.context,
             self.model,
         );

@@ -271,13 +271,17 @@ impl Runner<'_> {
             self.other_model += 1;
         }
         let prompt_tokens = body.prompt.len();
+        let max_tokens = match body.length.after(prompt_tokens) {
+            Ok(n) => n,
+            Err(e) => return Ok(Some(RowError::from_error("invalid_prompt", &e))),
+        };
         let stream = TokenStream::after(self.text.tokenizer, true, &body.prompt)?;
         let mut choices = Vec::with_capacity(body.choices as usize);
         for choice in 0..body.choices {
             let job = Job {
                 prompt: body.prompt.clone(),
                 media: media.clone(),
-                max_tokens: body.max_tokens,
+                max_tokens,
                 sampling: body.sampling.clone(),
                 choice,
                 stop_tokens: body.stop_tokens.clone(),

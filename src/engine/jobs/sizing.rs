@@ -153,7 +153,7 @@ fn sample(
         }
         request.body(rules, text).ok()
     };
-    let plain = |b: Body| (b.prompt.len().saturating_add(b.max_tokens), b.choices);
+    let plain = |b: Body| (b.length.in_all(b.prompt.len()), b.choices);
     let mut index = 0;
     // Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
     const KEPT_ROWS: usize = 16;
@@ -173,7 +173,7 @@ fn sample(
             looker.processor()?;
             if let Ok(m) = looker.measure(body) {
                 pictures.add(&m.pictures);
-                let row = m.prompt_tokens + body.max_tokens;
+                let row = body.length.in_all(m.prompt_tokens);
                 longest_tokens = longest_tokens.max(row);
                 if is_chosen {
                     sizes.push((row, body.choices));

@@ -60,6 +60,7 @@ pub fn chat(engine: &mut Engine, chat: &Chat<'_>, signals: &ChatSignals) -> Resu
         text: String::new(),
     };
     loop {
+        signals.turn.store(false, Relaxed);
         signals.at_prompt.store(true, Relaxed);
         let line = editor.readline("> ");
         signals.at_prompt.store(false, Relaxed);
@@ -84,7 +85,6 @@ pub fn chat(engine: &mut Engine, chat: &Chat<'_>, signals: &ChatSignals) -> Resu
             _ => {}
         }
         let _ = editor.add_history_entry(&line);
-        signals.turn.store(false, Relaxed);
         match turn(engine, chat, &mut said, &line) {
             Ok(()) => {}
             // A prompt that outgrew the context is the user's to shorten; the chat goes on.

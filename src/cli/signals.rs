@@ -1,12 +1,17 @@
 //! Ctrl-C, and its like from other programs: the first asks to stop at the next unit, the second ends the process at once.
 
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::{Error, Result};
+
+/// Ends what a line editor asks of a terminal about pastes, and its line.
+const PASTES_AS_BEFORE: &[u8] = b"\x1b[?2004l\r\n";
 
 /// What asks to stop: Ctrl-C, `kill`, and a terminal that is closed, unless whoever started this (nohup) wants that ignored.
 fn heeded() -> Vec<i32> {
@@ -59,7 +64,7 @@ impl TwoStage {
 pub struct ChatSignals {
     /// Ends what the engine does, and with it the chat.
     pub cancel: Arc<AtomicBool>,
-    /// Ends the answer under way; to be lowered before the next.
+    /// Ends the answer under way; to be lowered before the next prompt, where a second signal would end the process as it is.
     pub turn: Arc<AtomicBool>,
     /// Up while a line is waited for: there is nothing to stop, so any signal ends the process.
     pub at_prompt: Arc<AtomicBool>,
@@ -70,9 +75,8 @@ impl TwoStage {
     pub fn into_chat(self) -> Result<ChatSignals> {
         self.working();
         let at_prompt = Arc::new(AtomicBool::new(false));
+        end_at_prompt(at_prompt.clone())?;
         for signal in heeded() {
-            signal_hook::flag::register_conditional_shutdown(signal, 130, at_prompt.clone())
-                .map_err(wire)?;
             if signal != SIGINT {
                 signal_hook::flag::register(signal, self.cancel.clone()).map_err(wire)?;
             }
@@ -82,6 +86,37 @@ impl TwoStage {
             turn: self.stop,
             at_prompt,
         })
+    }
+}
+
+/// A line editor takes the terminal's echo and its line ends away. Who ends the process meanwhile gives them back: the shell behind it
+/// shows nothing that is typed otherwise.
+fn end_at_prompt(at_prompt: Arc<AtomicBool>) -> Result<()> {
+    let terminal = tcgetattr(std::io::stdin()).ok();
+    let mut signals = Signals::new(heeded()).map_err(wire)?;
+    let wait = move || {
+        for _ in signals.forever() {
+            if at_prompt.load(Relaxed) {
+                if let Some(before) = &terminal {
+                    give_back(before);
+                }
+                signal_hook::low_level::exit(130);
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("prompt".into())
+        .spawn(wait)
+        .map(|_| ())
+        .map_err(wire)
+}
+
+/// A terminal that is gone wants nothing back.
+fn give_back(before: &Termios) {
+    let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
+    let mut out = std::io::stdout();
+    if out.is_terminal() {
+        let _ = out.write_all(PASTES_AS_BEFORE).and_then(|()| out.flush());
     }
 }
 

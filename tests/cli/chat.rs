@@ -59,10 +59,16 @@ fn ctrl_c_ends_an_answer_and_at_the_prompt_the_chat() {
             t.wait_for("(interrupted)");
             t.wait_for("> ");
         }
-        t.press("\u{3}");
+        let (screen, raw) = (t.screen(), t.screen().modes());
+        match map {
+            "disk" => t.press("\u{3}"),
+            // Behind an answer that was interrupted no signal is the second one.
+            _ => signal(&t.child, libc::SIGTERM),
+        }
         let (code, shown) = t.ended();
         assert_eq!(code, Some(130), "{shown}");
         assert!(!shown.contains("error"), "{shown}");
+        assert_ne!(screen.modes(), raw, "the terminal is given back");
     }
 }
 
@@ -71,12 +77,21 @@ fn a_chat_that_is_told_to_end_ends() {
     let p = Place::new();
     for which in [libc::SIGTERM, libc::SIGHUP] {
         let mut t = chat(&p, str(&fixture("llama3-bf16")), &["-n", "4"]);
+        let screen = t.screen();
+        let before = screen.modes();
         t.wait_for("> ");
         // The prompt is drawn just before it is waited at.
         std::thread::sleep(Duration::from_millis(200));
+        assert_ne!(screen.modes(), before, "an editor has the terminal");
         signal(&t.child, which);
         let (code, shown) = t.ended();
         assert_eq!(code, Some(130), "{shown}");
+        // As the shell behind it wants it: lines, echo, and pastes unmarked.
+        assert_eq!(screen.modes(), before);
+        assert!(
+            shown.rfind("\u{1b}[?2004l") > shown.rfind("\u{1b}[?2004h"),
+            "{shown}"
+        );
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -87,6 +87,11 @@ impl Terminal {
         }
     }
 
+    /// For what the terminal is set to when the program is gone.
+    pub fn screen(&self) -> Screen {
+        Screen(self.keys.try_clone().unwrap())
+    }
+
     pub fn press(&mut self, keys: &str) {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
@@ -124,6 +129,22 @@ impl Terminal {
             self.text += &String::from_utf8_lossy(&bytes);
         }
         (status.code(), std::mem::take(&mut self.text))
+    }
+}
+
+/// A terminal, whoever is at it.
+pub struct Screen(File);
+
+impl Screen {
+    /// Its flags: of input, output, lines and echo.
+    pub fn modes(&self) -> [libc::tcflag_t; 4] {
+        // SAFETY: plain data that the kernel fills, of a file that is open.
+        let modes = unsafe {
+            let mut modes: libc::termios = std::mem::zeroed();
+            assert_eq!(libc::tcgetattr(self.0.as_raw_fd(), &mut modes), 0);
+            modes
+        };
+        [modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag]
     }
 }
 

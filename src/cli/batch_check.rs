@@ -38,7 +38,10 @@ const PRICES: usize = 1 << 16;
   tensorpager batch-check ./Qwen2.5-7B-Instruct -i prompts.jsonl
   tensorpager batch-check ./Qwen2.5-7B-Instruct -i prompts.jsonl --cpu-memory 8GiB --disk-gb-per-s 3
 
-The options that say how a job runs mean what they mean to `batch`: with the same ones it is predicted as it would run.")]
+The options that say how a job runs mean what they mean to `batch`: with the same ones it is predicted as it would run.
+
+Exit codes: 0 all rows are good, 3 some are bad; 1 the job could not be planned, whatever its rows (the model does not fit, say):
+`batch` would not run either. The rows are counted all the same; with --json `prediction_error` says why, as stderr does.")]
 pub struct BatchCheckArgs {
     #[command(flatten)]
     source: SourceOptions,
@@ -110,6 +113,29 @@ struct Output<'a> {
     context: usize,
     /// None where no row can run.
     prediction: Option<Prediction>,
+    /// Why there is none, where rows could: the exit code is this error's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prediction_error: Option<Unplanned<'a>>,
+}
+
+/// An error, as programs read it.
+#[derive(Serialize)]
+struct Unplanned<'a> {
+    code: &'a str,
+    what: &'a str,
+    cause: &'a str,
+    fix: &'a str,
+}
+
+impl Unplanned<'_> {
+    fn of(e: &Error) -> Unplanned<'_> {
+        Unplanned {
+            code: e.code().as_str(),
+            what: e.what(),
+            cause: e.cause(),
+            fix: e.fix(),
+        }
+    }
 }
 
 pub fn run(args: BatchCheckArgs) -> Result<u8> {
@@ -197,6 +223,7 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
             picture_tokens: report.picture_tokens,
             context,
             prediction,
+            prediction_error: none.as_ref().map(Unplanned::of),
         };
         let text = serde_json::to_string(&output)
             .map_err(|e| Error::internal(format!("the report cannot be written: {e}")))?;
@@ -204,6 +231,7 @@ pub fn run(args: BatchCheckArgs) -> Result<u8> {
     } else if let Some(p) = &prediction {
         print(&foretold(p))?;
     }
+    // What cannot run has not finished with bad rows: its error is the command's.
     if let Some(e) = none {
         return Err(e);
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{batch, command, done, model, write_rows};
+use super::{batch, code, command, done, model, write_rows};
 
 /// Rows of 8 tokens in and as many out as `answers` says.
 fn job(dir: &Path, answers: impl Iterator<Item = usize>) -> std::path::PathBuf {
@@ -165,5 +165,52 @@ fn a_job_takes_the_passes_that_were_foreseen() {
             read >= told && (read == 0.0) == (told == 0.0),
             "{told} {read}"
         );
+    }
+}
+
+#[test]
+fn the_exit_code_of_a_check_is_that_of_the_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = json!({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}});
+    let bad =
+        json!({"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "x", "colour": 1}});
+    let input = dir.path().join("rows.jsonl");
+    let check = |rows: &[&Value], memory: &str, json: bool| {
+        write_rows(
+            &input,
+            &rows.iter().map(|r| (*r).clone()).collect::<Vec<_>>(),
+        );
+        let mut check = command("batch-check");
+        check
+            .arg(model())
+            .args(["--in-place", "--cpu-memory", memory]);
+        check.args(RATES).arg("-i").arg(&input);
+        check.args(json.then_some("--json"));
+        check.output().unwrap()
+    };
+    for (rows, enough, bad) in [
+        (&[&good][..], 0, 0),
+        (&[&good, &bad][..], 3, 1),
+        (&[&bad][..], 3, 1),
+    ] {
+        assert_eq!(code(&check(rows, "512MiB", true)), enough);
+        // No plan is made for rows of which none can run.
+        let without = if rows.len() == bad { enough } else { 1 };
+        let out = check(rows, "1MiB", true);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(code(&out), without, "{said}");
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(report["rows_bad"], bad, "{report}");
+        assert!(report["prediction"].is_null());
+        let error = &report["prediction_error"];
+        assert_eq!(error.is_null(), without != 1, "{report}");
+        if without == 1 {
+            assert_eq!(error["code"], "memory");
+            assert!(said.contains(error["what"].as_str().unwrap()), "{said}");
+            let text = check(rows, "1MiB", false);
+            assert_eq!(code(&text), 1);
+            let counts = String::from_utf8(text.stdout).unwrap();
+            assert!(counts.contains(&format!("{bad} of them bad")), "{counts}");
+        }
     }
 }

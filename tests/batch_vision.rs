@@ -382,3 +382,50 @@ fn pictures_no_memory_holds_are_refused_with_the_numbers() {
             .is_ok_and(|m| m.len() > 0)
     );
 }
+
+/// The word behind `before`.
+#[track_caller]
+fn word(text: &str, before: &str) -> String {
+    let rest = text.split(before).nth(1);
+    let rest = rest.unwrap_or_else(|| panic!("`{before}` is not in: {text}"));
+    let word = rest.split_whitespace().next().unwrap();
+    word.trim_end_matches([';', ',']).to_string()
+}
+
+/// What the message says of pixels is what does.
+#[test]
+fn a_job_whose_pictures_do_not_fit_is_told_with_which_limit_they_do() {
+    let small = json!({"type": "image", "image": "media/image1.png", "min_pixels": 3136, "max_pixels": 3136});
+    let dir = folder(&[
+        row("large", json!([image("media/image0.png"), text("What?")])),
+        row("small", json!([small, text("What?")])),
+        row("none", json!("Nothing to see.")),
+    ]);
+    let run = |memory: &str, least: &str, most: &str| {
+        let limits = ["--min-pixels", least, "--max-pixels", most, "--overwrite"];
+        let out = batch_within(memory, dir.path(), "out.jsonl", &limits);
+        let out = { out }.output().unwrap();
+        let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+        (out.status.code(), stderr)
+    };
+    let large = |memory: &str| run(memory, "1.4M", "1.42M");
+    let (code, e) = large("60MiB");
+    assert_eq!(code, Some(1), "{e}");
+    let whole = word(&e, "give --cpu-memory ");
+    let (code, e) = large(&whole);
+    assert_eq!(code, Some(0), "{e}");
+    let mib = |text: &str| -> u64 { text.trim_end_matches("MiB").parse().unwrap() };
+    let less = format!("{}MiB", mib(&whole) - 10);
+    let (code, e) = large(&less);
+    assert_eq!(code, Some(1), "{e}");
+    let limit = word(&e, "with --min-pixels ");
+    let told = format!("with --min-pixels {limit} --max-pixels {limit} it fits");
+    assert!(e.contains(&told), "{e}");
+    let (code, e) = run(&less, &limit, &limit);
+    assert_eq!(code, Some(0), "{e}");
+    // Twice as many pixels do not.
+    let pixels: u64 = limit.parse().unwrap();
+    let twice = (2 * pixels).to_string();
+    let (code, e) = run(&less, &twice, &twice);
+    assert_eq!(code, Some(1), "{pixels} {e}");
+}

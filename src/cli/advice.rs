@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::machine::Weights;
 use crate::checkpoint::{Checkpoint, SourceKind};
+use crate::engine::jobs::PictureSample;
 use crate::engine::{
     DEFAULT_PAGE_BYTES, DeviceChoice, EngineOptions, Fitted, GpuRoom, HostMemory, SLACK_BYTES,
     fit_on, kv_dtype, open_device,
@@ -154,6 +155,11 @@ impl Advisor {
         };
         let Typed { dtype, sizes } = asked.weights;
         fit_on(&self.spec, *dtype, sizes, &options, &host, gpu)
+    }
+
+    /// As it was asked for.
+    pub(super) fn fits_as_asked(&self) -> bool {
+        self.fits(&self.asked())
     }
 
     /// Within the budgets that were given, and a little less of the host's.
@@ -356,6 +362,19 @@ impl Advisor {
         let told: Vec<String> = told.collect();
         (!told.is_empty()).then(|| format!("{} fits", told.join(" or ")))
     }
+}
+
+/// What a job of pictures that does not fit is told besides: the limits under which they do, as far as `fits` knows.
+pub(super) fn with_smaller_pictures(
+    error: Error,
+    looked: &Looked,
+    fits: &dyn Fn(&PictureSample) -> bool,
+) -> Error {
+    let mut fix = error.fix().to_string();
+    for (limit, _) in looked.loosest(&|need| fits(&need.sample)) {
+        fix += &format!("; with {} it fits", looked.told(limit));
+    }
+    error.with_fix(fix)
 }
 
 fn named(bytes: u64) -> String {

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use super::advice::{self, Advisor, Queue, Ran, Work};
+use super::advice::{self, Advisor, Looked, Queue, Ran, Work};
 use super::batch_bench::{self, BenchOptions};
 use super::batch_report;
-use super::batch_room::{KnownMachine, RoomOptions, budget, with_room};
+use super::batch_room::{KnownMachine, RoomOptions, budget, fits_somehow, with_room};
 use super::found::Found;
 use super::generate::{DEFAULT_MAX_TOKENS, warn_of_unheeded};
 use super::gpu::gpu_bytes;
@@ -471,7 +471,43 @@ fn open_engine(
     let input = args
         .room
         .input(&args.machine, gpu, model.element_bytes(), job.remaining())?;
-    open_sized(model, texts, &args.machine, &sample, input, signals, quiet).map(Some)
+    let opened = open_sized(model, texts, &args.machine, &sample, input, signals, quiet);
+    opened
+        .map(Some)
+        .map_err(|e| explained(e, args, model, texts, job, &sample, &input))
+}
+
+/// A job that does not fit, with limits on its pictures under which it would, where that can be known.
+fn explained(
+    error: Error,
+    args: &BatchArgs,
+    model: &Model,
+    texts: &Texts,
+    job: &BatchJob,
+    sample: &RowSample,
+    input: &SizingInput,
+) -> Error {
+    let looker = match (error.code(), &texts.looker) {
+        (Code::Memory, Some(looker)) if sample.pictures.rows > 0 => looker,
+        _ => return error,
+    };
+    let (Ok(Some(rows)), Ok(processor)) = (job.pictures(&texts.tools()), looker.processor()) else {
+        return error;
+    };
+    crate::io::give_back();
+    let gpu = model.gpu_room(&args.machine);
+    let looked = Looked::of_job(processor, *looker.options(), rows);
+    advice::with_smaller_pictures(error, &looked, &|pictures| {
+        // Rows stay as long as they are with all their pictures' tokens: what fits then fits in any case.
+        let sample = RowSample {
+            pictures: *pictures,
+            ..*sample
+        };
+        fits_somehow(&model.store.spec, &sample, input, &|want| {
+            let advisor = model.advisor(&args.machine, want);
+            advisor.is_ok_and(|a| a.with_gpu(gpu).fits_as_asked())
+        })
+    })
 }
 
 /// An engine with the room that [`with_room`] finds.

@@ -14,6 +14,7 @@ use crate::engine::{
 };
 use crate::error::{Code, Error, Result};
 use crate::paging::{KeptCompute, KnownRates, MachineRates, PassCost, UnitSize, predict};
+use crate::spec::ModelSpec;
 use crate::units::Dtype;
 
 #[derive(Args, Clone, Copy, Debug)]
@@ -157,6 +158,23 @@ pub(super) fn with_room<T>(
             opened => return opened.map(|t| (t, sizing)),
         }
     }
+}
+
+/// Whether one of the ways that [`with_room`] tries in the end is one that `fits`.
+pub(super) fn fits_somehow(
+    spec: &ModelSpec,
+    sample: &RowSample,
+    input: &SizingInput,
+    fits: &dyn Fn(&OpenFor) -> bool,
+) -> bool {
+    KV_SHARES.into_iter().any(|kv_share| {
+        let input = SizingInput { kv_share, ..*input };
+        let sizing = Sizing::choose(spec, sample, &input);
+        fits(&open_for(
+            &sizing,
+            input.kv_bytes.map_or(KvPlace::Gpu, |_| KvPlace::GpuOrHost),
+        ))
+    })
 }
 
 /// What a job of that sizing wants of the engine.

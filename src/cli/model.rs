@@ -10,8 +10,8 @@ use super::machine::{Weights, verify_when};
 use super::options::{GemmArg, MachineOptions, SourceOptions};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::engine::{
-    DeviceChoice, Engine, EngineOptions, EngineStats, HostMemory, KvPlace, SLACK_BYTES, VisionRoom,
-    kv_dtype,
+    DeviceChoice, Engine, EngineOptions, EngineStats, GpuRoom, HostMemory, KvPlace, SLACK_BYTES,
+    VisionRoom, kv_dtype,
 };
 use crate::error::{Code, Error, Result};
 use crate::paging::{
@@ -256,6 +256,13 @@ impl Model {
         self.advisor_of(&options, want)
             .with_gpu(room)
             .too_little(error)
+    }
+
+    /// The GPU that the options ask for, as it is now.
+    pub(super) fn gpu_room(&self, machine: &MachineOptions) -> Option<GpuRoom> {
+        let weights = Weights::from(&self.store);
+        let options = weights.planned_options(machine, &OpenFor::default()).ok()?;
+        gpu_room(&weights, &options)
     }
 
     /// To be asked after a run; the host's memory is read now, before the engine takes anything.

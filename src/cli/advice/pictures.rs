@@ -1,9 +1,10 @@
-//! The pictures of a prompt, ready to be asked what they would take with fewer pixels or frames.
+//! The pictures of a prompt, or of a job's rows, ready to be asked what they would take with fewer pixels or frames.
 
 use crate::engine::VisionRoom;
+use crate::engine::jobs::{PictureSample, RowPictures};
 use crate::media::{Kind, Measure, Options, Processor};
 
-/// A prompt's pictures as they were measured.
+/// The pictures of a prompt, or of a job's rows, as they were measured.
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct Looked {
     processor: Processor,
@@ -20,6 +21,8 @@ pub(in crate::cli) struct Looked {
 
 #[derive(Clone, Copy, Debug)]
 struct Picture {
+    /// Of a job.
+    row: usize,
     measure: Measure,
     options: Options,
 }
@@ -39,6 +42,8 @@ pub(in crate::cli) struct Need {
     pub pixel_bytes: u64,
     /// Of the one whose decoding takes most.
     pub decode_bytes: u64,
+    /// The same as a job is sized by it, row by row.
+    pub sample: PictureSample,
 }
 
 impl Looked {
@@ -55,7 +60,27 @@ impl Looked {
     }
 
     pub fn add(&mut self, measure: Measure, options: Options) {
-        self.pictures.push(Picture { measure, options });
+        self.pictures.push(Picture {
+            row: 0,
+            measure,
+            options,
+        });
+    }
+
+    /// Those of all rows of a job.
+    pub fn of_job(processor: &Processor, given: Options, rows: Vec<RowPictures>) -> Looked {
+        let picture = |row, (measure, options)| Picture {
+            row,
+            measure,
+            options,
+        };
+        let rows = rows.into_iter().enumerate();
+        Looked {
+            pictures: rows
+                .flat_map(|(row, all)| all.into_iter().map(move |p| picture(row, p)))
+                .collect(),
+            ..Looked::new(processor, given)
+        }
     }
 
     pub fn need(&self) -> Need {
@@ -65,16 +90,20 @@ impl Looked {
     /// What they would take. `None` where a picture cannot be made so small.
     pub(super) fn under(&self, limit: Limit) -> Option<Need> {
         let mut need = Need::default();
-        for p in &self.pictures {
-            let m = self
-                .processor
-                .remeasure(&p.measure, &self.laid_over(p, limit))
-                .ok()?;
-            need.room.patches += m.grid.patches();
-            need.room.slice = need.room.slice.max(m.grid.slice());
-            need.room.tokens += m.tokens;
-            need.pixel_bytes += m.pixel_bytes;
-            need.decode_bytes = need.decode_bytes.max(m.decode_bytes);
+        let smaller = |p: &Picture| {
+            let options = self.laid_over(p, limit);
+            self.processor.remeasure(&p.measure, &options).ok()
+        };
+        for row in self.pictures.chunk_by(|a, b| a.row == b.row) {
+            let row = row.iter().map(smaller).collect::<Option<Vec<Measure>>>()?;
+            need.sample.add(&row);
+            for m in row {
+                need.room.patches += m.grid.patches();
+                need.room.slice = need.room.slice.max(m.grid.slice());
+                need.room.tokens += m.tokens;
+                need.pixel_bytes += m.pixel_bytes;
+                need.decode_bytes = need.decode_bytes.max(m.decode_bytes);
+            }
         }
         need.tokens = need.room.tokens;
         Some(need)

@@ -66,4 +66,4 @@ pub use request::{Endpoint, Request, RowError, RowIds, Rules, TextTools};
 pub use run::{JobProgress, JobSummary};
 pub use shapes::{Shape, Shapes};
 pub use shard::Shard;
-pub use sizing::{KV_SHARES, PictureSample, RowSample, Sizing, SizingInput};
+pub use sizing::{KV_SHARES, PictureSample, RowPictures, RowSample, Sizing, SizingInput};

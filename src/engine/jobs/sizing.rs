@@ -9,7 +9,7 @@ use super::request::{RowIds, Rules, TextTools};
 use super::scan::{State, parse_line};
 use crate::engine::VisionRoom;
 use crate::error::Result;
-use crate::media::Measure;
+use crate::media::{Measure, Options};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{PassCost, best_concurrency};
 use crate::spec::{ModelSpec, VisionSpec};
@@ -27,6 +27,8 @@ const SAMPLED_ROWS: usize = 128;
 const DEFAULT_SEQUENCES: usize = 256;
 /// Jobs that wait in the engine besides those that may run, so that a place never stays empty for a pass.
 const AHEAD: usize = 16;
+/// Rows whose pictures are remembered for advice: a few tens of megabytes.
+const MOST_PICTURE_ROWS: usize = 1 << 16;
 /// Tokens of pictures that go through the vision tower in one wave where memory allows: a few dozen images, so that streaming the tower for
 /// them is little beside computing.
 const WAVE_TOKENS: usize = 16384;
@@ -43,6 +45,9 @@ pub struct RowSample {
     /// Memory that reading the largest row takes for a moment.
     pub reading_bytes: u64,
 }
+
+/// The pictures of a row as they were measured, each with what was said of it.
+pub type RowPictures = Vec<(Measure, Options)>;
 
 /// What the pictures of the rows to do look like; of all rows, since room is made for the largest.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -62,7 +67,8 @@ pub struct PictureSample {
 }
 
 impl PictureSample {
-    pub(super) fn add(&mut self, row: &[Measure]) {
+    /// The pictures of one more row.
+    pub fn add(&mut self, row: &[Measure]) {
         if row.is_empty() {
             return;
         }
@@ -128,6 +134,46 @@ impl BatchJob {
         sample.longest_tokens = sample.longest_tokens.max(asked);
         sample.reading_bytes = self.scan.reading_bytes();
         Ok(sample)
+    }
+}
+
+impl BatchJob {
+    /// The pictures of each row that remains and has some, as they were measured and what is said of each: to ask what they would take if
+    /// they were smaller. `None` where no row has any, or too many do.
+    pub fn pictures(&self, text: &TextTools<'_>) -> Result<Option<Vec<RowPictures>>> {
+        let Some(looker) = text.looker else {
+            return Ok(None);
+        };
+        let mut lines = self.spec.source.lines_up_to(text.limits.row_bytes)?;
+        let mut rows = Vec::new();
+        for mark in &self.scan.marks {
+            let Some(line) = lines.next_line()? else {
+                break;
+            };
+            if mark.state != State::Pending || !may_hold_pictures(&line.bytes) {
+                continue;
+            }
+            let request = parse_line(&self.spec.source, &line, RowIds::default()).request;
+            let body = request
+                .ok()
+                .and_then(|r| r.body(&self.spec.rules, text).ok());
+            // Bad rows are passed over.
+            let Some((body, measured)) = body.and_then(|b| {
+                let measured = looker.measure(&b).ok()?;
+                Some((b, measured.pictures))
+            }) else {
+                continue;
+            };
+            match (measured.is_empty(), rows.len()) {
+                (true, _) => {}
+                (false, MOST_PICTURE_ROWS) => return Ok(None),
+                (false, _) => {
+                    let said = body.pictures.iter().map(|p| *p.options());
+                    rows.push(measured.into_iter().zip(said).collect());
+                }
+            }
+        }
+        Ok((!rows.is_empty()).then_some(rows))
     }
 }
 

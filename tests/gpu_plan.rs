@@ -225,6 +225,66 @@ fn what_is_not_here_is_asked_for() {
     );
 }
 
+/// The advice of a run that waited for copies, followed.
+#[test]
+fn a_run_that_waits_for_copies_is_told_what_would_be_faster() {
+    let Some(driver) = driver() else { return };
+    let kept = tempfile::tempdir().unwrap();
+    let model = layered(kept.path(), 100);
+    let here = |run: Run| {
+        let run = run.args(["--in-place"]).env("EMUCUDA_CONTEXT", "1000000");
+        run.env("XDG_CACHE_HOME", kept.path().to_str().unwrap())
+    };
+    // What products take is on record from here on.
+    let plan = Run::on("cuda", driver, "plan", &model).args(["--sequences", "1"]);
+    let plan = here(plan.args(["--disk-gb-per-s", "2"])).json();
+    let smallest = plan["smallest_gpu_memory"].as_u64().unwrap();
+    let run = |memory: &str, map: &str| {
+        let run = Run::on("cuda", driver, "run", &model).args(["--raw", "--prompt", "T"]);
+        let run = run.args(["--max-tokens", "5", "--ignore-eos", "--gpu-memory", memory]);
+        let run = run.args(["--device-map", map]);
+        let run = here(run.env("EMUCUDA_COPY_US", "3000")).json();
+        let advice = run["advice"].as_array().cloned().unwrap_or_default();
+        let advice: Vec<String> = advice.iter().map(|a| a.as_str().unwrap().into()).collect();
+        let copied = run["paging"]["h2d_bytes"].as_u64().unwrap();
+        let rate = run["timings"]["output_tokens_per_s"].as_f64().unwrap();
+        (advice, copied, rate)
+    };
+    let (advice, copied, slow) = run(&smallest.to_string(), "auto");
+    let own = advice.iter().find(|a| a.starts_with("--gpu-memory "));
+    let own = own.unwrap_or_else(|| panic!("{advice:?}"));
+    assert!(
+        own.contains(" (free now) would copy 0 B a pass to the GPU instead of "),
+        "{own}"
+    );
+    let number = |text: &str, before: &str| -> f64 {
+        let rest = text.split(before).nth(1).unwrap();
+        rest.split(' ').next().unwrap().parse().unwrap()
+    };
+    let promised = number(own, "about ");
+    assert!(promised > 1.5 * slow, "{own} after {slow}");
+    // Nothing is read from the disk: no other is any better.
+    assert!(
+        !advice.iter().any(|a| a.contains("on another disk")),
+        "{advice:?}"
+    );
+    let memory = own.split(' ').nth(1).unwrap();
+    let (advice, left, fast) = run(memory, "auto");
+    assert!(left < copied / 10, "{left} of {copied}");
+    assert!(fast > 1.5 * slow, "{fast} after {slow}");
+    assert!(
+        !advice.iter().any(|a| a.contains("--gpu-memory")),
+        "{advice:?}"
+    );
+    // Where keys and values of more sequences have room, the copies are theirs all together.
+    let (advice, _, slow) = run("512MiB", "cpu");
+    let batch = advice
+        .iter()
+        .find(|a| a.contains("8 prompts at once (`batch`)"));
+    let batch = batch.unwrap_or_else(|| panic!("{advice:?}"));
+    assert!(number(batch, "about ") > 1.5 * slow, "{batch} after {slow}");
+}
+
 /// Where the GPU has no room for keys and values they are planned in host memory, and their copies are counted.
 #[test]
 fn keys_and_values_without_room_on_the_gpu_are_copied() {

@@ -1,9 +1,9 @@
-//! After a run that waited for the disk: what would be faster here, and by how much.
+//! After a run that waited for the disk, or for copies to the GPU: what would be faster here, and by how much.
 
 use super::folders::{self, Folder};
 use super::{Advisor, Asked, LEAST_GAIN};
 use crate::device::Device;
-use crate::engine::{EngineOptions, EngineStats, Fitted};
+use crate::engine::{EngineOptions, EngineStats, Fitted, GpuRoom};
 use crate::model::kv::{BLOCK_TOKENS, block_bytes};
 use crate::paging::{ComputeRates, KeptCompute, MachineRates, PassCost, PassWork, predict};
 use crate::report::summary::PagingReport;
@@ -49,6 +49,23 @@ pub(in crate::cli) fn told(advice: &[String]) -> Option<String> {
     (!advice.is_empty()).then(|| format!("faster: {}", advice.join("; ")))
 }
 
+/// The GPU that computed.
+#[derive(Clone, Copy, Debug)]
+struct Card {
+    room: GpuRoom,
+    /// How far its memory could be given to this process now.
+    free: u64,
+}
+
+impl Card {
+    fn of(device: &Device) -> Option<Card> {
+        Some(Card {
+            room: GpuRoom::of(device)?,
+            free: device.as_cuda()?.free_limit().ok()?,
+        })
+    }
+}
+
 /// What was seen of a run, and what the planner makes of it.
 struct Measured<'a> {
     rates: MachineRates,
@@ -58,40 +75,59 @@ struct Measured<'a> {
     here: PassCost,
     asked: Asked<'a>,
     budget: u64,
+    card: Option<Card>,
+    /// The part of the time that was spent waiting for the disk.
+    waited_for_disk: f64,
     /// Tokens a second as it ran.
     today: f64,
 }
 
 impl Advisor {
-    /// What would be faster; nothing where the run hardly waited for the disk, or on a GPU, whose bus is another matter.
+    /// What would be faster; nothing where the run hardly waited for the disk or for copies.
     pub(in crate::cli) fn faster(&self, ran: &Ran<'_>) -> Vec<String> {
-        let Some(m) = self.measured(ran) else {
+        self.faster_on(Card::of(ran.device), ran)
+    }
+
+    fn faster_on(&self, card: Option<Card>, ran: &Ran<'_>) -> Vec<String> {
+        let Some(m) = self.measured(card, ran) else {
             return Vec::new();
         };
         let mut said = Vec::new();
+        said.extend(self.more_gpu_memory(&m));
         said.extend(self.more_memory(&m));
         said.extend(self.half_the_bytes(ran, &m));
         match ran.work {
             Work::Answer => said.extend(self.in_a_batch(ran, &m)),
-            Work::Queue(queue) => said.extend(self.more_places(&queue, &m)),
+            Work::Queue(queue) => said.extend(self.more_places(ran, &queue, &m)),
             Work::Full => {}
         }
-        said.extend(self.another_disk(&m));
+        if m.waited_for_disk >= LEAST_WAIT {
+            said.extend(self.another_disk(&m));
+        }
         said
     }
 
-    fn measured(&self, ran: &Ran<'_>) -> Option<Measured<'_>> {
+    fn measured(&self, card: Option<Card>, ran: &Ran<'_>) -> Option<Measured<'_>> {
         let (report, during) = (ran.report, ran.during);
         let passes = report.passes.max(1) as f64;
         let pass_s = during.pass.as_secs_f64() / passes;
         let compute_s = report.compute_s / passes;
-        let waited = report.stall_s / during.pass.as_secs_f64().max(1e-9);
-        let disk = report
+        let share = |seconds: f64| seconds / during.pass.as_secs_f64().max(1e-9);
+        let mut disk = report
             .disk_gb_per_s
             .max(report.probed_disk_gb_per_s.unwrap_or(0.0));
+        let h2d = match report.h2d_gb_per_s > 0.0 {
+            true => report.h2d_gb_per_s,
+            false => report.probed_h2d_gb_per_s.unwrap_or(0.0),
+        };
+        if card.is_some() && disk == 0.0 {
+            // Nothing came from there; where something would, this is what it was placed by.
+            disk = self.options.rates.tiers().disk_gb_per_s;
+        }
         let nothing = matches!(ran.work, Work::Queue(queue) if queue.tokens_per_s <= 0.0);
-        let told = disk > 0.0 && compute_s > 0.0 && during.rows > 0 && !nothing;
-        if !self.on_cpu() || waited < LEAST_WAIT || !told {
+        let known = disk > 0.0 && (card.is_none() || h2d > 0.0);
+        let told = known && compute_s > 0.0 && during.rows > 0 && !nothing;
+        if self.on_cpu() != card.is_none() || share(report.stall_s) < LEAST_WAIT || !told {
             return None;
         }
         let weights: u64 = self.weights.sizes.iter().map(|u| u.read_bytes).sum();
@@ -99,7 +135,7 @@ impl Advisor {
         // This run's own rates.
         let rates = MachineRates {
             disk_gb_per_s: disk,
-            h2d_gb_per_s: None,
+            h2d_gb_per_s: card.map(|_| h2d),
             compute: ComputeRates {
                 memory_gb_per_s: weights as f64 / compute_s / 1e9,
                 gflops: f64::MAX,
@@ -108,13 +144,15 @@ impl Advisor {
             },
         };
         let (asked, budget) = (self.asked(), self.budget());
-        let now = self.fitted(&asked, budget).ok()?;
+        let now = self.fitted_on(&asked, budget, card.map(|c| c.room)).ok()?;
         Some(Measured {
             here: cost(&asked, &now, &rates, rows),
             rates,
             rows,
             asked,
             budget,
+            card,
+            waited_for_disk: share(report.stall_disk_s),
             today: match ran.work {
                 Work::Queue(queue) => queue.tokens_per_s,
                 _ => rows as f64 / pass_s,
@@ -122,19 +160,39 @@ impl Advisor {
         })
     }
 
+    /// [`Advisor::fitted`] as it ran.
+    fn fitted_as(&self, m: &Measured<'_>, asked: &Asked<'_>, budget: u64) -> Option<Fitted> {
+        let room = m.card.map(|c| c.room);
+        self.fitted_on(asked, budget, room).ok()
+    }
+
     fn more_memory(&self, m: &Measured<'_>) -> Option<String> {
         let free = self.host.default_budget();
         if free <= m.budget {
             return None;
         }
-        let more = self.fitted(&m.asked, free).ok()?;
-        let there = cost(&m.asked, &more, &m.rates, m.rows);
-        let gained = m.gained(there.pass_s, 1.0)?;
+        let more = self.fitted_as(m, &m.asked, free)?;
+        let told = m.moved(&cost(&m.asked, &more, &m.rates, m.rows))?;
         Some(format!(
-            "--cpu-memory {} (free now) would read {} a pass instead of {}: {gained}",
-            flag_size(free),
-            human_bytes(there.disk_bytes),
-            human_bytes(m.here.disk_bytes),
+            "--cpu-memory {} (free now) {told}",
+            flag_size(free)
+        ))
+    }
+
+    fn more_gpu_memory(&self, m: &Measured<'_>) -> Option<String> {
+        let Card { room, free } = m.card?;
+        if free <= room.limit {
+            return None;
+        }
+        let room = GpuRoom {
+            limit: free,
+            ..room
+        };
+        let more = self.fitted_on(&m.asked, m.budget, Some(room)).ok()?;
+        let told = m.moved(&cost(&m.asked, &more, &m.rates, m.rows))?;
+        Some(format!(
+            "--gpu-memory {} (free now) {told}",
+            flag_size(free)
         ))
     }
 
@@ -145,7 +203,7 @@ impl Advisor {
             weights: half,
             ..self.asked()
         };
-        let fitted = self.fitted(&asked, m.budget).ok()?;
+        let fitted = self.fitted_as(m, &asked, m.budget)?;
         let known = KeptCompute::of(ran.device, half.dtype).known();
         let compute = known.unwrap_or_else(|| {
             let mut as_now = m.rates.compute.clone();
@@ -156,14 +214,8 @@ impl Advisor {
             compute,
             ..m.rates.clone()
         };
-        let there = cost(&asked, &fitted, &rates, m.rows);
-        let gained = m.gained(there.pass_s, 1.0)?;
-        Some(format!(
-            "{} would read {} a pass instead of {}: {gained}",
-            self.in_half(half),
-            human_bytes(there.disk_bytes),
-            human_bytes(m.here.disk_bytes),
-        ))
+        let told = m.moved(&cost(&asked, &fitted, &rates, m.rows))?;
+        Some(format!("{} {told}", self.in_half(half)))
     }
 
     /// Many rows need arithmetic that a run of one did not show: only where it was measured before.
@@ -180,7 +232,7 @@ impl Advisor {
             compute: KeptCompute::of(ran.device, self.weights.dtype).known()?,
             ..m.rates.clone()
         };
-        let many = self.fitted(&asked, m.budget).ok()?;
+        let many = self.fitted_as(m, &asked, m.budget)?;
         let tokens = BATCH as f64 / cost(&asked, &many, &rates, BATCH).pass_s;
         (tokens >= m.today * LEAST_GAIN).then(|| {
             format!(
@@ -189,9 +241,24 @@ impl Advisor {
         })
     }
 
-    /// More rows a pass, where more wait. They are taken to compute in proportion, which they never exceed.
-    fn more_places(&self, queue: &Queue, m: &Measured<'_>) -> Option<String> {
+    /// More rows a pass, where more wait. How much longer these compute is known where products were measured before; else it is taken to be
+    /// in proportion, which it never exceeds.
+    fn more_places(&self, ran: &Ran<'_>, queue: &Queue, m: &Measured<'_>) -> Option<String> {
         let now = self.options.max_sequences;
+        let kept = KeptCompute::of(ran.device, self.weights.dtype).known();
+        let longer = |times: usize| {
+            let element_bytes = self.weights.dtype.bytes() as f64;
+            let seconds = |c: &ComputeRates, rows| c.seconds(1 << 30, element_bytes, rows);
+            let known = kept
+                .as_ref()
+                .map(|c| seconds(c, m.rows * times) / seconds(c, m.rows));
+            known.unwrap_or(f64::MAX).min(times as f64)
+        };
+        // Keys and values lie on the GPU where there is one.
+        let kv_room = m
+            .card
+            .map_or(m.budget, |c| c.room.limit - c.room.base.min(c.room.limit))
+            / 2;
         let ways = [2, 4, 8, 16].into_iter().filter_map(|times: usize| {
             let sequences = now * times;
             if sequences as u64 > queue.rows {
@@ -199,7 +266,7 @@ impl Advisor {
             }
             let kv_tokens = self.options.kv_tokens.map(|t| t * times);
             // Without --kv-memory a job gives them at most half.
-            if queue.kv_bytes.is_none() && self.kv_bytes(kv_tokens.unwrap_or(0)) > m.budget / 2 {
+            if queue.kv_bytes.is_none() && self.kv_bytes(kv_tokens.unwrap_or(0)) > kv_room {
                 return None;
             }
             let asked = self.with(EngineOptions {
@@ -209,8 +276,8 @@ impl Advisor {
                 ..self.options.clone()
             });
             let mut rates = m.rates.clone();
-            rates.compute.memory_gb_per_s /= times as f64;
-            let fitted = self.fitted(&asked, m.budget).ok()?;
+            rates.compute.memory_gb_per_s /= longer(times);
+            let fitted = self.fitted_as(m, &asked, m.budget)?;
             let there = cost(&asked, &fitted, &rates, m.rows * times);
             Some((sequences, times, there.pass_s / times as f64))
         });
@@ -262,12 +329,27 @@ impl Advisor {
             disk_gb_per_s,
             ..m.rates.clone()
         };
-        let now = self.fitted(&m.asked, m.budget).ok()?;
+        let now = self.fitted_as(m, &m.asked, m.budget)?;
         m.gained(cost(&m.asked, &now, &rates, m.rows).pass_s, 1.0)
     }
 }
 
 impl Measured<'_> {
+    /// What passes would move instead of what they do, and what that is worth. `None` where it is not worth a word.
+    fn moved(&self, there: &PassCost) -> Option<String> {
+        let gained = self.gained(there.pass_s, 1.0)?;
+        let mut told = Vec::new();
+        if there.disk_bytes != self.here.disk_bytes {
+            let [there, here] = [there, &self.here].map(|cost| human_bytes(cost.disk_bytes));
+            told.push(format!("read {there} a pass instead of {here}"));
+        }
+        if there.copied_bytes != self.here.copied_bytes {
+            let [there, here] = [there, &self.here].map(|cost| human_bytes(cost.copied_bytes));
+            told.push(format!("copy {there} a pass to the GPU instead of {here}"));
+        }
+        (!told.is_empty()).then(|| format!("would {}: {gained}", told.join(" and ")))
+    }
+
     /// Passes of `pass_s` with `times` as many rows, beside what was predicted for the run itself. `None` where it is not worth a word.
     fn gained(&self, pass_s: f64, times: f64) -> Option<String> {
         let gain = times * self.here.pass_s / pass_s;

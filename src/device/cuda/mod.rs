@@ -232,6 +232,13 @@ impl CudaDevice {
         self.limit.saturating_sub(self.context.used())
     }
 
+    /// The bound that this process would be given now where nobody says one.
+    pub fn free_limit(&self) -> Result<u64> {
+        let (free, _) = self.context.memory()?;
+        // The slack is counted and still free.
+        Ok((self.context.used().saturating_sub(SLACK_BYTES) + free) / 10 * 9)
+    }
+
     /// What context, kernels and slack take of it.
     pub fn base(&self) -> u64 {
         self.base

@@ -27,6 +27,7 @@ fn figures(bytes: u64, stall: f64) -> (PagingReport, EngineStats) {
     let report = PagingReport {
         passes: 1,
         stall_s: stall * pass_s,
+        stall_disk_s: stall * pass_s,
         compute_s: 0.1 * pass_s,
         disk_gb_per_s: 1.0,
         ..PagingReport::default()
@@ -75,7 +76,9 @@ fn a_run_that_waited_is_told_what_it_would_gain() {
         "{said}"
     );
     // Another disk: what is known of it, and no more.
-    let m = advisor.measured(&ran(&report, &during, &device)).unwrap();
+    let m = advisor
+        .measured(None, &ran(&report, &during, &device))
+        .unwrap();
     let folder = Folder {
         path: PathBuf::from("/data/offload_folder"),
         free: 9_000_000_000,
@@ -151,4 +154,85 @@ fn more_places_are_worth_it_while_the_disk_is_waited_for() {
         said.contains("--max-sequences 4 --kv-memory 16MiB"),
         "{said}"
     );
+}
+
+/// The number between `before` and `after`.
+#[track_caller]
+fn between(text: &str, before: &str, after: &str) -> f64 {
+    let rest = text
+        .split(before)
+        .nth(1)
+        .unwrap_or_else(|| panic!("{text}"));
+    rest.split(after).next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn on_a_gpu_its_own_memory_and_the_hosts_are_weighed() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    outline_synthetic(dir.path(), &config).unwrap();
+    let path = dir.path().display().to_string();
+    let ckpt = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+    let auto = DtypePolicy::parse("auto").unwrap();
+    let outline = outline(&ckpt, &auto, Path::new("/nowhere"), false).unwrap();
+    let weights = Weights::from(&outline);
+    let mut options = options(DeviceChoice::Cuda(0));
+    (options.max_sequences, options.logits_rows) = (1, 1);
+    let room = |limit| GpuRoom {
+        limit,
+        base: 8 << 20,
+    };
+    let all = Advisor::new(&weights, &options, host()).with_gpu(Some(room(4 << 30)));
+    let gpu = all.smallest(&all.asked(), Short::Gpu).unwrap();
+    let small = Advisor::new(&weights, &options, host()).with_gpu(Some(room(gpu)));
+    let cpu = small.smallest(&small.asked(), Short::Host).unwrap();
+    (options.cpu_memory, options.gpu_memory) = (Some(cpu), Some(gpu));
+    let advisor = Advisor::new(&weights, &options, host());
+    let bytes: u64 = advisor.weights.sizes.iter().map(|u| u.read_bytes).sum();
+    let device = Device::cpu(Some(1), Some("portable")).unwrap();
+    let (mut report, during) = figures(bytes, 0.9);
+    report.h2d_gb_per_s = 4.0;
+    let card = |free| {
+        Some(Card {
+            room: room(gpu),
+            free,
+        })
+    };
+    let with = |free| advisor.faster_on(card(free), &ran(&report, &during, &device));
+    let said = with(4 << 30);
+    let of = |flag: &str| {
+        let found = said.iter().find(|s| s.starts_with(flag));
+        found.unwrap_or_else(|| panic!("{flag}: {said:?}"))
+    };
+    // All of it on the GPU: only a row of the embedding moves, and computing is what is left, a tenth of the pass.
+    let own = of("--gpu-memory 4096MiB (free now) would read ");
+    assert!(
+        own.contains(" and copy 0 B a pass to the GPU instead of "),
+        "{own}"
+    );
+    let gain = between(own, "(+", " %");
+    assert!((700.0..1000.0).contains(&gain), "{own}");
+    // In host memory it is still to be copied, at four times the disk's rate.
+    let hosts = of("--cpu-memory ");
+    assert!(
+        hosts.contains("would read 0 B a pass instead of "),
+        "{hosts}"
+    );
+    assert!(!hosts.contains("copy"), "as much as before: {hosts}");
+    let gain = between(hosts, "(+", " %");
+    assert!((200.0..=310.0).contains(&gain), "{hosts}");
+    // The card has no more.
+    let said = with(gpu);
+    assert!(!said.iter().any(|s| s.contains("--gpu-memory")), "{said:?}");
+    // A run that hardly waited, and one whose card is not known.
+    let (report, during) = figures(bytes, 0.1);
+    let ran = ran(&report, &during, &device);
+    assert!(advisor.faster_on(card(4 << 30), &ran).is_empty());
+    let (report, during) = figures(bytes, 0.9);
+    let ran = self::ran(&report, &during, &device);
+    assert!(advisor.faster_on(None, &ran).is_empty());
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use memmap2::MmapMut;
 use tensorpager::device::cuda::{Context, Copier, Piece, Pin, Slot};
-use tensorpager::device::{CudaOptions, Device, Into};
+use tensorpager::device::{CudaOptions, Device, Into, Product, WeightView};
 use tensorpager::error::Result;
 use tensorpager::units::Dtype;
 
@@ -19,7 +19,7 @@ mod attending;
 mod bed;
 
 use attending::Attention;
-use bed::{Bed, Random, bytes_of};
+use bed::{Bed, Random, Weight, bytes_of};
 
 const HIDDEN: usize = 3584;
 const MLP: usize = 18944;
@@ -90,6 +90,54 @@ fn linear(c: &mut Criterion, bed: &Bed) -> Result<()> {
                     })
                 });
             });
+        }
+    }
+    Ok(())
+}
+
+/// Queries, keys and values, or gate and up: in one launch as the forward pass asks for them, and in one each.
+fn several(c: &mut Criterion, bed: &Bed) -> Result<()> {
+    let mut random = Random::new(1);
+    let pattern = bytes_of(&random.values(1 << 16, 0.1), bed.half);
+    let kv = KV_HEADS * 128;
+    let shapes: [(&str, &[usize]); 2] = [("qkv", &[HIDDEN, kv, kv]), ("gate up", &[MLP, MLP])];
+    for (name, widths) in shapes {
+        let weight = |n: usize| {
+            let bytes = pattern.iter().copied().cycle().take(n * HIDDEN * 2);
+            bed.weight_bytes(bytes.collect(), n, HIDDEN)
+        };
+        let set = |_| {
+            widths
+                .iter()
+                .map(|n| weight(*n))
+                .collect::<Result<Vec<_>>>()
+        };
+        let weights = (0..COPIES).map(set).collect::<Result<Vec<_>>>()?;
+        let mut group = c.benchmark_group(format!("gpu/linear/{name}"));
+        for rows in [1, 8, 32, 512] {
+            let a = bed.acts(&random.values(rows * HIDDEN, 1.0), HIDDEN)?;
+            let outs = widths.iter().map(|n| bed.device.rows(rows, *n));
+            let mut outs = outs.collect::<Result<Vec<_>>>()?;
+            let bytes = widths.iter().sum::<usize>() * HIDDEN * 2;
+            group.throughput(Throughput::Bytes(bytes as u64));
+            for (how, at_once) in [("one launch", widths.len()), ("a launch each", 1)] {
+                group.bench_function(BenchmarkId::new(how, rows), |b| {
+                    b.iter_custom(|times| {
+                        spent(bed, times, |i| {
+                            let set = weights[i % COPIES].iter().map(Weight::view);
+                            let views: Vec<WeightView<'_>> = set.collect();
+                            let mut products: Vec<Product<'_>> = views
+                                .iter()
+                                .zip(&mut outs)
+                                .map(|(w, out)| Product { w, bias: None, out })
+                                .collect();
+                            products
+                                .chunks_mut(at_once)
+                                .try_for_each(|some| bed.device.linear_each(&a, rows, some))
+                        })
+                    });
+                });
+            }
         }
     }
     Ok(())
@@ -223,6 +271,7 @@ fn copies(c: &mut Criterion, bed: &Bed) -> Result<()> {
 fn all(c: &mut Criterion) {
     if let Some(bed) = open() {
         let done = linear(c, &bed)
+            .and_then(|()| several(c, &bed))
             .and_then(|()| rowwise(c, &bed))
             .and_then(|()| attention(c, &bed))
             .and_then(|()| selection(c, &bed))

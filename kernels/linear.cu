@@ -1,15 +1,23 @@
-// linear: out[r][n] (+)= sum_k a[r][k] * w[n][k] + bias[n]
+// linear: out[r][n] (+)= sum_k a[r][k] * w[n][k] + bias[n], for up to three (w, bias, out) of the same a in one launch
 //
-//   a     [rows][k]   16 bit, row stride lda elements        w  [n][k]  16 bit, row stride ldw elements
-//   bias  [n] 16 bit or null                                 out [rows][n] float32, row stride ldo elements
-//   moves n*k*2 bytes of weights + (k*2 + n*4) per row; 2*n*k operations per row
+//   a     [rows][k]   16 bit, row stride lda elements
+//   w     [n][k]      16 bit, row stride ldw               bias  [n] 16 bit or null
+//   out   [rows][n]   float32, row stride ldo              n = 0 where there are fewer than three
+//   moves n*k*2 bytes of weights + (k*2 + n*4) per row, n summed over the matrices; 2*n*k operations per row
 //   bound: device memory below ~300 rows (weights are read once), tensor cores above
 //
 // One definition of a product for any number of rows. Every output is one chain of mma.sync m16n8k16 over K in steps of 16
 // from 0 to K rounded up to 64 (the tail multiplies zeros), starting at zero; then the bias is added, then the old
 // value of `out`. There is no split over K. The tiles below differ in how many outputs share a load, never in that chain, so
-// a row's result is the same bits alone or among 4096, and in every tile. (wgmma sums K in another order inside the instruction;
-// a variant with it would be another definition, so there is none.)
+// a row's result is the same bits alone or among 4096, in every tile, and whichever matrices share the launch. (wgmma sums K in
+// another order inside the instruction; a variant with it would be another definition, so there is none.)
+//
+// Few rows are bound by memory only where enough blocks have weights in flight: about a microsecond's worth, 3.4 MB at 3.35 TB/s.
+// A block of t8 or t16 has 28 to 36 KB of them. Keys or values of a 7B layer alone (512 x 3584) are 16 blocks of 32, 0.6 MB; one launch
+// for queries, keys and values is 144 blocks, 5 MB, and one for gate and up (2 x 18944) leaves one uneven end instead of two. For 17
+// to 32 rows a block of t32 is 64 wide: with n = 3584 there are 56, 2.8 MB on 56 multiprocessors; t32n, 32 wide, has 112 and 4.1 MB, but
+// fetches the rows once for 32 weights instead of 64, twice the weights' bytes against one and a half. So it is for launches that
+// would leave multiprocessors without a block. (All by arithmetic: nothing of it was measured on a GPU.)
 //
 // The weights are the 16-row operand and the activation rows the 8-column one: a single row wastes 7/8 of one
 // small operand instead of 15/16 of the large one.
@@ -17,10 +25,11 @@
 // Tiles stream through a ring of shared-memory stages, K 64 deep, filled by 16-byte cp.async and read by ldmatrix. Rows are 128
 // bytes; the 16-byte chunk c of row r lies at chunk c ^ (r % 8), so neither side meets a bank conflict.
 //
-// lda, ldw and k must be multiples of 8 and the bases 16-byte aligned; linear_any takes anything (it stages
+// lda, every ldw and k must be multiples of 8 and the bases 16-byte aligned; linear_any takes anything (it stages
 // through registers, about a tenth of the rate).
 //
-// Launch: grid ceil(n/BN) * ceil(rows/BR) in x, block and shared bytes per tile as the table at the end says.
+// Launch: grid (ceil(n0/BN) + ceil(n1/BN) + ceil(n2/BN)) * ceil(rows/BR) in x, block and shared bytes per tile as the table at the
+// end says. The first matrix's blocks come first, then the second's.
 #include "ptx.cuh"
 #include "common.cuh"
 
@@ -42,12 +51,19 @@ struct LinearTile {
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
 };
 
-struct LinearArgs {
-  const u16 *a, *w, *bias;
+struct LinearMatrix {
+  const u16 *w, *bias;
   float* out;
-  int rows, n, k;
-  i64 lda, ldw, ldo;
-  int flags;
+  i64 ldw, ldo;
+  int n;
+};
+
+// What one block works on, and which of its matrix's blocks it is.
+struct LinearArgs {
+  const u16* a;
+  LinearMatrix m;
+  i64 lda;
+  int rows, k, flags, block;
 };
 
 TP_DEVICE u8* linear_chunk(u8* tile, int row, int chunk) { return tile + row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -71,7 +87,7 @@ TP_DEVICE void linear_load(u8* tile, const u16* src, i64 ld, int row0, int rows,
 
 template <class Tile>
 TP_DEVICE void linear_stage(u8* stage, const LinearArgs& p, int n0, int r0, int k0) {
-  linear_load<Tile, Tile::BN>(stage, p.w, p.ldw, n0, p.n, k0, p.k);
+  linear_load<Tile, Tile::BN>(stage, p.m.w, p.m.ldw, n0, p.m.n, k0, p.k);
   linear_load<Tile, Tile::BR>(stage + Tile::BN * 128, p.a, p.lda, r0, p.rows, k0, p.k);
 }
 
@@ -134,17 +150,17 @@ TP_DEVICE void linear_store(const LinearArgs& p, int n0, int r0, float (&acc)[Ti
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int n = n_base + i * 16 + half * 8;
-      if (!IN_BOUNDS(n < p.n)) continue;
-      const float bias = p.bias ? widen(T(), p.bias[n]) : 0.0f;
+      if (!IN_BOUNDS(n < p.m.n)) continue;
+      const float bias = p.m.bias ? widen(T(), p.m.bias[n]) : 0.0f;
 #pragma unroll
       for (int j = 0; j < Tile::NI; j++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int r = r_base + j * 8 + e;
           if (!IN_BOUNDS(r < p.rows)) continue;
-          float* out = p.out + r * p.ldo + n;
+          float* out = p.m.out + r * p.m.ldo + n;
           float x = acc[i][j][half * 2 + e];
-          if (p.bias) x += bias;
+          if (p.m.bias) x += bias;
           *out = (p.flags & LINEAR_ADD) ? *out + x : x;
         }
       }
@@ -152,12 +168,25 @@ TP_DEVICE void linear_store(const LinearArgs& p, int n0, int r0, float (&acc)[Ti
   }
 }
 
+// Gives the block its matrix: as many blocks as the first has tiles work on it, those behind them on the second, then on the third.
+template <class Tile>
+TP_DEVICE void linear_choose(LinearArgs& p, const LinearMatrix& second, const LinearMatrix& third) {
+  const int tiles_r = (p.rows + Tile::BR - 1) / Tile::BR;
+  const int of_first = (p.m.n + Tile::BN - 1) / Tile::BN * tiles_r, of_second = (second.n + Tile::BN - 1) / Tile::BN * tiles_r;
+  if (IN_BOUNDS(p.block < of_first)) return;
+  p.block -= of_first;
+  p.m = second;
+  if (IN_BOUNDS(p.block < of_second)) return;
+  p.block -= of_second;
+  p.m = third;
+}
+
 // Which tile this block computes: groups of 8 row tiles sweep n together.
 template <class Tile>
 TP_DEVICE void linear_place(const LinearArgs& p, int& n0, int& r0) {
-  const int tiles_n = (p.n + Tile::BN - 1) / Tile::BN, tiles_r = (p.rows + Tile::BR - 1) / Tile::BR;
-  const int group = blockIdx.x / (LINEAR_GROUP_ROWS * tiles_n), first = group * LINEAR_GROUP_ROWS;
-  const int in_group = min_int(tiles_r - first, LINEAR_GROUP_ROWS), i = blockIdx.x - first * tiles_n;
+  const int tiles_n = (p.m.n + Tile::BN - 1) / Tile::BN, tiles_r = (p.rows + Tile::BR - 1) / Tile::BR;
+  const int group = p.block / (LINEAR_GROUP_ROWS * tiles_n), first = group * LINEAR_GROUP_ROWS;
+  const int in_group = min_int(tiles_r - first, LINEAR_GROUP_ROWS), i = p.block - first * tiles_n;
   r0 = (first + i % in_group) * Tile::BR;
   n0 = i / in_group * Tile::BN;
 }
@@ -200,22 +229,26 @@ TP_DEVICE void linear_block(const LinearArgs& p) {
 using LinearT8 = LinearTile<32, 8, 2, 1, 10, true>;       //    8
 using LinearT16 = LinearTile<32, 16, 2, 1, 8, true>;      //   16
 using LinearT32 = LinearTile<64, 32, 4, 1, 7, true>;      //   32
+using LinearT32N = LinearTile<32, 32, 2, 2, 10, true>;    //   32, where t32 has fewer blocks than there are multiprocessors
 using LinearT64 = LinearTile<64, 64, 2, 2, 6, true>;      //   64
 using LinearT128 = LinearTile<128, 128, 2, 4, 3, true>;   //   any
 using LinearT256 = LinearTile<256, 128, 4, 2, 3, true>;   //   many, 144 KiB of shared memory
 using LinearAny = LinearTile<64, 32, 4, 1, 2, false>;     //   any alignment
 
-#define TP_LINEAR(name, Tile, blocks)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(Tile::THREADS, blocks)                                                   \
-      TP_KERNEL(name)(const u16* a, const u16* w, const u16* bias, float* out, i64 lda, i64 ldw, i64 ldo, int rows, int n, \
-                      int k, int flags) {                                                                               \
-    LinearArgs p = {a, w, bias, out, rows, n, k, lda, ldw, ldo, flags};                                                  \
-    linear_block<TP_HALF, Tile>(p);                                                                                     \
+#define TP_LINEAR(name, Tile, blocks)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(Tile::THREADS, blocks)                                                         \
+      TP_KERNEL(name)(const u16* a, const u16* w0, const u16* bias0, float* out0, const u16* w1, const u16* bias1, float* out1, \
+                      const u16* w2, const u16* bias2, float* out2, i64 lda, i64 ldw0, i64 ldw1, i64 ldw2, i64 ldo0, i64 ldo1,  \
+                      i64 ldo2, int rows, int n0, int n1, int n2, int k, int flags) {                                           \
+    LinearArgs p = {a, {w0, bias0, out0, ldw0, ldo0, n0}, lda, rows, k, flags, (int)blockIdx.x};                                \
+    linear_choose<Tile>(p, {w1, bias1, out1, ldw1, ldo1, n1}, {w2, bias2, out2, ldw2, ldo2, n2});                               \
+    linear_block<TP_HALF, Tile>(p);                                                                                           \
   }
 
 TP_LINEAR(linear_t8, LinearT8, 4)
 TP_LINEAR(linear_t16, LinearT16, 4)
 TP_LINEAR(linear_t32, LinearT32, 2)
+TP_LINEAR(linear_t32n, LinearT32N, 2)
 TP_LINEAR(linear_t64, LinearT64, 2)
 TP_LINEAR(linear_t128, LinearT128, 2)
 TP_LINEAR(linear_t256, LinearT256, 1)

@@ -7,6 +7,8 @@ mod emulated;
 mod one_pass;
 #[path = "../examples/gpu_suite/ops.rs"]
 mod ops;
+#[path = "../examples/gpu_suite/products.rs"]
+mod products;
 
 use std::path::Path;
 use std::process::Command;

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use tensorpager::device::cuda::Gemm;
-use tensorpager::device::{Acts, Into, Rows, WeightView};
+use tensorpager::device::{Acts, Into, Product, Rows, WeightView};
 use tensorpager::units::Dtype;
 
 use super::attending::{Attention, HEAD};
@@ -149,48 +149,89 @@ pub fn floor_row(
     }
 }
 
-/// What one product multiplies, on one device: ours, or cublasLt in our place. Both are asked the same way and leave float32.
-struct Product<'b> {
+/// Products of the same rows with several matrices, on one device: ours, or cublasLt in our place. Both are asked the same way and leave
+/// float32.
+struct Products<'b> {
     bed: &'b Bed,
-    /// Taken in turn.
-    weights: Vec<Weight>,
+    /// A matrix of each width; such sets are taken in turn.
+    weights: Vec<Vec<Weight>>,
     a: Acts,
-    out: Rows,
+    outs: Vec<Rows>,
 }
 
-impl<'b> Product<'b> {
-    fn new(bed: &'b Bed, most: usize, n: usize, k: usize, copies: usize) -> Outcome<Product<'b>> {
+impl<'b> Products<'b> {
+    fn new(bed: &'b Bed, most: usize, shape: &Matrices, copies: usize) -> Outcome<Products<'b>> {
         // Small numbers, not all alike: what is multiplied changes a GPU's clock.
         let mut random = Random::new(7);
         let pattern = super::bed::bytes_of(&random.values(1 << 16, 0.1), bed.half);
-        let bytes: Vec<u8> = pattern.iter().copied().cycle().take(n * k * 2).collect();
-        Ok(Product {
+        let k = shape.k;
+        let set = |_| -> Outcome<Vec<Weight>> {
+            let bytes = |n: usize| pattern.iter().copied().cycle().take(n * k * 2).collect();
+            let each = shape.widths.iter();
+            each.map(|n| Ok(bed.weight_bytes(bytes(*n), *n, k)?))
+                .collect()
+        };
+        Ok(Products {
             bed,
-            weights: (0..copies)
-                .map(|_| Ok(bed.weight_bytes(bytes.clone(), n, k)?))
-                .collect::<Outcome<_>>()?,
+            weights: (0..copies).map(set).collect::<Outcome<_>>()?,
             a: bed.acts(&random.values(most * k, 1.0), k)?,
-            out: bed.device.rows(most, n)?,
+            outs: shape
+                .widths
+                .iter()
+                .map(|n| Ok(bed.device.rows(most, *n)?))
+                .collect::<Outcome<_>>()?,
         })
     }
 
+    /// As the forward pass asks for them.
     fn seconds(&mut self, rows: usize) -> Outcome<f64> {
         let (d, copies) = (&self.bed.device, self.weights.len());
         time(self.bed, |i| {
-            let w = self.weights[i % copies].view();
-            let (a, out) = (&self.a, &mut self.out);
-            Ok(d.linear(a, rows, &w, None, out, 0, Into::Store)?)
+            let views: Vec<WeightView<'_>> =
+                self.weights[i % copies].iter().map(Weight::view).collect();
+            let mut products: Vec<Product<'_>> = views
+                .iter()
+                .zip(&mut self.outs)
+                .map(|(w, out)| Product { w, bias: None, out })
+                .collect();
+            Ok(d.linear_each(&self.a, rows, &mut products)?)
         })
+    }
+
+    /// In a launch each.
+    fn seconds_one_by_one(&mut self, rows: usize) -> Outcome<f64> {
+        let (d, copies) = (&self.bed.device, self.weights.len());
+        time(self.bed, |i| {
+            for (w, out) in self.weights[i % copies].iter().zip(&mut self.outs) {
+                d.linear(&self.a, rows, &w.view(), None, out, 0, Into::Store)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Matrices that multiply the same rows of `k`; how many rows each has.
+struct Matrices {
+    name: &'static str,
+    widths: Vec<usize>,
+    k: usize,
+}
+
+impl Matrices {
+    fn n(&self) -> usize {
+        self.widths.iter().sum()
     }
 }
 
 fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
+    let kv = s.kv_heads * HEAD;
     let shapes = [
-        ("q or o", s.hidden, s.hidden),
-        ("k or v", s.kv_heads * HEAD, s.hidden),
-        ("gate or up", s.mlp, s.hidden),
-        ("down", s.hidden, s.mlp),
-    ];
+        ("q, k, v", vec![s.hidden, kv, kv], s.hidden),
+        ("o", vec![s.hidden], s.hidden),
+        ("gate, up", vec![s.mlp, s.mlp], s.hidden),
+        ("down", vec![s.hidden], s.mlp),
+    ]
+    .map(|(name, widths, k)| Matrices { name, widths, k });
     let most = s.few.iter().chain(s.many).copied().max().unwrap_or(1);
     let theirs = match suite.cublaslt {
         true => ops::open_with(Gemm::CublasLt, bed.half, HEAD, None).map_err(|e| one_line(&e)),
@@ -212,19 +253,21 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
             "of memory",
             "TFLOP/s",
             "of cublasLt",
+            "µs in a launch each",
         ],
     );
     let mut launches = Vec::new();
-    'shapes: for (name, n, k) in shapes {
+    'shapes: for shape in &shapes {
+        let name = shape.name;
         let copies = match suite.smoke {
             true => 2,
-            false => COLD_BYTES.div_ceil(n * k * 2),
+            false => COLD_BYTES.div_ceil(shape.n() * shape.k * 2),
         };
-        let mut own = Product::new(bed, most, n, k, copies)?;
+        let mut own = Products::new(bed, most, shape, copies)?;
         // What cublasLt refuses is its own affair: ours are timed without it.
         let mut other = theirs.as_ref().ok().and_then(|theirs| {
-            let product = Product::new(theirs, most, n, k, copies);
-            product
+            let products = Products::new(theirs, most, shape, copies);
+            products
                 .map_err(|e| refused.push(format!("{name}: {}", one_line(&*e))))
                 .ok()
         });
@@ -234,16 +277,23 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
                 break 'shapes;
             }
             let seconds = own.seconds(rows)?;
+            let apart = match shape.widths.len() {
+                1 => None,
+                _ => Some(own.seconds_one_by_one(rows)?),
+            };
             let theirs = other.as_mut().and_then(|o| {
                 let why = |e: Box<dyn std::error::Error>| {
                     refused.push(format!("{name}, {rows} rows: {}", one_line(&*e)))
                 };
                 o.seconds(rows).map_err(why).ok()
             });
-            let product = Shape { rows, n, k };
-            if let Some(left_out) = product_row(suite, name, &product, seconds, theirs) {
-                launches.push(left_out);
-            }
+            let measured = Measured {
+                rows,
+                seconds,
+                apart,
+                theirs,
+            };
+            launches.extend(product_row(suite, shape, &measured));
         }
     }
     for why in refused {
@@ -258,25 +308,23 @@ fn products(suite: &mut Suite, bed: &Bed, s: &Sizes) -> Outcome<()> {
     Ok(())
 }
 
-struct Shape {
+/// Seconds: of ours, of ours in a launch each, of cublasLt's.
+struct Measured {
     rows: usize,
-    n: usize,
-    k: usize,
+    seconds: f64,
+    apart: Option<f64>,
+    theirs: Option<f64>,
 }
 
 /// Its name where the goal for few rows does not judge it.
-fn product_row(
-    suite: &mut Suite,
-    name: &str,
-    &Shape { rows, n, k }: &Shape,
-    seconds: f64,
-    other: Option<f64>,
-) -> Option<String> {
+fn product_row(suite: &mut Suite, shape: &Matrices, m: &Measured) -> Option<String> {
+    let &Measured { rows, seconds, .. } = m;
+    let (name, n, k) = (shape.name, shape.n(), shape.k);
     let bytes = (n * k * 2 + rows * k * 2 + rows * n * 4) as f64;
     let rate = bytes / seconds / 1e9;
     let share = suite.memory_gb_per_s.map(|m| 100.0 * rate / m);
     let tflops = 2.0 * (rows * n * k) as f64 / seconds / 1e12;
-    let of_other = other.map(|o| o / seconds);
+    let of_other = m.theirs.map(|o| o / seconds);
     let best = tflops * of_other.map_or(1.0, |o| 1.0f64.max(1.0 / o));
     suite.tflops = Some(suite.tflops.map_or(best, |t| t.max(best)));
     let floor_us = suite.memory_gb_per_s.map(|m| bytes / m / 1e3);
@@ -288,14 +336,16 @@ fn product_row(
         suite.goals.seen(Goal::ManyRows, share);
     }
     let text = |x: Option<f64>| x.map_or("-".to_string(), |x| format!("{x:.0} %"));
+    let widths: Vec<String> = shape.widths.iter().map(usize::to_string).collect();
     suite.report.row(&[
-        &format!("{name} ({n} x {k})"),
+        &format!("{name} ({} x {k})", widths.join("+")),
         &rows.to_string(),
         &format!("{:.1}", seconds * 1e6),
         &format!("{rate:.0}"),
         &text(share),
         &format!("{tflops:.1}"),
         &text(of_other.map(|o| 100.0 * o)),
+        &m.apart.map_or("-".into(), |a| format!("{:.1}", a * 1e6)),
     ]);
     let left_out = rows <= FEW && floor_us.is_some() && !judged;
     left_out.then(|| format!("{name} at {rows} rows ({:.1} µs)", floor_us.unwrap_or(0.0)))

@@ -16,6 +16,7 @@ mod machine;
 mod models;
 mod one_pass;
 mod ops;
+mod products;
 mod report;
 mod tools;
 mod vision;

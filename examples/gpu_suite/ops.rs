@@ -8,6 +8,9 @@ use tensorpager::units::Dtype;
 
 use super::bed::{Bed, Random, nmse};
 use super::one_pass::{angles, attend, selects};
+use super::products::{
+    EachShape, ProductShape, each_shapes, product, product_shapes, products_of_one,
+};
 
 /// How one op fared.
 pub struct Row {
@@ -147,47 +150,6 @@ pub fn compare(
     Ok(true)
 }
 
-/// Rows, n and k.
-type ProductShape = (usize, usize, usize);
-
-/// Every tile, ragged in each direction, and k that no tile of 16-byte loads takes.
-fn product_shapes(which: Shapes) -> Vec<ProductShape> {
-    let mut shapes = vec![
-        (1, 33, 72),
-        (3, 32, 64),
-        (9, 100, 200),
-        (17, 65, 136),
-        (40, 130, 88),
-        (5, 37, 51),
-        // A 7B model's longest sums: what is lost in each step of a chain adds up.
-        (3, 24, 3584),
-        (2, 16, 18944),
-    ];
-    if which == Shapes::All {
-        let large = [1, 8, 16, 32, 64, 256, 1024].map(|r| (r, 3584, 3584));
-        shapes.extend(large);
-        shapes.extend([
-            (1, 18944, 3584),
-            (7, 3584, 18944),
-            (64, 4608, 3584),
-            (130, 512, 3584),
-            (65, 1000, 4095),
-        ]);
-    }
-    shapes
-}
-
-fn product(bed: &Bed, &(rows, n, k): &ProductShape, into: Into) -> Result<Vec<f32>> {
-    let mut random = Random::new((rows * n + k) as u64);
-    let a = bed.acts(&random.values(rows * k, 1.0), k)?;
-    let w = bed.weight(&random.values(n * k, 0.5), n, k)?;
-    let bias = bed.weight(&random.values(n, 1.0), 1, n)?;
-    let mut out = bed.rows(&random.values(rows * n, 1.0), n)?;
-    bed.device
-        .linear(&a, rows, &w.view(), Some(&bias.view()), &mut out, 0, into)?;
-    bed.read(&out, rows * n)
-}
-
 impl Pair {
     /// Runs `op` on both, for each shape.
     fn each<S: std::fmt::Debug>(
@@ -249,7 +211,27 @@ impl Pair {
         self.each_within("linear, added", limit, &shapes, |b, s| {
             product(b, s, Into::Add)
         })?;
-        self.one_definition()
+        self.one_definition()?;
+        self.products_in_one_launch()
+    }
+
+    /// Several matrices of one input: as the CPU, and the very bits of a launch each.
+    fn products_in_one_launch(&mut self) -> Result<()> {
+        let shapes = each_shapes(self.shapes);
+        let limit = |&(_, _, k): &EachShape| order(k);
+        self.each_within("linear, several at once", limit, &shapes, |b, s| {
+            products_of_one(b, s, true)
+        })?;
+        for s in &shapes {
+            let together = products_of_one(&self.gpu, s, true)?;
+            let apart = products_of_one(&self.gpu, s, false)?;
+            self.same(
+                &format!("in one launch and apart, {s:?}"),
+                &apart,
+                &together,
+            );
+        }
+        Ok(())
     }
 
     /// Its products have their biases added by a kernel of ours. The library may be missing, of another version, or refuse a shape.
@@ -263,7 +245,13 @@ impl Pair {
         let done = open_with(Gemm::CublasLt, half, HEAD_SIZES[0], None).and_then(|theirs| {
             let own = std::mem::replace(&mut self.gpu, theirs);
             let run = |b: &Bed, s: &ProductShape| product(b, s, Into::Store);
-            let done = self.each_within(name, limit, &shapes, run);
+            let done = self.each_within(name, limit, &shapes, run).and_then(|()| {
+                let limit = |&(_, _, k): &EachShape| order(k).max(THEIR_ORDER);
+                let mut shapes = each_shapes(self.shapes);
+                shapes.retain(|(_, _, k)| k.is_multiple_of(8));
+                let run = |b: &Bed, s: &EachShape| products_of_one(b, s, true);
+                self.each_within("cublasLt, several", limit, &shapes, run)
+            });
             self.gpu = own;
             done
         });

@@ -45,6 +45,7 @@ Kernels table() {
   k.linear = {linear_kernel<LinearT8>("linear_t8", TP_KERNEL(linear_t8)),
               linear_kernel<LinearT16>("linear_t16", TP_KERNEL(linear_t16)),
               linear_kernel<LinearT32>("linear_t32", TP_KERNEL(linear_t32)),
+              linear_kernel<LinearT32N>("linear_t32n", TP_KERNEL(linear_t32n)),
               linear_kernel<LinearT64>("linear_t64", TP_KERNEL(linear_t64)),
               linear_kernel<LinearT128>("linear_t128", TP_KERNEL(linear_t128)),
               linear_kernel<LinearT256>("linear_t256", TP_KERNEL(linear_t256)),

@@ -6,7 +6,8 @@
 
 struct LinearKernel {
   const char* name;
-  void (*run)(const u16*, const u16*, const u16*, float*, i64, i64, i64, int, int, int, int);
+  void (*run)(const u16*, const u16*, const u16*, float*, const u16*, const u16*, float*, const u16*, const u16*, float*, i64, i64, i64, i64,
+              i64, i64, i64, int, int, int, int, int, int);
   int bn, br, threads, shared_bytes;
   bool aligned;
 };

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::cpu::{ActBuf, AttnSegment, KvLayout, dense_scratch_bytes};
 use super::cuda::{self, CudaDevice, ListShape};
-use super::{Device, DeviceKind, KV_BLOCK_TOKENS};
+use super::{Device, DeviceKind, KV_BLOCK_TOKENS, WeightView};
 use crate::error::Result;
 use crate::units::Dtype;
 
@@ -68,6 +68,14 @@ impl std::iter::Sum for Room {
 pub enum Into {
     Store,
     Add,
+}
+
+/// One of several products of the same rows: [`Device::linear_each`].
+pub struct Product<'p> {
+    pub w: &'p WeightView<'p>,
+    /// One row.
+    pub bias: Option<&'p WeightView<'p>>,
+    pub out: &'p mut Rows,
 }
 
 /// Geometry of a paged KV cache: `[layer][block][k|v][kv head][16 tokens][head size]`.

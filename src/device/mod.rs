@@ -11,7 +11,7 @@ use crate::units::Dtype;
 
 pub use buffers::{
     Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, KvMove, KvShape, Lists, Mirror, PassRows,
-    Room, Rows, Span,
+    Product, Room, Rows, Span,
 };
 pub use cpu::KV_BLOCK_TOKENS;
 pub use cuda::{CudaDevice, CudaOptions, ListShape};

@@ -5,7 +5,8 @@
 
 use super::WeightView;
 use super::buffers::{
-    Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, Lists, Mirror, PassRows, Rows, foreign,
+    Acts, AttnShape, Best, Dense, DenseShape, Into, Kv, Lists, Mirror, PassRows, Product, Rows,
+    foreign,
 };
 use super::cpu::{CpuDevice, DenseAttention, KvView, Mode};
 use super::cuda::{CudaDevice, CudaOptions};
@@ -288,6 +289,17 @@ impl Device {
                     add,
                 )
             }
+        }
+    }
+
+    /// out[r][n] = a[r]·w[n] + bias[n] for `rows` rows and each of `products`, the bits being those of one [`Device::linear`] after another. A
+    /// GPU does them in one launch: small matrices have too few columns to keep it busy by themselves.
+    pub fn linear_each(&self, a: &Acts, rows: usize, products: &mut [Product<'_>]) -> Result<()> {
+        match self {
+            Device::Cpu(_) => products
+                .iter_mut()
+                .try_for_each(|p| self.linear(a, rows, p.w, p.bias, p.out, 0, Into::Store)),
+            Device::Cuda(d) => d.linear_each(a.data.cuda(), rows, products),
         }
     }
 

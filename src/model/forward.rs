@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::normed::{Normed, product};
 use super::pass::Pass;
 use super::rope::Rope;
 use super::scratch::{HEAD_TILE_ROWS, Scratch, mlp_tile_rows};
@@ -267,21 +268,20 @@ impl Forward {
             cos: &s.cos[..half],
             sin: &s.sin[..half],
         };
-        let norm = unit.need(Role::InputNorm)?;
-        let mut rounded_to = None;
-        for (role, bias, out) in [
-            (Role::QProj, Role::QBias, &mut s.q),
-            (Role::KProj, Role::KBias, &mut s.k),
-            (Role::VProj, Role::VBias, &mut s.v),
-        ] {
-            let w = unit.need(role)?;
-            if rounded_to != Some(w.dtype) {
-                rounded_to = Some(w.dtype);
-                s.normed.keep_exact(w.dtype);
-                device.rmsnorm(&s.x, 0, rows, norm, p.rms_eps, &mut s.normed)?;
-            }
-            device.linear(&s.normed, rows, w, unit.get(bias), out, 0, Into::Store)?;
-        }
+        let input = Normed {
+            x: &s.x,
+            first: 0,
+            rows,
+            norm: unit.need(Role::InputNorm)?,
+            eps: p.rms_eps,
+            exact: true,
+        };
+        let mut qkv = [
+            product(unit, Role::QProj, Role::QBias, &mut s.q)?,
+            product(unit, Role::KProj, Role::KBias, &mut s.k)?,
+            product(unit, Role::VProj, Role::VBias, &mut s.v)?,
+        ];
+        input.multiply(device, &mut qkv, &mut s.normed)?;
         for (norm, heads, x) in [
             (Role::QNorm, p.heads, &mut s.q),
             (Role::KNorm, p.kv_heads, &mut s.k),
@@ -316,19 +316,19 @@ impl Forward {
         let tile = rows.div_ceil(tiles);
         for first in (0..rows).step_by(tile) {
             let n = tile.min(rows - first);
-            let mut rounded_to = None;
-            for (role, bias, out) in [
-                (Role::GateProj, Role::GateBias, &mut s.gate),
-                (Role::UpProj, Role::UpBias, &mut s.up),
-            ] {
-                let w = unit.need(role)?;
-                if rounded_to != Some(w.dtype) {
-                    rounded_to = Some(w.dtype);
-                    s.normed.round_to(w.dtype);
-                    device.rmsnorm(&s.x, first, n, norm, eps, &mut s.normed)?;
-                }
-                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store)?;
-            }
+            let input = Normed {
+                x: &s.x,
+                first,
+                rows: n,
+                norm,
+                eps,
+                exact: false,
+            };
+            let mut wide = [
+                product(unit, Role::GateProj, Role::GateBias, &mut s.gate)?,
+                product(unit, Role::UpProj, Role::UpBias, &mut s.up)?,
+            ];
+            input.multiply(device, &mut wide, &mut s.normed)?;
             device.swiglu(&s.gate, &s.up, n, self.spec.intermediate, &mut s.mlp)?;
             let bias = unit.get(Role::DownBias);
             device.linear(&s.mlp, n, down, bias, &mut s.x, first, Into::Add)?;

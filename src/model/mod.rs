@@ -4,6 +4,7 @@
 pub mod forward;
 pub mod kv;
 pub mod mrope;
+mod normed;
 pub mod pass;
 pub mod rope;
 mod scratch;

@@ -143,10 +143,11 @@ EXPORT Status cublasLtMatmul(void* handle, const Desc* d, const float* alpha, co
   if (algo[0] != ALGO || workspace_bytes < algo[1] || !workspace) return INVALID_VALUE;
   EmuFunction* f = kernel(wl->type);
   if (!f) return EXECUTION_FAILED;
-  const void* bias = nullptr;
-  int64_t lda = al->ld, ldw = wl->ld, ldo = ol->ld;
-  int rows = (int)al->cols, n = (int)wl->cols, k = (int)wl->rows, flags = *beta == 1.0f;
-  void* params[] = {&a, &w, &bias, &out, &lda, &ldw, &ldo, &rows, &n, &k, &flags};
+  const void* none = nullptr;
+  int64_t lda = al->ld, ldw = wl->ld, ldo = ol->ld, no = 0;
+  int rows = (int)al->cols, n = (int)wl->cols, k = (int)wl->rows, flags = *beta == 1.0f, empty = 0;
+  void* params[] = {&a,   &w,   &none, &out, &none, &none, &none, &none, &none,  &none,  &lda, &ldw,
+                    &no,  &no,  &ldo,  &no,  &no,   &rows, &n,    &empty, &empty, &k,    &flags};  // of three matrices the first
   const unsigned grid = (unsigned)((n + 63) / 64 * ((rows + 31) / 32));
   return cuLaunchKernel(f, grid, 1, 1, 128, 1, 1, 24576, stream, params, nullptr) ? EXECUTION_FAILED : SUCCESS;
 }

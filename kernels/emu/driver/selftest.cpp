@@ -241,9 +241,10 @@ void shared_memory_rule() {
   CUdeviceptr a = device(64 * 2), w = device(32 * 64 * 2), none = 0, out = device(32 * 4);
   OK(cuMemsetD8Async(a, 0, 128, s));
   OK(cuMemsetD8Async(w, 0, 4096, s));
-  long long lda = 64, ldw = 64, ldo = 32;
-  int rows = 1, n = 32, k = 64, flags = 0;
-  void* params[] = {&a, &w, &none, &out, &lda, &ldw, &ldo, &rows, &n, &k, &flags};
+  long long ld = 64, ldo = 32, no = 0;
+  int rows = 1, n = 32, k = 64, zero = 0;
+  void* params[] = {&a,  &w,  &none, &out, &none, &none, &none, &none, &none, &none, &ld, &ld,
+                    &no, &no, &ldo,  &no,  &no,   &rows, &n,    &zero, &zero, &k,    &zero};
   WANT(CUDA_ERROR_INVALID_VALUE, cuLaunchKernel(f, 1, 1, 1, 64, 1, 1, 51200, s, params, nullptr));
   WANT(CUDA_ERROR_INVALID_VALUE, cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 1 << 20));
   OK(cuFuncSetAttribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 51200));

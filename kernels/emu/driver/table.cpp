@@ -37,7 +37,7 @@ std::vector<std::string> strings(const std::string& text) {
 }
 size_t width(const std::string& type) { return type == "int" || type == "float" ? 4 : 8; }
 
-// sum-free formulas of ceil(a/b), names and numbers joined by '*'
+// Formulas of ceil(a/b), names and numbers joined by '*' and '+'; sums stand in brackets.
 struct Formula {
   const char* at;
   const KernelEntry& kernel;
@@ -49,7 +49,18 @@ struct Formula {
     while (*at == '*') at++, value *= factor();
     return value;
   }
+  long long sum() {
+    long long value = product();
+    while (*at == '+') at++, value += product();
+    return value;
+  }
   long long factor() {
+    if (*at == '(') {
+      at++;
+      const long long value = sum();
+      at++;  // ')'
+      return value;
+    }
     if (!strncmp(at, "ceil(", 5)) {
       at += 5;
       const long long a = product();

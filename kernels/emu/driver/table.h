@@ -25,7 +25,7 @@ struct KernelEntry {
 KernelEntry parse_entry(const std::string& kernel, const std::string& half, const std::string& line, const std::vector<size_t>& widths);
 const std::map<std::string, KernelEntry>& kernel_table();
 
-// The value of "ceil(n/64)*ceil(rows/32)" with the launch's integer arguments; -1 where it names something else.
+// The value of "(ceil(n0/64)+ceil(n1/64))*ceil(rows/32)" with the launch's integer arguments; -1 where it names something else.
 long long evaluate_grid(const std::string& formula, const KernelEntry& kernel, void** params);
 
 void add_bf16(std::map<std::string, KernelEntry>& table);

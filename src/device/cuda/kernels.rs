@@ -66,7 +66,7 @@ pub trait Arguments {
 }
 
 /// No kernel has more.
-pub const MOST_ARGUMENTS: usize = 16;
+pub const MOST_ARGUMENTS: usize = 24;
 
 macro_rules! arguments {
     ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* })*) => {$(
@@ -87,9 +87,11 @@ macro_rules! arguments {
 arguments! {
     Argmax { x: Address, ids: Address, values: Address, stride: i64, cols: i32, }
     Topk { x: Address, ids: Address, values: Address, stride: i64, cols: i32, k: i32, }
-    /// One of the tiles of `linear`.
+    /// One of the tiles of `linear`: up to three matrices, `n` 0 where there are fewer.
     Linear {
-        a: Address, w: Address, bias: Address, out: Address, lda: i64, ldw: i64, ldo: i64, rows: i32, n: i32, k: i32, flags: i32,
+        a: Address, w0: Address, bias0: Address, out0: Address, w1: Address, bias1: Address, out1: Address,
+        w2: Address, bias2: Address, out2: Address, lda: i64, ldw0: i64, ldw1: i64, ldw2: i64, ldo0: i64, ldo1: i64, ldo2: i64,
+        rows: i32, n0: i32, n1: i32, n2: i32, k: i32, flags: i32,
     }
     Rmsnorm { x: Address, delta: Address, w: Address, out: Address, cols: i32, eps: f32, }
     RmsnormHeads { x: Address, w: Address, row_stride: i64, heads: i32, head_size: i32, eps: f32, }
@@ -312,7 +314,7 @@ pub fn no_head_size(what: &str, size: usize, known: &[usize]) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cuda::TILES;
+    use crate::device::cuda::tiles::TILES;
 
     #[test]
     fn arguments_are_those_of_the_launch_table() {

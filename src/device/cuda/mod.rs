@@ -18,6 +18,7 @@ mod ops;
 mod slots;
 mod staging;
 mod stream;
+mod tiles;
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ use kernels::{
 use memory::HostBuffer;
 use staging::Staging;
 use stream::{Event, Stream};
+use tiles::{T256, TILES};
 
 /// Of one copy that the rate of copies is measured with, at most.
 const PROBE_BYTES: u64 = 16 << 20;
@@ -98,16 +100,6 @@ fn check_model(half: Dtype, head_size: usize, vision_head_size: Option<usize>) -
     }
 }
 
-/// Tiles of a product: names, columns and rows of a block, and how well it fills the tensor cores (a first guess, to be measured).
-const TILES: [(&str, usize, usize, f64); 7] = [
-    ("linear_t8", 32, 8, 0.0),
-    ("linear_t16", 32, 16, 0.0),
-    ("linear_t32", 64, 32, 0.0),
-    ("linear_t64", 64, 64, 0.55),
-    ("linear_t128", 128, 128, 0.8),
-    ("linear_t256", 256, 128, 1.0),
-    ("linear_any", 64, 32, 0.0),
-];
 /// Shared memory of a block of the largest tile.
 const LARGEST_TILE_SHARED: u32 = 147_456;
 
@@ -282,8 +274,8 @@ impl Kernels {
     fn load(modules: &mut Modules, context: &Context, options: &CudaOptions) -> Result<Kernels> {
         let head = options.head_size;
         let mut linear = Vec::with_capacity(TILES.len());
-        for (name, ..) in TILES {
-            let fits = name != "linear_t256" || context.shared_bytes >= LARGEST_TILE_SHARED;
+        for (i, (name, ..)) in TILES.into_iter().enumerate() {
+            let fits = i != T256 || context.shared_bytes >= LARGEST_TILE_SHARED;
             linear.push(fits.then(|| modules.load(name)).transpose()?);
         }
         let vision = match options.vision_head_size {

@@ -1,17 +1,42 @@
 //! The ops: shapes checked, tiles and grids chosen, kernels launched. What each computes is said once, at [`crate::device::Device`].
 
 use super::buffers::{Best, CudaActs, CudaRows, F32, HALF, MOST_CANDIDATES, Mirror};
-use super::cublaslt::{Operands, Shape};
+use super::cublaslt::{CublasLt, Operands, Shape};
 use super::kernels::{
-    Argmax, BiasAdd, Gelu, Kernel, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk, Widen,
+    Argmax, BiasAdd, Gelu, Linear, Rmsnorm, RmsnormHeads, Round, Swiglu, Topk, Widen,
 };
 use super::memory::{Address, bytes_of};
-use super::{CudaDevice, TILES, VisionKernels};
-use crate::device::WeightView;
+use super::tiles::{T256, Work};
+use super::{CudaDevice, VisionKernels};
+use crate::device::{Product, WeightView};
 use crate::error::{Error, Result};
 
 /// Elements that a block of the elementwise kernels works on.
 const BLOCK_ELEMENTS: usize = 1024;
+/// That a launch of `linear` takes.
+const MATRICES: usize = 3;
+
+/// A matrix that rows are multiplied with: where it, its bias and its products lie; strides in elements. Checked by who made it.
+#[derive(Clone, Copy)]
+struct Matrix {
+    w: Address,
+    bias: Address,
+    out: Address,
+    ldw: usize,
+    ldo: usize,
+    n: usize,
+}
+
+impl Matrix {
+    const NONE: Matrix = Matrix {
+        w: Address::NONE,
+        bias: Address::NONE,
+        out: Address::NONE,
+        ldw: 0,
+        ldo: 0,
+        n: 0,
+    };
+}
 
 impl CudaDevice {
     /// Sends a weight's first row as it is stored: half of what it would be in float32.
@@ -160,100 +185,160 @@ impl CudaDevice {
         stride: usize,
         add: bool,
     ) -> Result<()> {
+        let matrix = self.matrix(a, rows, w, bias, out, first, stride)?;
+        match &self.cublaslt {
+            Some(lt) => self.one_of_theirs(lt, a, rows, &matrix, add),
+            None => self.one_launch(a, rows, [matrix, Matrix::NONE, Matrix::NONE], add),
+        }
+    }
+
+    /// As few launches as there may be; one a product where they are not ours.
+    pub fn linear_each(
+        &self,
+        a: &CudaActs,
+        rows: usize,
+        products: &mut [Product<'_>],
+    ) -> Result<()> {
+        for some in products.chunks_mut(MATRICES) {
+            let mut matrices = [Matrix::NONE; MATRICES];
+            for (matrix, p) in matrices.iter_mut().zip(some) {
+                let stride = p.out.cols;
+                let out = p.out.data.cuda_mut();
+                *matrix = self.matrix(a, rows, p.w, p.bias, out, 0, stride)?;
+            }
+            match &self.cublaslt {
+                Some(lt) => matrices
+                    .iter()
+                    .try_for_each(|m| self.one_of_theirs(lt, a, rows, m, false))?,
+                None => self.one_launch(a, rows, matrices, false)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the shapes of a product of the first `rows` of `a`.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
+    fn matrix(
+        &self,
+        a: &CudaActs,
+        rows: usize,
+        w: &WeightView<'_>,
+        bias: Option<&WeightView<'_>>,
+        out: &mut CudaRows,
+        first: usize,
+        stride: usize,
+    ) -> Result<Matrix> {
         assert!(
             rows <= a.rows && w.cols == a.cols && w.rows <= stride,
             "shapes of a product"
         );
+        if let Some(bias) = bias {
+            assert!(bias.rows == 1 && bias.cols == w.rows, "shape of the bias");
+        }
         if rows == 0 || w.rows == 0 {
-            return Ok(());
+            return Ok(Matrix::NONE);
         }
-        let (n, k) = (w.rows, w.cols);
-        let ldw = w.row_stride / HALF;
-        if let Some(lt) = &self.cublaslt {
-            let shape = Shape {
-                rows,
-                n,
-                k,
-                ldw,
-                ldo: stride,
-            };
-            let out = out.at(first, (rows - 1) * stride + n);
-            let operands = Operands {
-                a: a.buffer.at(0, rows * k * HALF),
-                w: self.weight(w)?,
-                out,
-                add,
-            };
-            lt.run(&self.compute, &shape, &operands)?;
-            return bias.map_or(Ok(()), |b| self.add_bias(out, rows, stride, b));
-        }
-        let (kernel, grid) = self.tile(rows, n, k, ldw)?;
+        Ok(Matrix {
+            w: self.weight(w)?,
+            bias: bias.map_or(Ok(Address::NONE), |b| self.weight(b))?,
+            out: out.at(first, (rows - 1) * stride + w.rows),
+            ldw: w.row_stride / HALF,
+            ldo: stride,
+            n: w.rows,
+        })
+    }
+
+    /// All bits are those of a launch each: the blocks of one matrix follow those of another (`kernels/linear.cu`).
+    fn one_launch(
+        &self,
+        a: &CudaActs,
+        rows: usize,
+        matrices: [Matrix; MATRICES],
+        add: bool,
+    ) -> Result<()> {
+        let k = a.cols;
+        let even = |elements: usize| elements.is_multiple_of(8);
+        let work = Work {
+            rows,
+            columns: &matrices.map(|m| m.n),
+            aligned: even(k) && matrices.iter().all(|m| even(m.ldw)),
+        };
+        let largest = self.kernels.linear[T256].is_some();
+        let tile = work.tile(self.context.multiprocessors as usize, largest);
+        let kernel = self.kernels.linear[tile].as_ref();
+        let kernel = kernel.ok_or_else(|| Error::internal("a tile that was not loaded"))?;
+        let [m0, m1, m2] = matrices;
         kernel.launch(
             &self.compute,
-            (grid, 1),
+            (work.blocks(tile), 1),
             Linear {
                 a: a.buffer.at(0, rows * k * HALF),
-                w: self.weight(w)?,
-                bias: bias.map_or(Ok(Address::NONE), |b| self.weight(b))?,
-                out: out.at(first, (rows - 1) * stride + n),
+                w0: m0.w,
+                bias0: m0.bias,
+                out0: m0.out,
+                w1: m1.w,
+                bias1: m1.bias,
+                out1: m1.out,
+                w2: m2.w,
+                bias2: m2.bias,
+                out2: m2.out,
                 lda: k as i64,
-                ldw: ldw as i64,
-                ldo: stride as i64,
+                ldw0: m0.ldw as i64,
+                ldw1: m1.ldw as i64,
+                ldw2: m2.ldw as i64,
+                ldo0: m0.ldo as i64,
+                ldo1: m1.ldo as i64,
+                ldo2: m2.ldo as i64,
                 rows: int(rows)?,
-                n: int(n)?,
+                n0: int(m0.n)?,
+                n1: int(m1.n)?,
+                n2: int(m2.n)?,
                 k: int(k)?,
                 flags: i32::from(add),
             },
         )
     }
 
-    fn add_bias(
+    /// A product of cublasLt, and the bias by a kernel of ours.
+    fn one_of_theirs(
         &self,
-        x: Address,
+        lt: &CublasLt,
+        a: &CudaActs,
         rows: usize,
-        stride: usize,
-        bias: &WeightView<'_>,
+        m: &Matrix,
+        add: bool,
     ) -> Result<()> {
+        if m.n == 0 {
+            return Ok(());
+        }
+        let k = a.cols;
+        let shape = Shape {
+            rows,
+            n: m.n,
+            k,
+            ldw: m.ldw,
+            ldo: m.ldo,
+        };
+        let operands = Operands {
+            a: a.buffer.at(0, rows * k * HALF),
+            w: m.w,
+            out: m.out,
+            add,
+        };
+        lt.run(&self.compute, &shape, &operands)?;
+        if m.bias == Address::NONE {
+            return Ok(());
+        }
         self.kernels.bias_add.launch(
             &self.compute,
-            (rows, bias.cols.div_ceil(BLOCK_ELEMENTS)),
+            (rows, m.n.div_ceil(BLOCK_ELEMENTS)),
             BiasAdd {
-                x,
-                bias: self.weight(bias)?,
-                stride: stride as i64,
-                cols: int(bias.cols)?,
+                x: m.out,
+                bias: m.bias,
+                stride: m.ldo as i64,
+                cols: int(m.n)?,
             },
         )
-    }
-
-    /// The fastest tile, as far as is known; all give the same bits.
-    fn tile(
-        &self,
-        rows: usize,
-        n: usize,
-        k: usize,
-        ldw: usize,
-    ) -> Result<(&Kernel<Linear>, usize)> {
-        let blocks = |i: usize| n.div_ceil(TILES[i].1) * rows.div_ceil(TILES[i].2);
-        let cost = |i: usize| {
-            let (_, columns, block_rows, share) = TILES[i];
-            let waves = blocks(i).div_ceil(self.context.multiprocessors as usize);
-            (waves * columns * block_rows) as f64 / share
-        };
-        let aligned = k.is_multiple_of(8) && ldw.is_multiple_of(8);
-        let chosen = match rows {
-            _ if !aligned => 6,
-            0..=8 => 0,
-            9..=16 => 1,
-            17..=32 => 2,
-            _ => (3..6)
-                .filter(|i| self.kernels.linear[*i].is_some())
-                .min_by(|a, b| cost(*a).total_cmp(&cost(*b)))
-                .unwrap_or(3),
-        };
-        let kernel = self.kernels.linear[chosen].as_ref();
-        let kernel = kernel.ok_or_else(|| Error::internal("a tile that was not loaded"))?;
-        Ok((kernel, blocks(chosen)))
     }
 
     pub fn swiglu(

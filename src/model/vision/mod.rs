@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use layout::Order;
 pub use layout::Slice;
 
+use super::normed::{Normed, product};
 use super::{UnitSource, UnitView};
 use crate::device::{
     Acts, Dense, DenseShape, Device, DeviceKind, Into, Mirror, PassRows, Room, Rows,
@@ -360,19 +361,19 @@ impl Tower {
         let down = unit.need(Role::DownProj)?;
         for first in (0..rows).step_by(TILE_ROWS) {
             let n = TILE_ROWS.min(rows - first);
-            let mut rounded_to = None;
-            for (role, bias, out) in [
-                (Role::GateProj, Role::GateBias, &mut s.gate),
-                (Role::UpProj, Role::UpBias, &mut s.up),
-            ] {
-                let w = unit.need(role)?;
-                if rounded_to != Some(w.dtype) {
-                    rounded_to = Some(w.dtype);
-                    s.normed.round_to(w.dtype);
-                    device.rmsnorm(&s.x, first, n, norm, RMS_EPS, &mut s.normed)?;
-                }
-                device.linear(&s.normed, n, w, unit.get(bias), out, 0, Into::Store)?;
-            }
+            let input = Normed {
+                x: &s.x,
+                first,
+                rows: n,
+                norm,
+                eps: RMS_EPS,
+                exact: false,
+            };
+            let mut wide = [
+                product(unit, Role::GateProj, Role::GateBias, &mut s.gate)?,
+                product(unit, Role::UpProj, Role::UpBias, &mut s.up)?,
+            ];
+            input.multiply(device, &mut wide, &mut s.normed)?;
             s.wide.round_to(down.dtype);
             device.swiglu(&s.gate, &s.up, n, self.spec.intermediate, &mut s.wide)?;
             let bias = unit.get(Role::DownBias);

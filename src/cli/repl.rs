@@ -1,6 +1,6 @@
 //! The chat: a prompt at a terminal. Each turn renders the whole conversation and reads it anew, in one pass if it fits.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -61,12 +61,14 @@ pub fn chat(engine: &mut Engine, chat: &Chat<'_>, signals: &ChatSignals) -> Resu
     };
     loop {
         signals.turn.store(false, Relaxed);
-        signals.at_prompt.store(true, Relaxed);
+        signals.at_prompt.store(true, Release);
         let line = editor.readline("> ");
         signals.at_prompt.store(false, Relaxed);
         let line = match line {
             Ok(line) => line,
             Err(ReadlineError::Interrupted) => return Ok(130),
+            // It may be the editor's call that the signal cut off.
+            Err(_) if signals.turn.load(Relaxed) => return Ok(130),
             Err(ReadlineError::Eof) => return Ok(0),
             Err(e) => return Err(terminal(&e)),
         };

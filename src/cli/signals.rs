@@ -2,7 +2,10 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Relaxed},
+};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -64,7 +67,7 @@ impl TwoStage {
 pub struct ChatSignals {
     /// Ends what the engine does, and with it the chat.
     pub cancel: Arc<AtomicBool>,
-    /// Ends the answer under way; to be lowered before the next prompt, where a second signal would end the process as it is.
+    /// Ends the answer under way. To be lowered before the next prompt: there it says that a signal came.
     pub turn: Arc<AtomicBool>,
     /// Up while a line is waited for: there is nothing to stop, so any signal ends the process.
     pub at_prompt: Arc<AtomicBool>,
@@ -75,7 +78,7 @@ impl TwoStage {
     pub fn into_chat(self) -> Result<ChatSignals> {
         self.working();
         let at_prompt = Arc::new(AtomicBool::new(false));
-        end_at_prompt(at_prompt.clone())?;
+        end_at_prompt(at_prompt.clone(), self.stop.clone())?;
         for signal in heeded() {
             if signal != SIGINT {
                 signal_hook::flag::register(signal, self.cancel.clone()).map_err(wire)?;
@@ -91,12 +94,14 @@ impl TwoStage {
 
 /// A line editor takes the terminal's echo and its line ends away. Who ends the process meanwhile gives them back: the shell behind it
 /// shows nothing that is typed otherwise.
-fn end_at_prompt(at_prompt: Arc<AtomicBool>) -> Result<()> {
+///
+/// `raised`: by a signal's handler; lowered before each prompt, since a signal that came during an answer may be heard of late.
+fn end_at_prompt(at_prompt: Arc<AtomicBool>, raised: Arc<AtomicBool>) -> Result<()> {
     let terminal = tcgetattr(std::io::stdin()).ok();
     let mut signals = Signals::new(heeded()).map_err(wire)?;
     let wait = move || {
         for _ in signals.forever() {
-            if at_prompt.load(Relaxed) {
+            if at_prompt.load(Acquire) && raised.load(Acquire) {
                 if let Some(before) = &terminal {
                     give_back(before);
                 }

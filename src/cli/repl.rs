@@ -1,6 +1,6 @@
 //! The chat: a prompt at a terminal. Each turn renders the whole conversation and reads it anew, in one pass if it fits.
 
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -61,7 +61,11 @@ pub fn chat(engine: &mut Engine, chat: &Chat<'_>, signals: &ChatSignals) -> Resu
     };
     loop {
         signals.turn.store(false, Relaxed);
-        signals.at_prompt.store(true, Release);
+        signals.at_prompt.store(true, SeqCst);
+        // Asked in this order: of a signal that comes later whoever waits for one hears at the prompt.
+        if signals.cancel.load(SeqCst) {
+            return Ok(130);
+        }
         let line = editor.readline("> ");
         signals.at_prompt.store(false, Relaxed);
         let line = match line {

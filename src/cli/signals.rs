@@ -4,10 +4,11 @@ use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{
     AtomicBool,
-    Ordering::{Acquire, Relaxed},
+    Ordering::{Relaxed, SeqCst},
 };
 
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::process::getpgrp;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -64,6 +65,7 @@ impl TwoStage {
 }
 
 /// The flags of a chat, whose answers Ctrl-C ends one by one.
+#[derive(Clone)]
 pub struct ChatSignals {
     /// Ends what the engine does, and with it the chat.
     pub cancel: Arc<AtomicBool>,
@@ -77,31 +79,33 @@ impl TwoStage {
     /// From here on Ctrl-C raises `stop` only; other signals end the chat. Twice while an answer is under way still exits at once.
     pub fn into_chat(self) -> Result<ChatSignals> {
         self.working();
-        let at_prompt = Arc::new(AtomicBool::new(false));
-        end_at_prompt(at_prompt.clone(), self.stop.clone())?;
+        // Raised before anybody hears of the signal below.
         for signal in heeded() {
             if signal != SIGINT {
                 signal_hook::flag::register(signal, self.cancel.clone()).map_err(wire)?;
             }
         }
-        Ok(ChatSignals {
+        let flags = ChatSignals {
             cancel: self.cancel,
             turn: self.stop,
-            at_prompt,
-        })
+            at_prompt: Arc::default(),
+        };
+        end_at_prompt(flags.clone())?;
+        Ok(flags)
     }
 }
 
 /// A line editor takes the terminal's echo and its line ends away. Who ends the process meanwhile gives them back: the shell behind it
 /// shows nothing that is typed otherwise.
 ///
-/// `raised`: by a signal's handler; lowered before each prompt, since a signal that came during an answer may be heard of late.
-fn end_at_prompt(at_prompt: Arc<AtomicBool>, raised: Arc<AtomicBool>) -> Result<()> {
+/// A signal that only asked for an answer's end may be heard of late: `turn` was lowered since.
+fn end_at_prompt(flags: ChatSignals) -> Result<()> {
     let terminal = tcgetattr(std::io::stdin()).ok();
     let mut signals = Signals::new(heeded()).map_err(wire)?;
     let wait = move || {
         for _ in signals.forever() {
-            if at_prompt.load(Acquire) && raised.load(Acquire) {
+            let asked = || flags.turn.load(SeqCst) || flags.cancel.load(SeqCst);
+            if flags.at_prompt.load(SeqCst) && asked() {
                 if let Some(before) = &terminal {
                     give_back(before);
                 }
@@ -116,8 +120,13 @@ fn end_at_prompt(at_prompt: Arc<AtomicBool>, raised: Arc<AtomicBool>) -> Result<
         .map_err(wire)
 }
 
-/// A terminal that is gone wants nothing back.
+/// A terminal that is gone wants nothing back, nor does one that others have now: who sets it from behind is stopped instead (SIGTTOU).
+/// That stays possible for a moment: where it is taken away just after the question, and where the editor of a chat that was suspended wakes
+/// and sets it before this is reached. Such a chat ends with the next signal, in its handler.
 fn give_back(before: &Termios) {
+    if tcgetpgrp(std::io::stdin()).ok() != Some(getpgrp()) {
+        return;
+    }
     let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
     let mut out = std::io::stdout();
     if out.is_terminal() {

@@ -59,7 +59,7 @@ fn ctrl_c_ends_an_answer_and_at_the_prompt_the_chat() {
             t.wait_for("(interrupted)");
             t.wait_for("> ");
         }
-        let (screen, raw) = (t.screen(), t.screen().modes());
+        let (screen, before) = (t.screen(), t.before);
         match map {
             "disk" => t.press("\u{3}"),
             // Behind an answer that was interrupted no signal is the second one.
@@ -68,7 +68,7 @@ fn ctrl_c_ends_an_answer_and_at_the_prompt_the_chat() {
         let (code, shown) = t.ended();
         assert_eq!(code, Some(130), "{shown}");
         assert!(!shown.contains("error"), "{shown}");
-        assert_ne!(screen.modes(), raw, "the terminal is given back");
+        assert_eq!(screen.modes(), before, "the terminal is given back");
     }
 }
 
@@ -77,8 +77,7 @@ fn a_chat_that_is_told_to_end_ends() {
     let p = Place::new();
     for which in [libc::SIGTERM, libc::SIGHUP] {
         let mut t = chat(&p, str(&fixture("llama3-bf16")), &["-n", "4"]);
-        let screen = t.screen();
-        let before = screen.modes();
+        let (screen, before) = (t.screen(), t.before);
         t.wait_for("> ");
         // The prompt is drawn just before it is waited at.
         std::thread::sleep(Duration::from_millis(200));

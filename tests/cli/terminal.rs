@@ -14,6 +14,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A program at a terminal of its own, and what it has shown so far.
 pub struct Terminal {
     pub child: Child,
+    /// What it was set to before the program came.
+    pub before: Modes,
     keys: File,
     shown: Receiver<Vec<u8>>,
     pub text: String,
@@ -63,10 +65,11 @@ impl Terminal {
                 Ok(())
             });
         }
+        let keys = File::from(ours);
+        let before = Screen(keys.try_clone().unwrap()).modes();
         let child = command.spawn().unwrap();
         // The command holds the program's end, too.
         drop((command, theirs));
-        let keys = File::from(ours);
         let mut screen = keys.try_clone().unwrap();
         let (tell, shown) = channel();
         std::thread::spawn(move || {
@@ -80,6 +83,7 @@ impl Terminal {
         });
         Terminal {
             child,
+            before,
             keys,
             shown,
             text: String::new(),
@@ -135,9 +139,11 @@ impl Terminal {
 /// A terminal, whoever is at it.
 pub struct Screen(File);
 
+/// Its flags: of input, output, lines and echo.
+type Modes = [libc::tcflag_t; 4];
+
 impl Screen {
-    /// Its flags: of input, output, lines and echo.
-    pub fn modes(&self) -> [libc::tcflag_t; 4] {
+    pub fn modes(&self) -> Modes {
         // SAFETY: plain data that the kernel fills, of a file that is open.
         let modes = unsafe {
             let mut modes: libc::termios = std::mem::zeroed();

@@ -338,6 +338,7 @@ fn tests_start_the_program_with_a_cache_of_their_own() {
     // Written so that this file does not count.
     let variable = ["CARGO_BIN_EXE", "_tensorpager"].concat();
     let constant = ["PRO", "GRAM"].concat();
+    let taken = ["get_", "program("].concat();
     let (mut starts, mut broken) = (0, Vec::new());
     for (name, text) in test_sources() {
         if name == "tests/common/program.rs" {
@@ -351,6 +352,10 @@ fn tests_start_the_program_with_a_cache_of_their_own() {
         }
         if names(&constant) && !text.contains("apart(") {
             broken.push(format!("{name}: {constant}, and no command is apart"));
+        }
+        // Another program starts it in its turn.
+        if text.contains(&taken) && !text.contains("apart(") && !text.contains("get_envs(") {
+            broken.push(format!("{name}: {taken}..), and not its environment"));
         }
         starts += usize::from(names("program") || names("program_within"));
     }

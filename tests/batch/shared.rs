@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
+use super::program::{apart, own_cache};
 use super::{batch, code, command, done, model, read_rows, write_rows};
 
 fn good(id: &str) -> Value {
@@ -323,7 +324,8 @@ fn progress_is_shown_as_asked_for() {
                     .map(|a| format!("'{}'", a.to_str().unwrap()))
                     .collect();
                 let mut s = Command::new("script");
-                s.args(["-q", "-e", "-c", &line.join(" "), "/dev/null"])
+                apart(&mut s, own_cache())
+                    .args(["-q", "-e", "-c", &line.join(" "), "/dev/null"])
                     .env("TERM", "xterm");
                 s
             }

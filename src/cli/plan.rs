@@ -59,7 +59,7 @@ struct Planned {
     dtype: Dtype,
     computer: String,
     rates: MachineRates,
-    /// To other work while they were measured, too much of it.
+    /// The part of the time that their measurement waited for a core, where that was too much.
     lost: Option<f64>,
     host: HostMemory,
     memory: Memory,

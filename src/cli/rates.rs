@@ -57,14 +57,15 @@ pub(super) enum Computer {
 /// What a machine gives.
 pub(super) struct AskedRates {
     pub rates: MachineRates,
-    /// Its products were measured now while other work took this part of the time, and were not kept.
+    /// Its products were measured now, waited for a core this part of the time, and were not kept.
     pub lost: Option<f64>,
 }
 
 /// For people, of [`AskedRates::lost`].
 pub(super) fn busy_told(lost: f64) -> String {
     format!(
-        "this machine is busy: other work took {:.0} % of the time in which its products were measured; the rates are not kept, and are measured again the next time\n",
+        "this machine is busy: products waited for a core {:.0} % of the time in which they were measured; \
+         the rates are not kept, and are measured again the next time\n",
         100.0 * lost
     )
 }

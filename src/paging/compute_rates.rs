@@ -34,9 +34,9 @@ const MOST_REPEATS: usize = 64;
 
 /// How much faster than its record a machine must be seen before the record is doubted.
 const BEATEN_BY: f64 = 1.1;
-/// Where other work took more of a measurement than this, it says nothing of the machine.
+/// A measurement that waited for cores longer than this part of its time says nothing of the machine.
 const MOST_LOST: f64 = 0.1;
-/// Records before this one did not know whether the machine had been busy.
+/// Records of CPUs before this one did not know whether the machine had been busy.
 const VERSION: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
@@ -57,7 +57,7 @@ struct Record {
 #[derive(Clone, Debug, PartialEq)]
 pub struct AskedCompute {
     pub rates: ComputeRates,
-    /// Measured now on a busy CPU, and not kept: the part of the time that other work took.
+    /// Measured now on a busy CPU, and not kept: the part of the time that it waited for a core.
     pub lost: Option<f64>,
 }
 
@@ -67,6 +67,8 @@ pub struct KeptCompute {
     path: PathBuf,
     device: String,
     dtype: Dtype,
+    /// Records from before this version say nothing of it.
+    oldest: u32,
 }
 
 impl KeptCompute {
@@ -75,12 +77,15 @@ impl KeptCompute {
     }
 
     fn within(dir: PathBuf, device: &Device, dtype: Dtype) -> KeptCompute {
+        // A GPU was never slower for what the host does.
+        let oldest = device.as_cuda().map_or(VERSION, |_| 0);
         let device = device.describe();
         let key = twox_hash::XxHash3_64::oneshot(device.as_bytes());
         KeptCompute {
             path: dir.join(format!("compute-{}-{key:016x}.json", dtype.name())),
             device,
             dtype,
+            oldest,
         }
     }
 
@@ -91,12 +96,13 @@ impl KeptCompute {
             path: dir.join(name),
             device: name.to_string(),
             dtype: Dtype::BF16,
+            oldest: VERSION,
         }
     }
 
     fn record(&self) -> Option<Record> {
         let record: Record = serde_json::from_str(&record::read(&self.path)?).ok()?;
-        let ours = record.version == VERSION
+        let ours = (self.oldest..=VERSION).contains(&record.version)
             && record.machine == machine_name()
             && record.device == self.device
             && record.dtype == self.dtype;
@@ -130,7 +136,8 @@ impl KeptCompute {
     }
 
     /// A run multiplied one row at this rate on a CPU. A record it beats clearly was taken while the machine was slow in a way that nobody
-    /// counts (its host's other guests on the same memory): it is given up, and the next who asks measures anew. Everything a pass computes counts as multiplying, so a run never flatters itself.
+    /// counts (its host's other guests on the same memory): it is given up, and the next who asks measures anew. Everything a pass computes
+    /// counts as multiplying, so a run never flatters itself.
     pub fn ran_at(&self, memory_gb_per_s: f64) {
         let beaten = |known: ComputeRates| memory_gb_per_s > known.memory_gb_per_s * BEATEN_BY;
         if self.known().is_some_and(beaten) {
@@ -163,22 +170,23 @@ impl KeptCompute {
             true => WEIGHT_BYTES.min(room.saturating_sub(PRODUCT_BYTES).max(LEAST_BYTES)),
             false => WEIGHT_BYTES,
         };
-        let before = Turns::now();
+        let before = Turns::now(device.threads());
         let measured = measure(device, self.dtype, bytes, TIME_EACH)?;
+        let lost = Turns::now(device.threads()).lost_since(&before);
         // A GPU is not slower for what the host does.
-        let lost = Some(Turns::now().lost_since(&before)).filter(|l| on_host && *l > MOST_LOST);
+        let lost = Some(lost).filter(|l| on_host && *l > MOST_LOST);
         Ok(self.asked(measured, lost, bytes == WEIGHT_BYTES))
     }
 
-    /// Keeps what was `measured`, with all weights and on a quiet machine.
+    /// Keeps what was `measured`, with all weights and on a quiet machine. What somebody else kept meanwhile goes before what a busy one gave.
     fn asked(&self, measured: ComputeRates, lost: Option<f64>, all: bool) -> AskedCompute {
         if all && lost.is_none() {
             self.keep(|r| r.rates = Some(measured.clone()));
         }
         let known = self.known().filter(|_| all);
         AskedCompute {
+            lost: lost.filter(|_| known.is_none()),
             rates: known.unwrap_or(measured),
-            lost,
         }
     }
 }
@@ -405,12 +413,20 @@ mod tests {
         let quiet = kept.asked(rates(20.0), None, true);
         assert_eq!((quiet.rates, quiet.lost), (rates(20.0), None));
         assert_eq!(kept.known(), Some(rates(20.0)));
-        // A record from before anybody looked is none.
+        // Somebody else's, where it was kept while a busy one measured.
+        let busy = kept.asked(rates(3.0), Some(0.4), true);
+        assert_eq!((busy.rates, busy.lost), (rates(20.0), None));
+        // A record from before anybody looked is none, but of a GPU.
         let text = std::fs::read_to_string(&kept.path).unwrap();
         let old = text.replace("\"version\":1,", "");
         assert_ne!(old, text);
         std::fs::write(&kept.path, old).unwrap();
         assert_eq!(kept.known(), None);
+        let of_gpu = KeptCompute {
+            oldest: 0,
+            ..kept.clone()
+        };
+        assert_eq!(of_gpu.known(), Some(rates(20.0)));
         // Few weights may lie in a cache.
         kept.asked(rates(90.0), None, false);
         assert_eq!(kept.known(), None);

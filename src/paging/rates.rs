@@ -258,10 +258,11 @@ pub fn cache_dir() -> PathBuf {
         .join("tensorpager")
 }
 
-/// Tests find nothing of the user's, and leave nothing there.
+/// Each test, a thread of its own, finds nothing there, and what it keeps goes with it.
 #[cfg(test)]
 pub fn cache_dir() -> PathBuf {
-    std::env::temp_dir().join(format!("tensorpager-tests-{}", std::process::id()))
+    thread_local!(static CACHE: tempfile::TempDir = tempfile::tempdir().unwrap());
+    CACHE.with(|cache| cache.path().to_path_buf())
 }
 
 #[cfg(test)]

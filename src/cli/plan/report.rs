@@ -55,7 +55,7 @@ pub(super) struct Report {
     pub gpu_memory: Option<u64>,
     pub context: usize,
     pub rates: MachineRates,
-    /// The part of the time that other work took while products were measured for `rates`, where they were not kept for it.
+    /// The part of the time that products waited for a core while they were measured for `rates`, where they were not kept for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub busy: Option<f64>,
     pub prefetch_depth: usize,

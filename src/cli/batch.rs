@@ -173,9 +173,18 @@ impl Texts {
                 false => stop_tokens(&self.generation, &self.tokenizer),
             },
             look: self.looker.as_ref().map(|l| *l.options()),
-            chat_length: AnswerLength::new(None, &self.generation, DEFAULT_MAX_TOKENS),
+            chat_length: chat_length(sampling.max_tokens, &self.generation),
             context,
         })
+    }
+}
+
+/// Of chat rows that say nothing. Under `--max-tokens` no row has it, and `max_length` must not make another job of what was begun without.
+fn chat_length(max_tokens: Option<usize>, generation: &GenerationConfig) -> AnswerLength {
+    let usual = generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    match max_tokens {
+        Some(_) => AnswerLength::Tokens(usual),
+        None => AnswerLength::new(None, generation, usual),
     }
 }
 
@@ -477,7 +486,8 @@ fn open_engine(
         .map_err(|e| explained(e, args, model, texts, job, &sample, &input))
 }
 
-/// A job that does not fit, with limits on its pictures under which it would, where that can be known.
+/// A job that does not fit, with limits on its pictures under which it would, where that can be known. Not of one that was begun: other limits
+/// would make another job of it.
 fn explained(
     error: Error,
     args: &BatchArgs,
@@ -487,8 +497,9 @@ fn explained(
     sample: &RowSample,
     input: &SizingInput,
 ) -> Error {
+    let begun = job.done() + job.failed() > 0;
     let looker = match (error.code(), &texts.looker) {
-        (Code::Memory, Some(looker)) if sample.pictures.rows > 0 => looker,
+        (Code::Memory, Some(looker)) if sample.pictures.rows > 0 && !begun => looker,
         _ => return error,
     };
     let (Ok(Some(rows)), Ok(processor)) = (job.pictures(&texts.tools()), looker.processor()) else {

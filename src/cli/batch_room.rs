@@ -143,38 +143,42 @@ pub(super) fn with_room<T>(
             opened => return opened.map(|t| (t, sizing)),
         }
     }
+    let mut short = None;
+    for (sizing, want) in by_the_rule(weights.spec, sample, &input) {
+        match open(&sizing, &want) {
+            Err(e) if too_little(&e) => short = Some(e),
+            opened => return opened.map(|t| (t, sizing)),
+        }
+    }
+    Err(short.unwrap_or_else(|| Error::internal("no room was tried")))
+}
+
+/// What is tried in turn where no rate decides: less and less for keys and values.
+fn by_the_rule(
+    spec: &ModelSpec,
+    sample: &RowSample,
+    input: &SizingInput,
+) -> impl Iterator<Item = (Sizing, OpenFor)> {
     let place = match input.kv_bytes {
         // Asked for: where the GPU has no room for so much, host memory may.
         Some(_) => KvPlace::GpuOrHost,
         None => KvPlace::Gpu,
     };
-    let mut shares = KV_SHARES.into_iter().peekable();
-    loop {
-        let kv_share = shares.next().unwrap_or(1);
-        let input = SizingInput { kv_share, ..input };
-        let sizing = Sizing::choose(weights.spec, sample, &input);
-        match open(&sizing, &open_for(&sizing, place)) {
-            Err(e) if too_little(&e) && shares.peek().is_some() => {}
-            opened => return opened.map(|t| (t, sizing)),
-        }
-    }
+    KV_SHARES.into_iter().map(move |kv_share| {
+        let sizing = Sizing::choose(spec, sample, &SizingInput { kv_share, ..*input });
+        let want = open_for(&sizing, place);
+        (sizing, want)
+    })
 }
 
-/// Whether one of the ways that [`with_room`] tries in the end is one that `fits`.
+/// Whether one of the sizings that [`with_room`] tries in the end is one that `fits`.
 pub(super) fn fits_somehow(
     spec: &ModelSpec,
     sample: &RowSample,
     input: &SizingInput,
     fits: &dyn Fn(&OpenFor) -> bool,
 ) -> bool {
-    KV_SHARES.into_iter().any(|kv_share| {
-        let input = SizingInput { kv_share, ..*input };
-        let sizing = Sizing::choose(spec, sample, &input);
-        fits(&open_for(
-            &sizing,
-            input.kv_bytes.map_or(KvPlace::Gpu, |_| KvPlace::GpuOrHost),
-        ))
-    })
+    by_the_rule(spec, sample, input).any(|(_, want)| fits(&want))
 }
 
 /// What a job of that sizing wants of the engine.

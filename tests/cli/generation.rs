@@ -119,7 +119,8 @@ fn max_length_bounds_the_rows_of_a_job_that_say_nothing() {
     assert_eq!(errors["long"]["code"], "invalid_prompt", "{errors}");
     let message = errors["long"]["message"].as_str().unwrap();
     assert!(
-        message.contains(&format!("max_length {}", short + 5)),
+        message.contains(&format!("max_length {}", short + 5))
+            && message.contains("give the row max_tokens"),
         "{message}"
     );
     // batch-check counts them so too.
@@ -154,6 +155,10 @@ fn max_length_bounds_the_rows_of_a_job_that_say_nothing() {
     // The command's own goes before it.
     let (answers, _) = batch(&p, &model, &rows, 0, &["--overwrite", "-n", "2"]);
     assert_eq!(usage(&answers, "long", "completion_tokens"), 2);
+    // What it says is no part of the job then.
+    config(&model, json!({}));
+    let (same, _) = batch(&p, &model, &rows, 0, &["-n", "2"]);
+    assert_eq!(same, answers);
 }
 
 #[test]

@@ -87,6 +87,18 @@ impl Body {
     }
 }
 
+impl Body {
+    /// Tokens that may follow the prompt, which has so many with all its pictures.
+    pub fn max_tokens(&self, prompt_tokens: usize) -> Result<usize, RowError> {
+        self.length.after(prompt_tokens).map_err(|e| {
+            // Another length for the whole job would be another job.
+            let fix =
+                "shorten the prompt, or give the row max_tokens (plain prompts: --max-tokens)";
+            RowError::from_error("invalid_prompt", &e.with_fix(fix))
+        })
+    }
+}
+
 #[cfg(any(test, feature = "testing"))]
 impl Body {
     /// Whether no picture is read from a file.

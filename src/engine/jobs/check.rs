@@ -179,10 +179,9 @@ impl Row {
             }
             None => (body.prompt.len(), Vec::new()),
         };
-        let max_tokens = body.length.after(prompt);
         Ok(Row {
             prompt,
-            max_tokens: max_tokens.map_err(|e| RowError::from_error("invalid_prompt", &e))?,
+            max_tokens: body.max_tokens(prompt)?,
             choices: body.choices,
             ids: match pictures.is_empty() {
                 true => body.prompt,

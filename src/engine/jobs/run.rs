@@ -264,17 +264,17 @@ impl Runner<'_> {
             Some(Err(e)) => return Ok(Some(e)),
             None => Vec::new(),
         };
+        let prompt_tokens = body.prompt.len();
+        let max_tokens = match body.max_tokens(prompt_tokens) {
+            Ok(n) => n,
+            Err(e) => return Ok(Some(e)),
+        };
         if body
             .model
             .is_some_and(|m| !same_model(&m, &self.job.spec.rules.model))
         {
             self.other_model += 1;
         }
-        let prompt_tokens = body.prompt.len();
-        let max_tokens = match body.length.after(prompt_tokens) {
-            Ok(n) => n,
-            Err(e) => return Ok(Some(RowError::from_error("invalid_prompt", &e))),
-        };
         let stream = TokenStream::after(self.text.tokenizer, true, &body.prompt)?;
         let mut choices = Vec::with_capacity(body.choices as usize);
         for choice in 0..body.choices {

@@ -4,7 +4,7 @@ use std::collections::BinaryHeap;
 
 use super::BatchJob;
 use super::body::Body;
-use super::input::Source;
+use super::input::{Line, Source};
 use super::request::{RowIds, Rules, TextTools};
 use super::scan::{State, parse_line};
 use crate::engine::VisionRoom;
@@ -27,8 +27,11 @@ const SAMPLED_ROWS: usize = 128;
 const DEFAULT_SEQUENCES: usize = 256;
 /// Jobs that wait in the engine besides those that may run, so that a place never stays empty for a pass.
 const AHEAD: usize = 16;
-/// Rows whose pictures are remembered for advice: a few tens of megabytes.
-const MOST_PICTURE_ROWS: usize = 1 << 16;
+/// Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
+const KEPT_ROWS: usize = 16;
+const KEPT_BYTES: usize = 1 << 20;
+/// Pictures that are remembered for advice: a few tens of megabytes.
+const MOST_PICTURES: usize = 1 << 16;
 /// Tokens of pictures that go through the vision tower in one wave where memory allows: a few dozen images, so that streaming the tower for
 /// them is little beside computing.
 const WAVE_TOKENS: usize = 16384;
@@ -139,42 +142,47 @@ impl BatchJob {
 
 impl BatchJob {
     /// The pictures of each row that remains and has some, as they were measured and what is said of each: to ask what they would take if
-    /// they were smaller. `None` where no row has any, or too many do.
+    /// they were smaller. `None` where no row has any, or all have too many.
     pub fn pictures(&self, text: &TextTools<'_>) -> Result<Option<Vec<RowPictures>>> {
         let Some(looker) = text.looker else {
             return Ok(None);
         };
-        let mut lines = self.spec.source.lines_up_to(text.limits.row_bytes)?;
-        let mut rows = Vec::new();
+        let (source, rules) = (&self.spec.source, &self.spec.rules);
+        let mut lines = source.lines_up_to(text.limits.row_bytes)?;
+        let (mut rows, mut left) = (Vec::new(), MOST_PICTURES);
         for mark in &self.scan.marks {
-            let Some(line) = lines.next_line()? else {
+            let Some(mut line) = lines.next_line()? else {
                 break;
             };
             if mark.state != State::Pending || !may_hold_pictures(&line.bytes) {
                 continue;
             }
-            let request = parse_line(&self.spec.source, &line, RowIds::default()).request;
-            let body = request
-                .ok()
-                .and_then(|r| r.body(&self.spec.rules, text).ok());
             // Bad rows are passed over.
-            let Some((body, measured)) = body.and_then(|b| {
-                let measured = looker.measure(&b).ok()?;
-                Some((b, measured.pictures))
-            }) else {
+            let body = parsed(source, rules, text, &mut line);
+            let Some(body) = body.filter(|b| !b.pictures.is_empty()) else {
                 continue;
             };
-            match (measured.is_empty(), rows.len()) {
-                (true, _) => {}
-                (false, MOST_PICTURE_ROWS) => return Ok(None),
-                (false, _) => {
-                    let said = body.pictures.iter().map(|p| *p.options());
-                    rows.push(measured.into_iter().zip(said).collect());
-                }
-            }
+            let Ok(measured) = looker.measure(&body) else {
+                continue;
+            };
+            let Some(rest) = left.checked_sub(body.pictures.len()) else {
+                return Ok(None);
+            };
+            left = rest;
+            let said = body.pictures.iter().map(|p| *p.options());
+            rows.push(measured.pictures.into_iter().zip(said).collect());
         }
         Ok((!rows.is_empty()).then_some(rows))
     }
+}
+
+/// The row on a line, where it is a good one. Of a long one the text is given up.
+fn parsed(source: &Source, rules: &Rules, text: &TextTools<'_>, line: &mut Line) -> Option<Body> {
+    let request = parse_line(source, line, RowIds::default()).request.ok()?;
+    if line.bytes.len() >= KEPT_BYTES {
+        line.bytes = Vec::new();
+    }
+    request.body(rules, text).ok()
 }
 
 /// Parses some of the rows at `open` (sorted indices), the longest rows of the file by bytes, and every open row with pictures.
@@ -192,18 +200,9 @@ fn sample(
     let mut sizes: Vec<(usize, u32)> = Vec::new();
     let mut longest_tokens = 0;
     let mut pictures = PictureSample::default();
-    let parsed = |line: &mut super::input::Line| -> Option<Body> {
-        let request = parse_line(source, line, RowIds::default()).request.ok()?;
-        if line.bytes.len() >= KEPT_BYTES {
-            line.bytes = Vec::new();
-        }
-        request.body(rules, text).ok()
-    };
+    let parsed = |line: &mut Line| parsed(source, rules, text, line);
     let plain = |b: Body| (b.length.in_all(b.prompt.len()), b.choices);
     let mut index = 0;
-    // Long rows are kept while the file is read: at most a few megabytes, for a row that would fill memory is no sample.
-    const KEPT_ROWS: usize = 16;
-    const KEPT_BYTES: usize = 1 << 20;
     while let Some(mut line) = lines.next_line()? {
         let is_open = open.next_if_eq(&index).is_some();
         let is_chosen = chosen.next_if_eq(&index).is_some();
@@ -245,7 +244,7 @@ fn sample(
         index += 1;
     }
     for std::cmp::Reverse((_, bytes, number)) in longest {
-        let mut line = super::input::Line {
+        let mut line = Line {
             number,
             bytes,
             too_long: None,

@@ -40,8 +40,8 @@ const PRICES: usize = 1 << 16;
 
 The options that say how a job runs mean what they mean to `batch`: with the same ones it is predicted as it would run.
 
-Exit codes: 0 all rows are good, 3 some are bad; 1 the job could not be planned, whatever its rows (the model does not fit, say):
-`batch` would not run either. The rows are counted all the same; with --json `prediction_error` says why, as stderr does.")]
+Exit codes: 0 all rows are good, 3 some are bad. Where the job could not be planned, whatever its rows, that error's own: 1 (the model
+does not fit, say), 2 usage, 130 interrupted. The rows are counted all the same; with --json `prediction_error` says why, as stderr does.")]
 pub struct BatchCheckArgs {
     #[command(flatten)]
     source: SourceOptions,
@@ -84,7 +84,7 @@ struct Prediction {
     disk_bytes: u64,
     disk_gb_per_s: Option<f64>,
     compute_gflops: f64,
-    /// The part of the time that other work took while products were measured for this, where they were not kept for it.
+    /// The part of the time that products waited for a core while they were measured for this, where they were not kept for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     busy: Option<f64>,
     /// The disk's part of the passes.

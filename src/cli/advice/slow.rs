@@ -246,14 +246,6 @@ impl Advisor {
     fn more_places(&self, ran: &Ran<'_>, queue: &Queue, m: &Measured<'_>) -> Option<String> {
         let now = self.options.max_sequences;
         let kept = KeptCompute::of(ran.device, self.weights.dtype).known();
-        let longer = |times: usize| {
-            let element_bytes = self.weights.dtype.bytes() as f64;
-            let seconds = |c: &ComputeRates, rows| c.seconds(1 << 30, element_bytes, rows);
-            let known = kept
-                .as_ref()
-                .map(|c| seconds(c, m.rows * times) / seconds(c, m.rows));
-            known.unwrap_or(f64::MAX).min(times as f64)
-        };
         // Keys and values lie on the GPU where there is one.
         let kv_room = m
             .card
@@ -276,7 +268,7 @@ impl Advisor {
                 ..self.options.clone()
             });
             let mut rates = m.rates.clone();
-            rates.compute.memory_gb_per_s /= longer(times);
+            rates.compute.memory_gb_per_s /= longer(kept.as_ref(), m.rows, times);
             let fitted = self.fitted_as(m, &asked, m.budget)?;
             let there = cost(&asked, &fitted, &rates, m.rows * times);
             Some((sequences, times, there.pass_s / times as f64))
@@ -361,6 +353,15 @@ impl Measured<'_> {
             )
         })
     }
+}
+
+/// How much longer `times` as many rows compute: no less than `rows` do, and no more than in proportion.
+fn longer(kept: Option<&ComputeRates>, rows: usize, times: usize) -> f64 {
+    let most = times as f64;
+    kept.map_or(most, |c| {
+        let seconds = |rows| c.seconds(1 << 30, c.element_bytes, rows);
+        (seconds(rows * times) / seconds(rows)).clamp(1.0, most)
+    })
 }
 
 fn cost(asked: &Asked<'_>, fitted: &Fitted, rates: &MachineRates, rows: usize) -> PassCost {

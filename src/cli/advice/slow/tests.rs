@@ -156,6 +156,20 @@ fn more_places_are_worth_it_while_the_disk_is_waited_for() {
     );
 }
 
+#[test]
+fn more_rows_take_no_less_than_few_and_no_more_than_in_proportion() {
+    let kept = ComputeRates {
+        memory_gb_per_s: 10.0,
+        gflops: 100.0,
+        element_bytes: 2.0,
+        points: vec![(1, 0.1), (2, 0.08), (8, 0.4), (16, 4.0)],
+    };
+    let longer = |rows, times| super::longer(Some(&kept), rows, times);
+    assert_eq!((longer(1, 2), longer(8, 2)), (1.0, 2.0));
+    assert!((longer(1, 8) - 4.0).abs() < 1e-9);
+    assert_eq!(super::longer(None, 1, 8), 8.0);
+}
+
 /// The number between `before` and `after`.
 #[track_caller]
 fn between(text: &str, before: &str, after: &str) -> f64 {

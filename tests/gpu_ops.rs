@@ -80,6 +80,7 @@ fn ops_agree_with_the_cpu() {
     assert!(ok, "{text}");
     if std::env::var_os("TENSORPAGER_GPU").is_none() {
         assert_eq!(text.matches("cublasLt + bias_add").count(), 2, "{text}");
+        assert_eq!(text.matches("cublasLt, several").count(), 2, "{text}");
     }
     assert_eq!(text.matches("embedding rows").count(), 2, "{text}");
     assert!(text.lines().filter(|l| l.contains(" shapes")).count() >= 30);

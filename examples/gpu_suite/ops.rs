@@ -9,7 +9,7 @@ use tensorpager::units::Dtype;
 use super::bed::{Bed, Random, nmse};
 use super::one_pass::{angles, attend, selects};
 use super::products::{
-    EachShape, ProductShape, each_shapes, product, product_shapes, products_of_one,
+    EachShape, ProductShape, WIDE, each_shapes, product, product_shapes, products_of_one,
 };
 
 /// How one op fared.
@@ -242,22 +242,26 @@ impl Pair {
         let mut shapes = product_shapes(self.shapes);
         shapes.retain(|(_, _, k)| k.is_multiple_of(8));
         let limit = |&(_, _, k): &ProductShape| order(k).max(THEIR_ORDER);
-        let done = open_with(Gemm::CublasLt, half, HEAD_SIZES[0], None).and_then(|theirs| {
+        let several = "cublasLt, several";
+        let opened = open_with(Gemm::CublasLt, half, HEAD_SIZES[0], None);
+        let done = opened.map_err(|why| (name, why)).and_then(|theirs| {
             let own = std::mem::replace(&mut self.gpu, theirs);
             let run = |b: &Bed, s: &ProductShape| product(b, s, Into::Store);
-            let done = self.each_within(name, limit, &shapes, run).and_then(|()| {
-                let limit = |&(_, _, k): &EachShape| order(k).max(THEIR_ORDER);
-                let mut shapes = each_shapes(self.shapes);
-                shapes.retain(|(_, _, k)| k.is_multiple_of(8));
-                let run = |b: &Bed, s: &EachShape| products_of_one(b, s, true);
-                self.each_within("cublasLt, several", limit, &shapes, run)
+            let one = self.each_within(name, limit, &shapes, run);
+            let limit = |&(_, _, k): &EachShape| order(k).max(THEIR_ORDER);
+            let mut shapes = each_shapes(self.shapes);
+            shapes.retain(|(_, _, k)| k.is_multiple_of(8));
+            let run = |b: &Bed, s: &EachShape| products_of_one(b, s, true);
+            let done = one.map_err(|why| (name, why)).and_then(|()| {
+                self.each_within(several, limit, &shapes, run)
+                    .map_err(|why| (several, why))
             });
             self.gpu = own;
             done
         });
-        if let Err(why) = done {
+        if let Err((op, why)) = done {
             self.rows.push(Row {
-                op: name.into(),
+                op: op.into(),
                 half,
                 nmse: 0.0,
                 limit: THEIR_ORDER,
@@ -270,10 +274,21 @@ impl Pair {
 
     /// The first row of a product, alone and with others: every tile gives the same bits.
     fn one_definition(&mut self) -> Result<()> {
-        let (n, k, counts): (_, _, &[usize]) = match self.shapes {
-            Shapes::Small => (70, 136, &[8, 16, 32, 64, 150]),
-            Shapes::All => (3584, 3584, &[8, 16, 32, 64, 128, 300, 1024, 4096]),
+        // The widest has blocks for every multiprocessor with the wide tile of 17 to 32 rows too.
+        let shapes: &[(usize, usize, &[usize])] = match self.shapes {
+            Shapes::Small => &[(70, 136, &[8, 16, 32, 64, 150]), (WIDE, 8, &[32])],
+            Shapes::All => &[
+                (3584, 3584, &[8, 16, 32, 64, 128, 300, 1024, 4096]),
+                (18944, 3584, &[16, 32, 64]),
+            ],
         };
+        for &(n, k, counts) in shapes {
+            self.first_row(n, k, counts)?;
+        }
+        Ok(())
+    }
+
+    fn first_row(&mut self, n: usize, k: usize, counts: &[usize]) -> Result<()> {
         let most = counts.iter().copied().max().unwrap_or(1);
         let mut random = Random::new(5);
         let values = random.values(most * k, 1.0);
@@ -289,7 +304,8 @@ impl Pair {
         let alone = product(1)?;
         let together = counts.iter().map(|r| Ok((*r, product(*r)?)));
         for (rows, first) in together.collect::<Result<Vec<_>>>()? {
-            self.same(&format!("a row alone and among {rows}"), &alone, &first);
+            let what = format!("a row of {n} alone and among {rows}");
+            self.same(&what, &alone, &first);
         }
         Ok(())
     }

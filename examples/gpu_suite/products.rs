@@ -9,7 +9,10 @@ use super::ops::Shapes;
 /// Rows, n and k.
 pub type ProductShape = (usize, usize, usize);
 
-/// Every tile, ragged in each direction, and k that no tile of 16-byte loads takes.
+/// Columns that give the wide tile of 17 to 32 rows more blocks than any card has multiprocessors: with fewer the narrow one is taken.
+pub const WIDE: usize = 12288;
+
+/// Every tile that a card takes for few rows, ragged in each direction, and k that no tile of 16-byte loads takes.
 pub fn product_shapes(which: Shapes) -> Vec<ProductShape> {
     let mut shapes = vec![
         (1, 33, 72),
@@ -17,6 +20,7 @@ pub fn product_shapes(which: Shapes) -> Vec<ProductShape> {
         (9, 100, 200),
         (17, 65, 136),
         (18, 200, 72),
+        (20, WIDE, 8),
         (40, 130, 88),
         (5, 37, 51),
         // A 7B model's longest sums: what is lost in each step of a chain adds up.
@@ -51,7 +55,7 @@ pub fn product(bed: &Bed, &(rows, n, k): &ProductShape, into: Into) -> Result<Ve
 /// Rows, the width of each matrix that they are multiplied with, and k.
 pub type EachShape = (usize, &'static [usize], usize);
 
-/// One to four matrices (a launch takes three), in every tile, and k that no tile of 16-byte loads takes.
+/// One to four matrices (a launch takes three), in tiles for few rows and more, and k that no tile of 16-byte loads takes.
 pub fn each_shapes(which: Shapes) -> Vec<EachShape> {
     let mut shapes: Vec<EachShape> = vec![
         (1, &[33, 8, 8], 72),

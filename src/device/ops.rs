@@ -293,7 +293,7 @@ impl Device {
     }
 
     /// out[r][n] = a[r]·w[n] + bias[n] for `rows` rows and each of `products`, the bits being those of one [`Device::linear`] after another. A
-    /// GPU does them in one launch: small matrices have too few columns to keep it busy by themselves.
+    /// GPU does three of them in one launch (not with cublasLt): small matrices have too few columns to keep it busy by themselves.
     pub fn linear_each(&self, a: &Acts, rows: usize, products: &mut [Product<'_>]) -> Result<()> {
         match self {
             Device::Cpu(_) => products

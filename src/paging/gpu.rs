@@ -8,7 +8,7 @@ use super::pager::PagerOptions;
 use super::plan::Plan;
 use super::stats::PagingStats;
 use super::trace::{Happening, Trace, TraceEvent};
-use crate::device::cuda::{Clock, Compute, Pin, Slot, Ticks};
+use crate::device::cuda::{Clock, Compute, Pin, Refusal, Slot, Ticks};
 use crate::device::{Kv, KvMove};
 use crate::error::{Error, Result};
 use crate::io::{Arena, Frame, Region};
@@ -72,6 +72,56 @@ impl GpuTrace {
     }
 }
 
+/// What the system refused to pin. A refusal says little of what comes after: less memory may fit under the limit that was met, and whoever
+/// else has some pinned may let go of it. But each costs the time of pinning all pieces before the one that was refused, so few are risked.
+#[derive(Default)]
+struct Refusals {
+    /// Of the smallest region that was refused.
+    least_bytes: Option<usize>,
+    /// Regions no smaller than that which were tried all the same.
+    repeated: usize,
+    count: usize,
+    for_good: bool,
+    /// What the first was for: it is told once.
+    why: Option<String>,
+}
+
+/// Of regions no smaller than one that was refused: as much as one passing shortage.
+const MOST_REPEATED: usize = 1;
+const MOST_REFUSALS: usize = 6;
+
+impl Refusals {
+    /// Whether it makes sense to ask for so many bytes.
+    fn may_try(&mut self, bytes: usize) -> bool {
+        if self.for_good || self.count >= MOST_REFUSALS {
+            return false;
+        }
+        match self.least_bytes {
+            Some(least) if bytes >= least => {
+                self.repeated += 1;
+                self.repeated <= MOST_REPEATED
+            }
+            _ => true,
+        }
+    }
+
+    fn refused(&mut self, bytes: usize, refusal: &Refusal) {
+        self.count += 1;
+        self.for_good |= refusal.for_good;
+        self.least_bytes = Some(self.least_bytes.map_or(bytes, |least| least.min(bytes)));
+        self.why
+            .get_or_insert_with(|| refusal.why.cause().to_string());
+    }
+
+    /// One that was no smaller went well: the shortage was a passing one.
+    fn pinned(&mut self, bytes: usize) {
+        if self.least_bytes.is_some_and(|least| bytes >= least) {
+            self.least_bytes = None;
+            self.repeated = 0;
+        }
+    }
+}
+
 /// Two places in a stream are never passed at once: what is shorter was no wait.
 const LEAST_WAIT: Duration = Duration::from_micros(10);
 
@@ -86,8 +136,7 @@ pub(super) struct GpuSide {
     pins: Vec<Pin>,
     /// Of one piece of a pin.
     pin_bytes: usize,
-    /// Why some copies go through memory that is not pinned.
-    pub unpinned: Option<String>,
+    refusals: Refusals,
     trace: Option<GpuTrace>,
 }
 
@@ -112,7 +161,7 @@ impl GpuSide {
             copies: None,
             pins: Vec::new(),
             pin_bytes: options.pin_bytes,
-            unpinned: None,
+            refusals: Refusals::default(),
             trace: trace.map(|t| GpuTrace::new(t, &compute)).transpose()?,
             compute,
         };
@@ -129,10 +178,11 @@ impl GpuSide {
         Ok(side)
     }
 
-    /// Pins a region, so that the GPU copies from it by itself. Where the system refuses, copies still work, through the driver's own memory:
-    /// the first reason is kept.
+    /// Pins a region, so that the GPU copies from it by itself. Where the system refuses, copies still work, through frames and the driver's
+    /// own memory: the first reason is kept.
     pub fn pin(&mut self, region: &Arc<Region>, arena: &Arena) -> bool {
-        if region.is_empty() || self.unpinned.is_some() {
+        let bytes = region.len();
+        if bytes == 0 || !self.refusals.may_try(bytes) {
             return false;
         }
         let context = self.compute.context();
@@ -140,13 +190,19 @@ impl GpuSide {
         match Pin::in_pieces(context, region.bytes(), self.pin_bytes, owner) {
             Ok(pin) => {
                 self.pins.push(pin);
+                self.refusals.pinned(bytes);
                 true
             }
-            Err(e) => {
-                self.unpinned = Some(e.cause().to_string());
+            Err(refusal) => {
+                self.refusals.refused(bytes, &refusal);
                 false
             }
         }
+    }
+
+    /// Why some copies go through memory that is not pinned.
+    pub fn unpinned(&self) -> Option<&str> {
+        self.refusals.why.as_deref()
     }
 
     /// A slot on the GPU.
@@ -243,5 +299,59 @@ impl GpuSide {
     /// Forgets the pass under way: it failed.
     pub fn forget_pass(&mut self) {
         self.walked.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(for_good: bool) -> Refusal {
+        Refusal {
+            for_good,
+            ..Refusal::from(Error::internal("no"))
+        }
+    }
+
+    /// Which of these sizes are tried; `pins` says which of them the system pins.
+    fn tried(sizes: &[usize], pins: impl Fn(usize) -> bool) -> (Vec<usize>, Refusals) {
+        let mut refusals = Refusals::default();
+        let mut tried = Vec::new();
+        for (i, bytes) in sizes.iter().enumerate() {
+            if refusals.may_try(*bytes) {
+                tried.push(i);
+                match pins(i) {
+                    true => refusals.pinned(*bytes),
+                    false => refusals.refused(*bytes, &told(false)),
+                }
+            }
+        }
+        (tried, refusals)
+    }
+
+    #[test]
+    fn one_refusal_leaves_the_others_to_be_tried() {
+        let all: Vec<usize> = (0..12).collect();
+        assert_eq!(tried(&[100; 12], |i| i != 3).0, all);
+        // Two passing shortages.
+        assert_eq!(tried(&[100; 12], |i| i != 3 && i != 7).0, all);
+    }
+
+    #[test]
+    fn what_is_refused_twice_is_asked_for_no_more_but_less_is() {
+        let sizes = [100, 100, 100, 100, 30, 30, 100, 20];
+        let fits = |i: usize| i == 0 || sizes[i] < 100;
+        assert_eq!(tried(&sizes, fits).0, [0, 1, 2, 4, 5, 7]);
+    }
+
+    #[test]
+    fn attempts_are_bounded_and_the_first_reason_is_told() {
+        let ever_less: Vec<usize> = (1..100).rev().collect();
+        let (tries, refusals) = tried(&ever_less, |_| false);
+        assert_eq!(tries.len(), MOST_REFUSALS);
+        assert!(refusals.why.is_some());
+        let mut refusals = Refusals::default();
+        refusals.refused(100, &told(true));
+        assert!(!refusals.may_try(1));
     }
 }

@@ -387,7 +387,7 @@ impl Pager {
 
     /// Why copies to the GPU do not go straight from where they lie, where that is so.
     pub fn pin_note(&self) -> Option<&str> {
-        self.gpu.as_ref()?.unpinned.as_deref()
+        self.gpu.as_ref()?.unpinned()
     }
 
     pub fn unit_name(&self, unit: UnitId) -> &str {

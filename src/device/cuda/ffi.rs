@@ -93,7 +93,7 @@ pub type Done<T> = std::result::Result<T, Failure>;
 
 const SUCCESS: u32 = 0;
 /// CUDA_ERROR_CALL_REQUIRES_NEWER_DRIVER
-const NEWER_DRIVER: u32 = 36;
+pub const NEWER_DRIVER: u32 = 36;
 /// CUDA_ERROR_NOT_READY
 const NOT_READY: u32 = 600;
 

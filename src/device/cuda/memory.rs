@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::context::{Context, Doing};
-use super::ffi;
-use crate::error::Result;
+use super::context::{Context, Doing, failure};
+use super::ffi::{self, Failure};
+use crate::error::{Error, Result};
 
 /// An address on the device, as a kernel takes it. 0 stands for none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,6 +183,34 @@ pub(super) fn cut(memory: &[u8], bytes: usize) -> impl Iterator<Item = &[u8]> {
     })
 }
 
+/// Why memory was not pinned.
+#[derive(Debug)]
+pub struct Refusal {
+    pub why: Error,
+    /// This system pins nothing, however little and whenever it is asked.
+    pub for_good: bool,
+}
+
+impl From<Error> for Refusal {
+    fn from(why: Error) -> Refusal {
+        Refusal {
+            why,
+            for_good: false,
+        }
+    }
+}
+
+impl From<Failure> for Refusal {
+    fn from(f: Failure) -> Refusal {
+        /// CUDA_ERROR_NOT_SUPPORTED
+        const NOT_SUPPORTED: u32 = 801;
+        Refusal {
+            why: failure(f, "pinning host memory"),
+            for_good: [NOT_SUPPORTED, ffi::NEWER_DRIVER].contains(&f.number()),
+        }
+    }
+}
+
 /// Host memory of somebody else that is pinned as long as this lives.
 pub struct Pin {
     context: Arc<Context>,
@@ -200,7 +228,7 @@ unsafe impl Sync for Pin {}
 impl Pin {
     /// Pins whole pages as one piece. `owner` keeps them mapped.
     pub fn new(context: &Arc<Context>, memory: &[u8], owner: Box<dyn Send + Sync>) -> Result<Pin> {
-        Pin::in_pieces(context, memory, usize::MAX, owner)
+        Pin::in_pieces(context, memory, usize::MAX, owner).map_err(|refusal| refusal.why)
     }
 
     /// The same in pieces that meet at multiples of `piece_bytes`.
@@ -209,7 +237,7 @@ impl Pin {
         memory: &[u8],
         piece_bytes: usize,
         owner: Box<dyn Send + Sync>,
-    ) -> Result<Pin> {
+    ) -> Result<Pin, Refusal> {
         context.bind()?;
         let mut pin = Pin {
             context: context.clone(),
@@ -218,7 +246,7 @@ impl Pin {
         };
         for piece in cut(memory, piece_bytes) {
             // What is pinned already is unpinned where a later piece is refused.
-            ffi::host_register(piece.as_ptr(), piece.len()).doing("pinning host memory")?;
+            ffi::host_register(piece.as_ptr(), piece.len())?;
             pin.pieces.push(piece.as_ptr());
         }
         Ok(pin)

@@ -27,7 +27,7 @@ pub use buffers::{Best, CudaActs, CudaDense, CudaLists, CudaRows, Mirror};
 pub use context::{Context, available, is_absent};
 pub use kv::CudaKv;
 pub use lists::ListShape;
-pub use memory::{DeviceBuffer, Pin};
+pub use memory::{DeviceBuffer, Pin, Refusal};
 pub use slots::{Clock, Compute, Copier, Piece, Slot, Ticks};
 
 use crate::error::{Code, Error, Result};

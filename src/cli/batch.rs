@@ -568,3 +568,21 @@ fn kind(arg: ProgressArg, quiet: bool) -> ProgressKind {
         (ProgressArg::Plain, _) => ProgressKind::Plain,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn max_length_has_no_part_in_a_job_whose_length_the_command_says() {
+        let without = GenerationConfig::default();
+        let with = GenerationConfig {
+            max_length: Some(7),
+            ..without.clone()
+        };
+        let usual = AnswerLength::Tokens(DEFAULT_MAX_TOKENS);
+        assert_eq!(chat_length(Some(5), &with), usual);
+        assert_eq!(chat_length(None, &without), usual);
+        assert_eq!(chat_length(None, &with), AnswerLength::Together(7));
+    }
+}

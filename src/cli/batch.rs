@@ -179,7 +179,8 @@ impl Texts {
     }
 }
 
-/// Of chat rows that say nothing. Under `--max-tokens` no row has it, and `max_length` must not make another job of what was begun without.
+/// Of chat rows that say nothing. Under `--max-tokens` no row has it, and what was begun before `max_length` was heeded is
+/// still the same job.
 fn chat_length(max_tokens: Option<usize>, generation: &GenerationConfig) -> AnswerLength {
     let usual = generation.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     match max_tokens {

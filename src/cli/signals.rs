@@ -121,8 +121,8 @@ fn end_at_prompt(flags: ChatSignals) -> Result<()> {
 }
 
 /// A terminal that is gone wants nothing back, nor does one that others have now: who sets it from behind is stopped instead (SIGTTOU).
-/// That stays possible for a moment: where it is taken away just after the question, and where the editor of a chat that was suspended wakes
-/// and sets it before this is reached. Such a chat ends with the next signal, in its handler.
+/// That stays possible where it is taken away just after the question, and where the editor of a chat that was suspended wakes and sets it
+/// before this is reached. Such a chat ends with the next signal, in its handler.
 fn give_back(before: &Termios) {
     if tcgetpgrp(std::io::stdin()).ok() != Some(getpgrp()) {
         return;

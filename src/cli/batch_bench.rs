@@ -6,7 +6,8 @@ use clap::Args;
 use serde::Serialize;
 
 use super::advice;
-use super::batch::{Texts, open_sized};
+use super::batch::open_sized;
+use super::batch_input::Texts;
 use super::batch_room::RoomOptions;
 use super::gpu::gpu_bytes;
 use super::model::Model;

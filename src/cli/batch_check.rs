@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::advice::Advisor;
-use super::batch::{InputOptions, Texts, row_limits};
+use super::batch_input::{InputOptions, Texts, row_limits};
 use super::batch_room::{KnownMachine, RoomOptions, with_room};
 use super::machine::Weights;
 use super::model::{open_checkpoint, pack_options};

@@ -4,6 +4,7 @@ mod advice;
 mod batch;
 mod batch_bench;
 mod batch_check;
+mod batch_input;
 mod batch_merge;
 mod batch_report;
 mod batch_room;

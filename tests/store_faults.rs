@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use store_common::*;
@@ -173,12 +173,12 @@ fn two_packers_make_one_pack() {
     let tmp = tempfile::tempdir().unwrap();
     let (dir, tensors) = source(tmp.path(), false, Dtype::BF16);
     let mut options = PackOptions::new(tmp.path().join("offload"));
-    // The first holds the folder until the second has met it.
-    let met = Arc::new(Barrier::new(2));
-    let first_met = met.clone();
+    // The first holds the folder until the second has met it. Not for ever: where they do not meet, this is to fail.
+    let (met, meets) = mpsc::channel();
+    let meets = Mutex::new(meets);
     options.fail_point = Some(Arc::new(move |step| {
         if *step == Step::Checksums {
-            first_met.wait();
+            let _ = meets.lock().unwrap().recv_timeout(Duration::from_secs(60));
         }
         Ok(())
     }));
@@ -211,7 +211,7 @@ fn two_packers_make_one_pack() {
         let waited = Store::pack(&open(&dir), &second, &mut |p| {
             if matches!(p, PackProgress::Waiting { .. }) && !released {
                 released = true;
-                met.wait();
+                met.send(()).unwrap();
             }
         });
         let waited = waited.unwrap();

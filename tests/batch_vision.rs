@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use base64::Engine as _;
-use program::program;
+use program::{program, word};
 use serde_json::{Value, json};
 
 fn model() -> PathBuf {
@@ -381,15 +381,6 @@ fn pictures_no_memory_holds_are_refused_with_the_numbers() {
             .metadata()
             .is_ok_and(|m| m.len() > 0)
     );
-}
-
-/// The word behind `before`.
-#[track_caller]
-fn word(text: &str, before: &str) -> String {
-    let rest = text.split(before).nth(1);
-    let rest = rest.unwrap_or_else(|| panic!("`{before}` is not in: {text}"));
-    let word = rest.split_whitespace().next().unwrap();
-    word.trim_end_matches([';', ',']).to_string()
 }
 
 /// What the message says of pixels is what does.

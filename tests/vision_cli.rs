@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::program::program;
+use common::program::{program, word};
 use common::{Tensor, read_safetensors};
 use serde_json::{Map, Value, json};
 
@@ -227,15 +227,6 @@ fn what_memory_does_not_hold_is_refused_with_the_numbers() {
     );
     assert!(e.contains("104.9 MB") && e.contains("--max-pixels"), "{e}");
     assert_eq!(pads(&answer(&with(&["--image", "image0.png"]))), (15, 0));
-}
-
-/// The word behind `before`.
-#[track_caller]
-fn word(text: &str, before: &str) -> String {
-    let rest = text.split(before).nth(1);
-    let rest = rest.unwrap_or_else(|| panic!("`{before}` is not in: {text}"));
-    let word = rest.split_whitespace().next().unwrap();
-    word.trim_end_matches([';', ',']).to_string()
 }
 
 /// What a message says of pixels and frames is what does.

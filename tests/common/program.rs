@@ -46,3 +46,12 @@ pub fn own_cache() -> &'static Path {
         cache
     })
 }
+
+/// The word behind `before` in what the program said.
+#[track_caller]
+pub fn word(text: &str, before: &str) -> String {
+    let rest = text.split(before).nth(1);
+    let rest = rest.unwrap_or_else(|| panic!("`{before}` is not in: {text}"));
+    let word = rest.split_whitespace().next().unwrap();
+    word.trim_end_matches([';', ',']).to_string()
+}

@@ -40,17 +40,23 @@ fn figures(bytes: u64, stall: f64) -> (PagingReport, EngineStats) {
     (report, during)
 }
 
-#[test]
-fn a_run_that_waited_is_told_what_it_would_gain() {
+/// A checkpoint of so many small layers, its weights never written.
+fn llama(layers: usize) -> (tempfile::TempDir, Checkpoint) {
     let dir = tempfile::tempdir().unwrap();
     let config = json!({
         "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 1024,
-        "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
     });
     outline_synthetic(dir.path(), &config).unwrap();
     let path = dir.path().display().to_string();
     let ckpt = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+    (dir, ckpt)
+}
+
+#[test]
+fn a_run_that_waited_is_told_what_it_would_gain() {
+    let (_dir, ckpt) = llama(12);
     let nowhere = Path::new("/nowhere");
     let outline = outline(&ckpt, &DtypePolicy::One(Dtype::F32), nowhere, false).unwrap();
     let weights = Weights::from(&outline);
@@ -182,15 +188,7 @@ fn between(text: &str, before: &str, after: &str) -> f64 {
 
 #[test]
 fn on_a_gpu_its_own_memory_and_the_hosts_are_weighed() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": 512, "intermediate_size": 1024,
-        "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 288,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
-    });
-    outline_synthetic(dir.path(), &config).unwrap();
-    let path = dir.path().display().to_string();
-    let ckpt = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+    let (_dir, ckpt) = llama(24);
     let auto = DtypePolicy::parse("auto").unwrap();
     let outline = outline(&ckpt, &auto, Path::new("/nowhere"), false).unwrap();
     let weights = Weights::from(&outline);
